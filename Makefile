@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow check bench reports train clean
+
+# Creates .venv with the pinned dependencies; again whenever the pins change.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/porter demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy porter parity conversions/*/recipe.py
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.bench
+
+reports: $(STAMP)
+	rm -rf build/reports && mkdir -p build/reports
+	$(BIN)/porter convert builtin:tiny-flux -o build/reports/tiny-flux
+	$(BIN)/porter parity build/reports/tiny-flux
+	mkdir -p reports/flux1
+	cp build/reports/tiny-flux/parity/parity.json build/reports/tiny-flux/parity/report.html reports/flux1/
+	$(BIN)/porter demo -o build/reports/demo
+	cp build/reports/demo/contact-sheet.png build/reports/demo/good-and-broken.png docs/
+	$(BIN)/python -m parity.scoreboard reports
+
+train: $(STAMP)
+	$(BIN)/python -m porter.builtin.training
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info porter-demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,75 @@
+"""Everything that porter refuses or reports, with the exit code that the command line ends in.
+
+    PorterError                     7  internal error (a plain PorterError is never raised on purpose)
+    +-- CheckFailed                 1  it ran, and a check failed: parity, coverage, verification
+    +-- UsageError                  2  options that contradict each other or name nothing
+    +-- AccessError                 3  gated, private, or no valid token
+    +-- MissingError                4  no such path or repository, offline, unreachable
+    +-- ResourceError               5  out of memory or disk, or the output cannot be written
+    +-- BadInputError               6  corrupt, truncated, hostile or unknown input
+        +-- CheckpointError         6  a weights file that breaks its format
+        +-- RecipeError             6  rules that do not account for every tensor exactly once
+
+Each error says what went wrong, what was expected, what was found, and what to try next.
+"""
+
+from __future__ import annotations
+
+
+class PorterError(Exception):
+    """Base of all of porter's errors.
+
+    Args:
+        what: one sentence naming the thing that failed.
+        expected: what should have been there.
+        found: what was there instead.
+        hint: the next command or step, as the user would type it.
+    """
+
+    exit_code = 7
+
+    def __init__(
+        self, what: str, *, expected: str | None = None, found: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what, self.expected, self.found, self.hint = what, expected, found, hint
+
+    def lines(self) -> list[str]:
+        """The message as labelled lines, without styling."""
+        parts = (("expected", self.expected), ("found", self.found), ("next", self.hint))
+        return [self.what, *(f"  {label + ':':<10}{text}" for label, text in parts if text)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+class CheckFailed(PorterError):
+    exit_code = 1
+
+
+class UsageError(PorterError):
+    exit_code = 2
+
+
+class AccessError(PorterError):
+    exit_code = 3
+
+
+class MissingError(PorterError):
+    exit_code = 4
+
+
+class ResourceError(PorterError):
+    exit_code = 5
+
+
+class BadInputError(PorterError):
+    exit_code = 6
+
+
+class CheckpointError(BadInputError):
+    pass
+
+
+class RecipeError(BadInputError):
+    pass

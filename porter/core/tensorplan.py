@@ -1,0 +1,262 @@
+"""A compiled recipe: which elements of which source tensor make each target tensor, and everything that follows.
+
+The conversion, its inverse, the account of every tensor, the bytes it takes and the map between both sides' modules are
+all read off the same steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from porter.core.checkpoint import ANY, Header, TensorInfo, spec
+from porter.core.errors import RecipeError
+from porter.core.modulemap import ModulePair, block_map, module_map
+from porter.core.ops import Cast, Exactness, Op
+from porter.core.views import Run, View, merge
+
+WINDOW = 8 << 20  # bytes that an execution moves at a time
+
+
+@dataclass(frozen=True)
+class Output:
+    """A target tensor of a step. `runs` count elements of the step's sources; their dtype there is `source_dtype`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    runs: tuple[Run, ...]
+    source_dtype: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule applied to one set of names: sources → bound ops → outputs."""
+
+    rule: int
+    sources: tuple[str, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weakest of the ops' promises."""
+        return weakest(op.exactness for op in self.ops)
+
+
+def make_step(
+    rule: int, sources: Sequence[TensorInfo], ops: Sequence[Op], targets: Sequence[str], parameters: Mapping[str, int]
+) -> Step:
+    """Bind `ops` to the sources' shapes and follow every element to the targets.
+
+    Raises:
+        RecipeError: the ops don't fit the shapes, or give another number of tensors than there are targets.
+    """
+    views = [View.whole(index, source.dtype, source.shape) for index, source in enumerate(sources)]
+    bound: list[Op] = []
+    for op in ops:
+        bound.append(op.bind(views, parameters))
+        views = bound[-1].move(views)
+    if len(views) != len(targets):
+        raise RecipeError(
+            f"{' + '.join(source.name for source in sources)} gives {len(views)} tensors",
+            expected=f"{len(targets)}: {', '.join(targets) or 'none'}", found=" → ".join(op.describe() for op in ops),
+        )  # fmt: skip
+    outputs = tuple(
+        Output(name, view.dtype, view.shape, runs, sources[runs[0].source].dtype if runs else view.dtype)
+        for name, view in zip(targets, views, strict=True)
+        for runs in [merge(view.runs)]
+    )
+    return Step(rule, tuple(source.name for source in sources), tuple(bound), outputs)
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """What one rule did: its patterns, how many tensors each side, its ops in words, what it costs, and why it is."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    source_count: int
+    target_count: int
+    ops: str
+    exactness: Exactness
+    why: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The account of a plan: every source and target tensor stands in exactly one row, or is dropped with a reason."""
+
+    rows: tuple[CoverageRow, ...]
+    dropped: tuple[tuple[str, str], ...]
+    totals: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"rules": [...], "dropped": [{"tensor", "reason"}], "totals": {...}}"""
+        rules = [
+            {
+                "sources": list(row.sources), "targets": list(row.targets), "source_tensors": row.source_count,
+                "target_tensors": row.target_count, "ops": row.ops, "exactness": row.exactness, "why": row.why,
+            }
+            for row in self.rows
+        ]  # fmt: skip
+        dropped = [{"tensor": name, "reason": reason} for name, reason in self.dropped]
+        return {"rules": rules, "dropped": dropped, "totals": dict(self.totals)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{row.source_count:>5} → {row.target_count:<5} {row.ops}: {' + '.join(row.sources)} → "
+            f"{', '.join(row.targets) or 'nothing'}"
+            for row in self.rows
+        ]
+        lines += [f"    dropped {name}: {reason}" for name, reason in self.dropped]
+        totals = self.totals
+        lines.append(f"{totals['source']:>5} → {totals['target']:<5} in all, {totals['dropped']} dropped")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What `compile_recipe` makes. `sources` and `targets` are headers; an entry that has a file can be read."""
+
+    recipe: str
+    source_layout: str
+    target_layout: str
+    sources: Header
+    targets: Header
+    steps: tuple[Step, ...]
+    rules: tuple[Any, ...] = field(repr=False)  # porter.core.recipe.Rule, for the account
+    parameters: Mapping[str, int]
+    digest: str
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weakest of the steps' promises: exact, lossy, or needs-base."""
+        return weakest(step.exactness for step in self.steps)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of source tensors that are read; dropped ones are not."""
+        return sum(self.sources[name].nbytes for step in self.steps if step.outputs for name in step.sources)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of target tensors, without the file's header."""
+        return sum(target.nbytes for target in self.targets.values())
+
+    @property
+    def peak_buffer(self) -> int:
+        """Bytes of tensor data in memory at once while executing, whatever the model's size."""
+        window = min(WINDOW, max((target.nbytes for target in self.targets.values()), default=0))
+        casts = any(output.dtype != output.source_dtype for _, output in self.outputs())
+        return 3 * window if casts else window
+
+    @property
+    def coverage(self) -> Coverage:
+        """The account, one row per rule that did something."""
+        rows, dropped = [], []
+        for index, rule in enumerate(self.rules):
+            steps = [step for step in self.steps if step.rule == index]
+            if not steps:
+                continue
+            words = [op.describe() for op in rule.ops]
+            own = {type(op) for op in rule.ops}
+            casts = {op.describe() for step in steps for op in step.ops if isinstance(op, Cast) and Cast not in own}
+            rows.append(
+                CoverageRow(
+                    rule.sources, rule.targets, sum(len(step.sources) for step in steps),
+                    sum(len(step.outputs) for step in steps), ", ".join(words + sorted(casts)) or "rename",
+                    weakest(step.exactness for step in steps), rule.why,
+                )
+            )  # fmt: skip
+            if not rule.targets:
+                dropped += [(name, rule.why) for step in steps for name in step.sources]
+        totals = {
+            "source": len(self.sources), "target": len(self.targets), "dropped": len(dropped),
+            "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
+        }  # fmt: skip
+        return Coverage(tuple(rows), tuple(dropped), totals)
+
+    def outputs(self) -> Iterator[tuple[Step, Output]]:
+        """Every target tensor with the step that makes it."""
+        for step in self.steps:
+            for output in step.outputs:
+                yield step, output
+
+    def rebind(self, targets: Header) -> TensorPlan:
+        """The same plan whose targets are the tensors of a real file, so that its inverse can read them.
+
+        Raises:
+            RecipeError: the file's tensors are not the plan's, in name, dtype or shape.
+        """
+        for name in self.targets.keys() | targets.keys():
+            ours, theirs = self.targets.get(name), targets.get(name)
+            if ours is None or theirs is None:
+                raise RecipeError(
+                    f"{self.recipe}: the file {'has' if ours is None else 'lacks'} the tensor {name}",
+                    expected=f"the {len(self.targets)} tensors of the plan", found=f"{len(targets)} tensors",
+                )  # fmt: skip
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) and ours.dtype != ANY:
+                raise RecipeError(
+                    f"{self.recipe}: {name} is not what the plan made", expected=f"{ours.dtype} {list(ours.shape)}",
+                    found=f"{theirs.dtype} {list(theirs.shape)}",
+                )  # fmt: skip
+        return replace(self, targets={name: targets[name] for name in self.targets})
+
+    def inverse(self) -> TensorPlan:
+        """The plan from the targets back to the sources, derived step by step.
+
+        It restores the sources exactly wherever this plan is exact. Undoing a widening cast counts as lossy, because
+        only values that came through that cast survive it.
+
+        Raises:
+            RecipeError: a tensor was dropped, so only the original file has it.
+        """
+        lost = [(name, step.rule) for step in self.steps if not step.outputs for name in step.sources]
+        if lost:
+            name, rule = lost[0]
+            raise RecipeError(
+                f"{self.recipe} cannot be undone: it drops {name}" + (f" and {len(lost) - 1} more" if lost[1:] else ""),
+                expected="every tensor kept", found=self.rules[rule].why, hint="keep the original file",
+            )  # fmt: skip
+        steps = []
+        for step in self.steps:
+            sources = [replace(self.targets[output.name], name=output.name) for output in step.outputs]
+            ops = [op.inverse() for op in reversed(step.ops)]
+            steps.append(make_step(step.rule, sources, ops, step.sources, {}))
+        used = {step.rule for step in self.steps}
+        rules = tuple(rule.inverse() if index in used else rule for index, rule in enumerate(self.rules))
+        made = {output.name: spec(output.dtype, output.shape, output.name) for step in steps for output in step.outputs}
+        targets = {name: made[name] for name in self.sources}
+        return replace(
+            self, source_layout=self.target_layout, target_layout=self.source_layout, sources=self.targets,
+            targets=targets, steps=tuple(steps), rules=rules, digest=digest_of(["inverse", self.digest]),
+        )  # fmt: skip
+
+    def module_map(self) -> list[ModulePair]:
+        """Which rows of which target module's weights are which rows of which source module's; see `modulemap`."""
+        return module_map(self)
+
+    def block_map(self) -> list[tuple[str, str]]:
+        """Containers that hold the same weights on both sides, as (source, target); see `modulemap`."""
+        return block_map(module_map(self))
+
+
+def weakest(levels: Any) -> Exactness:
+    """`needs-base` before `lossy` before `exact`."""
+    found = set(levels)
+    return "needs-base" if "needs-base" in found else "lossy" if "lossy" in found else "exact"
+
+
+def digest_of(document: Any) -> str:
+    """sha256 of a document's canonical JSON."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def cast_step(outputs: Sequence[tuple[str, str]], dtype: str, kept: Sequence[bool]) -> Cast | None:
+    """The cast that a dtype policy adds to a step's (dtype, name) outputs, or None where nothing changes."""
+    wanted = tuple(old if keep else dtype for (old, _), keep in zip(outputs, kept, strict=True))
+    return Cast(wanted) if wanted != tuple(old for old, _ in outputs) else None

@@ -1,0 +1,314 @@
+"""Plans become files: bytes in the right places, atomically, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+
+from porter.core import execute as module
+from porter.core.checkpoint import read_header, spec, specs
+from porter.core.errors import CheckpointError, RecipeError, ResourceError, UsageError
+from porter.core.execute import apply, execute
+from porter.core.recipe import Recipe, Rule, compile_recipe
+from tests.core.toy import RECIPE, SHAPES, TARGETS, plan_of
+
+CHILD = """
+import resource, signal, sys, time
+sys.path[:0] = sys.argv[1:2]
+from pathlib import Path
+from tests.core.toy import plan_of
+from porter.core import execute as module
+module.WINDOW = 16
+plan = plan_of(Path(sys.argv[2]))
+if sys.argv[4] == "limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+done = 0
+def progress(count):
+    global done
+    done += count
+    if sys.argv[4] == "hang" and done > 600:
+        print("writing", flush=True)
+        time.sleep(60)
+print(module.execute(plan, sys.argv[3], progress=progress).sha256)
+"""
+ROOT = Path(__file__).parents[2]
+
+
+def tensors() -> dict[str, np.ndarray]:
+    """Every element of every tensor is distinct."""
+    made, start = {}, 1
+    for name, shape in SHAPES.items():
+        count = int(np.prod(shape))
+        made[name] = np.arange(start, start + count, dtype=np.float32).reshape(shape)
+        start += count
+    return made
+
+
+def expected(source: dict[str, Any]) -> dict[str, Any]:
+    """The same conversion, written by hand."""
+    cat = torch.cat if isinstance(source["a"], torch.Tensor) else np.concatenate
+    return {
+        "v": source["qkv"][:4], "q": source["qkv"][4:6], "k": source["qkv"][6:],
+        "top": cat([source["head"][2:], source["head"][:2]]), "linear": source["conv"][:, :, 0, 0],
+        "left": source["wide"][:, :2], "right": source["wide"][:, 2:], "ab": cat([source["a"], source["b"]]),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    save_file(tensors(), tmp_path / "in.safetensors")
+    return tmp_path / "in.safetensors"
+
+
+@pytest.mark.parametrize("window", [4, 20, 8 << 20])
+def test_every_byte_lands_in_its_place(original: Path, tmp_path: Path, window: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "WINDOW", window)
+    counts: list[int] = []
+    written = execute(
+        plan_of(original), tmp_path / "out.safetensors", metadata={"format": "pt"}, progress=counts.append
+    )
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == TARGETS.keys()
+    for name, want in expected(tensors()).items():
+        np.testing.assert_array_equal(found[name], want, err_msg=name)
+        assert written.tensors[name] == hashlib.sha256(want.tobytes()).hexdigest()
+    content = (tmp_path / "out.safetensors").read_bytes()
+    assert written.sha256 == hashlib.sha256(content).hexdigest() and written.bytes == len(content) == sum(counts)
+    assert read_header(tmp_path / "out.safetensors")[1] == {"format": "pt"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def test_reads_go_forward(original: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    reads: list[int] = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: reads.append(offset) or real(fd, buffers, offset))
+    straight = RECIPE.without_rule("wide").without_rule("head")
+    header = {n: t for n, t in read_header(original)[0].items() if n not in ("wide", "head")}
+    wanted = {n: t for n, t in TARGETS.items() if n not in ("left", "right", "top")}
+    execute(compile_recipe(straight, {}, header, wanted), tmp_path / "out.safetensors")
+    assert reads == sorted(reads) and len(reads) > 4
+
+
+def test_long_copies_write_back_and_drop_behind(original: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "WINDOW", 32)
+    monkeypatch.setattr(module, "_PARALLEL_HASH", 16)
+    monkeypatch.setattr(module.Writeback, "WORTH", 1)
+    monkeypatch.setattr(module.Writeback, "STRETCH", 64)
+    dropped: list[tuple[int, int]] = []
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, n, how: dropped.append((at, n)) or real(fd, at, n, how))
+    written = execute(plan_of(original), tmp_path / "out.safetensors")
+    assert written.sha256 == hashlib.sha256((tmp_path / "out.safetensors").read_bytes()).hexdigest()
+    for name, want in expected(tensors()).items():
+        np.testing.assert_array_equal(load_file(tmp_path / "out.safetensors")[name], want)
+    assert dropped and all(count > 0 for _, count in dropped)
+
+
+def test_inverse_restores_every_byte(original: Path, tmp_path: Path) -> None:
+    plan = plan_of(original)
+    execute(plan, tmp_path / "out.safetensors")
+    back = plan.rebind(read_header(tmp_path / "out.safetensors")[0]).inverse()
+    execute(back, tmp_path / "back.safetensors")
+    restored, want = load_file(tmp_path / "back.safetensors"), tensors()
+    assert restored.keys() == want.keys()
+    for name in want:
+        assert restored[name].tobytes() == want[name].tobytes() and restored[name].shape == want[name].shape
+
+
+def test_apply_agrees_and_leaves_the_input_alone(original: Path) -> None:
+    source = {name: torch.from_numpy(array) for name, array in tensors().items()}
+    kept = {name: tensor.clone() for name, tensor in source.items()}
+    made = apply(plan_of(original), source)
+    assert list(made) == list(TARGETS)
+    for name, want in expected(source).items():
+        assert torch.equal(made[name], want)
+    assert source.keys() == kept.keys() and all(torch.equal(source[n], kept[n]) for n in kept)
+    with pytest.raises(RecipeError, match="other tensors"):
+        apply(plan_of(original), {name: t for name, t in source.items() if name != "a"})
+    with pytest.raises(RecipeError, match="a has the wrong shape"):
+        apply(plan_of(original), {**source, "a": torch.zeros(4)})
+    meta = apply(plan_of(original), {name: t.to("meta") for name, t in source.items()})
+    assert {n: tuple(t.shape) for n, t in meta.items()} == {n: t.shape for n, t in TARGETS.items()}
+
+
+def test_casts_round_as_torch_does(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "WINDOW", 16)
+    source = {n: torch.randn(s, generator=torch.Generator().manual_seed(1)) for n, s in SHAPES.items()}
+    save_torch(source, tmp_path / "in.safetensors")
+    plan = plan_of(tmp_path / "in.safetensors", dtype="bf16")
+    written = execute(plan, tmp_path / "out.safetensors")
+    found, computed = load_torch(tmp_path / "out.safetensors"), apply(plan, source)
+    for name, want in expected(source).items():
+        assert torch.equal(found[name], want.to(torch.bfloat16)) and torch.equal(computed[name], found[name])
+    assert written.bytes < (tmp_path / "in.safetensors").stat().st_size
+
+    # Widening is exact, so its inverse gives the narrow original back bit for bit.
+    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in source.items()}
+    save_torch(narrow, tmp_path / "narrow.safetensors")
+    wide = plan_of(tmp_path / "narrow.safetensors", dtype="F32")
+    assert wide.exactness == "exact"
+    execute(wide, tmp_path / "wide.safetensors")
+    back = wide.rebind(read_header(tmp_path / "wide.safetensors")[0]).inverse()
+    execute(back, tmp_path / "back.safetensors")
+    restored = load_torch(tmp_path / "back.safetensors")
+    assert all(torch.equal(restored[n].view(torch.int16), narrow[n].view(torch.int16)) for n in narrow)
+
+
+def test_mixed_dtypes_stay_aligned(tmp_path: Path) -> None:
+    recipe = Recipe("mixed", "a", "b", (Rule("{n:x|y|z}", "{n}"),))
+    source = {"x": np.ones(3, np.int8), "y": np.ones(2, np.float64), "z": np.zeros((0, 2), np.float32)}
+    save_file(source, tmp_path / "in.safetensors")
+    header = read_header(tmp_path / "in.safetensors")[0]
+    wanted = {name: spec(t.dtype, t.shape, name) for name, t in header.items()}
+    execute(compile_recipe(recipe, {}, header, wanted), tmp_path / "out.safetensors")
+    out = read_header(tmp_path / "out.safetensors")[0]
+    assert out["y"].begin % 8 == 0 and load_file(tmp_path / "out.safetensors")["x"].tolist() == [1, 1, 1]
+
+
+def listing(folder: Path) -> list[tuple[str, bytes]]:
+    return sorted((str(p.relative_to(folder)), p.read_bytes() if p.is_file() else b"") for p in folder.rglob("*"))
+
+
+def test_existing_output_is_kept(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors").write_bytes(b"mine")
+    before = listing(tmp_path)
+    with pytest.raises(UsageError, match="the output exists"):
+        execute(plan_of(original), tmp_path / "out.safetensors")
+    assert listing(tmp_path) == before
+    execute(plan_of(original), tmp_path / "out.safetensors", overwrite=True)
+    assert load_file(tmp_path / "out.safetensors").keys() == TARGETS.keys()
+
+
+def test_unwritable_output(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    before = listing(tmp_path)
+    with pytest.raises(ResourceError, match="cannot write") as caught:
+        execute(plan_of(original), tmp_path / "file" / "deep" / "out.safetensors")
+    assert caught.value.exit_code == 5 and caught.value.hint
+    assert listing(tmp_path) == before
+
+
+def test_failure_takes_new_folders_and_the_partial_file_with_it(original: Path, tmp_path: Path) -> None:
+    plan = plan_of(original)
+    os.truncate(original, original.stat().st_size - 8)
+    before = listing(tmp_path)
+    with pytest.raises(CheckpointError, match="became shorter") as caught:
+        execute(plan, tmp_path / "new" / "deep" / "out.safetensors")
+    assert str(original) in caught.value.what
+    assert listing(tmp_path) == before
+
+
+def test_no_room(original: Path, tmp_path: Path) -> None:
+    """A real refusal by the system in the middle of the file: the process may not write files this large."""
+    before = listing(tmp_path)
+    done = child(original, tmp_path / "new" / "out.safetensors", "limit")
+    _, error = done.communicate(timeout=120)
+    assert done.returncode == 1 and "ResourceError" in error and "no room for" in error, error
+    assert listing(tmp_path) == before
+
+
+def test_more_than_the_disk_holds(original: Path, tmp_path: Path) -> None:
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    huge = tmp_path / "huge.safetensors"
+    from porter.core.checkpoint import header_bytes
+
+    rows = 2 * free // 1024
+    head = header_bytes([spec("U8", (rows, 1024), "w")], {})
+    huge.write_bytes(head)
+    os.truncate(huge, len(head) + rows * 1024)  # sparse: it takes no room itself
+    plan = compile_recipe(
+        Recipe("copy", "a", "b", (Rule("w", "w"),)), {}, read_header(huge)[0], specs({"w": (rows, 1024)})
+    )
+    with pytest.raises(ResourceError, match="no room"):
+        execute(plan, tmp_path / "new" / "out.safetensors")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_run_on_one_output_is_refused(original: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".out.safetensors.partial").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ResourceError, match="another run is writing"):
+            execute(plan_of(original), tmp_path / "out.safetensors")
+    execute(plan_of(original), tmp_path / "out.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def child(original: Path, output: Path, mode: str) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", CHILD, str(ROOT), str(original), str(output), mode]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_killed_and_run_again(original: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    killed = child(original, output, "hang")
+    assert killed.stdout is not None and killed.stdout.readline() == "writing\n", killed.communicate(timeout=5)[1]
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=30)
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists()
+    partial = tmp_path / ".out.safetensors.partial"
+    assert partial.stat().st_size > 0
+    started = time.monotonic()
+    written = execute(plan_of(original), output)
+    assert not partial.exists() and time.monotonic() - started < 10
+    assert written.sha256 == hashlib.sha256(output.read_bytes()).hexdigest()
+    for name, want in expected(tensors()).items():
+        np.testing.assert_array_equal(load_file(output)[name], want)
+
+
+def test_a_longer_leftover_is_not_mixed_in(original: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.safetensors.partial").write_bytes(b"x" * 100_000)
+    written = execute(plan_of(original), tmp_path / "out.safetensors")
+    assert written.bytes == (tmp_path / "out.safetensors").stat().st_size < 100_000
+    assert load_file(tmp_path / "out.safetensors").keys() == TARGETS.keys()
+
+
+def test_interrupted_leaves_nothing(original: Path, tmp_path: Path) -> None:
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    before = listing(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan_of(original), tmp_path / "out.safetensors", progress=stop)
+    assert listing(tmp_path) == before
+
+
+def test_plans_without_files_cannot_be_executed(tmp_path: Path) -> None:
+    for dtype in ("F32", "*"):
+        plan = compile_recipe(RECIPE, {}, specs(SHAPES, dtype), TARGETS)
+        with pytest.raises(RecipeError, match="is not in a file"):
+            execute(plan, tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_copying_never_imports_torch(original: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import porter.core.execute as module, porter.core.checkpoint as checkpoint
+import conversions.flux1.recipe, conversions.common.autoencoder_kl.recipe
+from porter.core.recipe import Recipe, Rule, compile_recipe
+header, _ = checkpoint.read_header({str(original)!r})
+rules = tuple(Rule(name, name) for name in header)
+wanted = {{n: checkpoint.spec("*", t.shape, n) for n, t in header.items()}}
+plan = compile_recipe(Recipe("copy", "a", "b", rules), {{}}, header, wanted)
+module.execute(plan, {str(tmp_path / "out.safetensors")!r})
+print(sorted({{"torch", "numpy", "diffusers", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout == "[]\n", done.stderr

@@ -1,0 +1,1 @@
+"""Components that several families share; not a family itself."""

@@ -1,0 +1,226 @@
+"""AutoencoderKL: the layout of latent diffusion's original code ↔ diffusers' AutoencoderKL.
+
+Original, as FLUX.1 has it:
+https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/autoencoder.py
+
+    n levels of resolution · the original counts `up` blocks from the finest level, diffusers from the coarsest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from porter.core.checkpoint import ANY, Header, TensorInfo, specs
+from porter.core.errors import RecipeError
+from porter.core.ops import Squeeze
+from porter.core.patterns import count_blocks
+from porter.core.recipe import Recipe, Rule, settle, tensor_shape
+
+CLASS = "AutoencoderKL"
+GROUPS = 32  # of every group norm, fixed in the original code
+
+_KEYS = (
+    "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
+    "act_fn", "latent_channels", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor", "latents_mean",
+    "latents_std", "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
+)  # fmt: skip
+_NEEDED = ("scaling_factor", "shift_factor")  # in no tensor, and every latent depends on them
+
+
+def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The full AutoencoderKL config: read off the tensors, and checked against what `config` says.
+
+    Raises:
+        RecipeError: a key is missing, unknown, contradicts the tensors, or cannot be expressed in diffusers.
+    """
+    if config.get("_class_name", CLASS) != CLASS:
+        raise RecipeError(f"the config is of {config['_class_name']}", expected=CLASS, found=str(config["_class_name"]))
+    for key, value in config.items():
+        if not key.startswith("_") and key not in _KEYS:
+            raise RecipeError(
+                f"the config has an unknown key {key}", expected=", ".join(_KEYS), found=f"{key}: {value}"
+            )
+    absent = [key for key in _NEEDED if key not in config]
+    if absent:
+        names = " and ".join(absent)
+        raise RecipeError(
+            f"{CLASS}: the tensors do not say {names}", expected=f"{names} in the config", found="no such key",
+            hint=f"porter convert … --config FILE, with {names} in it",
+        )  # fmt: skip
+    levels = count_blocks(header, "encoder.down")
+    widths = [tensor_shape(header, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(levels)]
+    seen = {
+        "in_channels": tensor_shape(header, "encoder.conv_in.weight", 4)[1],
+        "out_channels": tensor_shape(header, "decoder.conv_out.weight", 4)[0],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": widths,
+        "layers_per_block": count_blocks(header, "encoder.down.0.block"),
+        "act_fn": "silu",
+        "latent_channels": tensor_shape(header, "decoder.conv_in.weight", 4)[1],
+        "norm_num_groups": GROUPS,
+        "use_quant_conv": "quant_conv.weight" in header,
+        "use_post_quant_conv": "post_quant_conv.weight" in header,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in header,
+    }
+    return {"_class_name": CLASS, **settle(CLASS, config, seen)}
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers that the rules use; the last five are flags."""
+    widths = list(config["block_out_channels"])
+    return {
+        "n": len(widths),
+        "resampled": int(len(widths) > 1),
+        "shortcut": int(len(set(widths)) > 1),
+        "attention": int(config["mid_block_add_attention"]),
+        "quant": int(config["use_quant_conv"]),
+        "post_quant": int(config["use_post_quant_conv"]),
+    }
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _conv(name: str, rows: int, columns: int, kernel: int = 3) -> Shapes:
+    return {f"{name}.weight": (rows, columns, kernel, kernel), f"{name}.bias": (rows,)}
+
+
+def _norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
+
+
+def _resnet(name: str, rows: int, columns: int, shortcut: str) -> Shapes:
+    shapes = _norm(f"{name}.norm1", columns) | _conv(f"{name}.conv1", rows, columns)
+    shapes |= _norm(f"{name}.norm2", rows) | _conv(f"{name}.conv2", rows, rows)
+    return shapes | (_conv(f"{name}.{shortcut}", rows, columns, 1) if rows != columns else {})
+
+
+def original_headers(config: Mapping[str, Any], dtype: str = ANY) -> dict[str, TensorInfo]:
+    """All tensors of the original layout for an AutoencoderKL config."""
+    widths, layers, z = list(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"]
+    last = len(widths) - 1
+    shapes = _conv("encoder.conv_in", widths[0], config["in_channels"])
+    for i, width in enumerate(widths):
+        for j in range(layers):
+            shapes |= _resnet(f"encoder.down.{i}.block.{j}", width, widths[max(i - 1, 0)] if j == 0 else width,
+                              "nin_shortcut")  # fmt: skip
+        if i != last:
+            shapes |= _conv(f"encoder.down.{i}.downsample.conv", width, width)
+    shapes |= _original_middle("encoder", widths[last], config["mid_block_add_attention"])
+    shapes |= _norm("encoder.norm_out", widths[last]) | _conv("encoder.conv_out", 2 * z, widths[last])
+    shapes |= _conv("decoder.conv_in", widths[last], z)
+    shapes |= _original_middle("decoder", widths[last], config["mid_block_add_attention"])
+    for i, width in enumerate(widths):
+        for j in range(layers + 1):
+            shapes |= _resnet(f"decoder.up.{i}.block.{j}", width, widths[min(i + 1, last)] if j == 0 else width,
+                              "nin_shortcut")  # fmt: skip
+        if i != 0:
+            shapes |= _conv(f"decoder.up.{i}.upsample.conv", width, width)
+    shapes |= _norm("decoder.norm_out", widths[0]) | _conv("decoder.conv_out", config["out_channels"], widths[0])
+    return specs(shapes | _quant(config, z), dtype)
+
+
+def _original_middle(at: str, width: int, attention: bool) -> Shapes:
+    shapes = _resnet(f"{at}.mid.block_1", width, width, "nin_shortcut")
+    shapes |= _resnet(f"{at}.mid.block_2", width, width, "nin_shortcut")
+    if attention:
+        shapes |= _norm(f"{at}.mid.attn_1.norm", width)
+        for name in ("q", "k", "v", "proj_out"):
+            shapes |= _conv(f"{at}.mid.attn_1.{name}", width, width, 1)
+    return shapes
+
+
+def diffusers_headers(config: Mapping[str, Any], dtype: str = ANY) -> dict[str, TensorInfo]:
+    """All tensors of AutoencoderKL for its config."""
+    widths, layers, z = list(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"]
+    shapes: Shapes = {}
+    for at, order, depth, resampler in (
+        ("encoder", widths, layers, "downsamplers"), ("decoder", widths[::-1], layers + 1, "upsamplers"),
+    ):  # fmt: skip
+        encodes = at == "encoder"
+        shapes |= _conv(f"{at}.conv_in", order[0], config["in_channels"] if encodes else z)
+        blocks = f"{at}.down_blocks" if encodes else f"{at}.up_blocks"
+        before = order[0]
+        for i, width in enumerate(order):
+            for j in range(depth):
+                shapes |= _resnet(f"{blocks}.{i}.resnets.{j}", width, before, "conv_shortcut")
+                before = width
+            if i != len(order) - 1:
+                shapes |= _conv(f"{blocks}.{i}.{resampler}.0.conv", width, width)
+        middle = widths[-1]
+        for j in range(2):
+            shapes |= _resnet(f"{at}.mid_block.resnets.{j}", middle, middle, "conv_shortcut")
+        if config["mid_block_add_attention"]:
+            inner = f"{at}.mid_block.attentions.0"
+            shapes |= _norm(f"{inner}.group_norm", middle)
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                shapes |= {f"{inner}.{name}.weight": (middle, middle), f"{inner}.{name}.bias": (middle,)}
+        shapes |= _norm(f"{at}.conv_norm_out", order[-1])
+        shapes |= _conv(f"{at}.conv_out", 2 * z if encodes else config["out_channels"], order[-1])
+    return specs(shapes | _quant(config, z), dtype)
+
+
+def _quant(config: Mapping[str, Any], z: int) -> Shapes:
+    shapes = _conv("quant_conv", 2 * z, 2 * z, 1) if config["use_quant_conv"] else {}
+    return shapes | (_conv("post_quant_conv", z, z, 1) if config["use_post_quant_conv"] else {})
+
+
+_E = "{e:encoder|decoder}."
+_LAYERS = "{l:norm1|conv1|norm2|conv2}.{p:weight|bias}"
+_REVERSED = "the original counts up blocks from the finest level, diffusers from the coarsest"
+_SQUEEZED = "the original's attention is made of 1x1 convolutions, diffusers' of linear layers"
+
+
+def _attention(source: str, target: str) -> tuple[Rule, Rule]:
+    """A projection's weight, squeezed, and its bias."""
+    here, there = _E + f"mid.attn_1.{source}.", "{e}." + f"mid_block.attentions.0.{target}."
+    return (
+        Rule(here + "weight", there + "weight", (Squeeze((2, 3)),), _SQUEEZED, "attention"),
+        Rule(here + "bias", there + "bias", when="attention"),
+    )
+
+
+AUTOENCODER = Recipe(
+    name="autoencoder-kl",
+    source_layout="original",
+    target_layout="diffusers",
+    rules=(
+        Rule(_E + "{l:conv_in|conv_out}.{p:weight|bias}", "{e}.{l}.{p}"),
+        Rule(_E + "norm_out.{p:weight|bias}", "{e}.conv_norm_out.{p}"),
+        Rule("encoder.down.{i:int}.block.{j:int}." + _LAYERS, "encoder.down_blocks.{i}.resnets.{j}.{l}.{p}"),
+        Rule(
+            "encoder.down.{i:int}.block.{j:int}.nin_shortcut.{p:weight|bias}",
+            "encoder.down_blocks.{i}.resnets.{j}.conv_shortcut.{p}", when="shortcut",
+        ),
+        Rule(
+            "encoder.down.{i:int}.downsample.conv.{p:weight|bias}",
+            "encoder.down_blocks.{i}.downsamplers.0.conv.{p}", when="resampled",
+        ),
+        Rule(
+            "decoder.up.{i:int}.block.{j:int}." + _LAYERS, "decoder.up_blocks.{n-1-i}.resnets.{j}.{l}.{p}",
+            why=_REVERSED,
+        ),
+        Rule(
+            "decoder.up.{i:int}.block.{j:int}.nin_shortcut.{p:weight|bias}",
+            "decoder.up_blocks.{n-1-i}.resnets.{j}.conv_shortcut.{p}", why=_REVERSED, when="shortcut",
+        ),
+        Rule(
+            "decoder.up.{i:int}.upsample.conv.{p:weight|bias}",
+            "decoder.up_blocks.{n-1-i}.upsamplers.0.conv.{p}", why=_REVERSED, when="resampled",
+        ),
+        Rule(_E + "mid.block_{j:int}." + _LAYERS, "{e}.mid_block.resnets.{j-1}.{l}.{p}"),
+        Rule(_E + "mid.attn_1.norm.{p:weight|bias}", "{e}.mid_block.attentions.0.group_norm.{p}", when="attention"),
+        *_attention("q", "to_q"),
+        *_attention("k", "to_k"),
+        *_attention("v", "to_v"),
+        *_attention("proj_out", "to_out.0"),
+        Rule("quant_conv.{p:weight|bias}", "quant_conv.{p}", when="quant"),
+        Rule("post_quant_conv.{p:weight|bias}", "post_quant_conv.{p}", when="post_quant"),
+    ),
+    parameters=parameters,
+    source_headers=original_headers,
+    target_headers=diffusers_headers,
+    infer_config=infer_config,
+)  # fmt: skip

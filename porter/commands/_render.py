@@ -1,0 +1,106 @@
+"""How the verbs print: `console()` for results, `notes()` for everything else, small formatters."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, JustifyMethod
+    from rich.progress import Progress
+    from rich.table import Table
+
+
+def console() -> Console:
+    """The console of results (stdout). Honours NO_COLOR and FORCE_COLOR; 140 columns where there is no terminal."""
+    return _console(stderr=False)
+
+
+def notes() -> Console:
+    """The console of everything that is not a result (stderr)."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # the frame knows what that means; rich would end the process
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Ours(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
+
+
+def table(*columns: str, right: Sequence[str] = (), cut: Sequence[str] = ()) -> Table:
+    """A plain table; the columns named in `right` are right-aligned, those in `cut` are shortened with `…`."""
+    from rich import box
+    from rich.table import Table
+
+    built = Table(box=box.SIMPLE_HEAD, expand=bool(cut), pad_edge=False, header_style="bold", show_edge=False)
+    for name in columns:
+        justify: JustifyMethod = "right" if name in right else "left"
+        built.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", ratio=1 if name in cut else None)
+    return built
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Prints one document on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def human_bytes(count: int | None) -> str:
+    """`1536` → `1.5 kB`; decimal units; None is `?`."""
+    if count is None:
+        return "?"
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def human_count(count: int | None) -> str:
+    """`11901408320` → `11.90 B`; None is `?`."""
+    if count is None:
+        return "?"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+class ByteBar:
+    """A progress bar in bytes."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._task = progress, progress.add_task(label, total=None)
+
+    def start(self, total: int) -> None:
+        """Says how many bytes there will be."""
+        self._progress.update(self._task, total=total)
+
+    def advance(self, count: int) -> None:
+        """Counts bytes that were moved."""
+        self._progress.advance(self._task, count)
+
+
+@contextmanager
+def byte_progress(label: str, *, quiet: bool) -> Iterator[ByteBar | None]:
+    """A progress bar on stderr; None where that is no terminal, or HF_HUB_DISABLE_PROGRESS_BARS or `quiet` is set."""
+    off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
+    if quiet or off or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=notes(), transient=True) as progress:
+        yield ByteBar(progress, label)

@@ -1,0 +1,153 @@
+"""`porter convert`: a port folder in another layout, with its manifest."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from porter.commands._options import hub_options, model_argument, output_options
+from porter.commands._render import byte_progress, console, human_bytes, print_json
+from porter.core.errors import BadInputError
+
+
+@click.command(name="convert", short_help="Write a port folder in another layout, with its manifest.")
+@model_argument
+@click.option("-o", "--out", "out", type=click.Path(path_type=Path), metavar="PORT", help="The folder to write.")
+@click.option("--to", type=click.Choice(["diffusers", "original"]), default="diffusers", show_default=True,
+              help="The layout to write; `original` restores the files a port was made from.")  # fmt: skip
+@click.option("--component", metavar="NAME", help="Convert only this component.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
+              help="The component's config.json, for what its tensors do not hold.")  # fmt: skip
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE.py",
+              help="Run this Python file; its RECIPE or RECIPES replace the catalogue's.")  # fmt: skip
+@click.option("--dtype", metavar="DTYPE", help="Cast converted weights, e.g. bfloat16; default: as they are.")
+@click.option("--dry-run", is_flag=True, help="Account for every tensor, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished port.")
+@click.option("--verify", is_flag=True, help="Load the result with its real class, compare, and undo it once.")
+@hub_options
+@output_options
+def command(
+    model: str,
+    out: Path | None,
+    to: str,
+    component: str | None,
+    config: Path | None,
+    recipe: Path | None,
+    dtype: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    verify: bool,
+    revision: str | None,
+    token: str | None,
+    offline: bool | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Convert MODEL into the folder PORT.
+
+    The folder appears whole or not at all. A killed run is continued by running the same command again.
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("name the folder to write: -o PORT (or --dry-run)")
+    from porter.core.convert import convert
+
+    with byte_progress("converting", quiet=quiet or as_json) as bar:
+        result = convert(
+            model,
+            out or Path("port"),
+            to="original" if to == "original" else "diffusers",
+            component=component,
+            config=_config(config) if config else None,
+            recipe=recipe,
+            dtype=dtype,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            verify=verify,
+            revision=revision,
+            token=token,
+            offline=offline,
+            progress=(lambda _, count: bar.advance(count)) if bar else None,
+            started=bar.start if bar else None,
+        )
+    document = result.to_json()
+    if as_json:
+        print_json(document)
+    elif not quiet or dry_run:
+        print_conversion(document, verbose=verbose or dry_run)
+    if quiet and result.output and not as_json:
+        click.echo(str(out))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    from porter.core.source import read_json
+
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise BadInputError(f"{path} is not a config", expected="a JSON object", found=type(document).__name__)
+    return document
+
+
+def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
+    """Prints what was converted, or would be, for people."""
+    screen = console()
+    for part in document["components"]:
+        cover = part["coverage"]
+        totals = cover["totals"]
+        screen.print(
+            f"[bold]{escape(part['name'])}[/bold]  {escape(part['recipe']['name'])}: {totals['source']} tensors →"
+            f" {totals['target']}, {human_bytes(part['bytes_in'])} → {human_bytes(part['bytes_out'])},"
+            f" {part['exactness']}, digest {part['recipe']['digest'][:12]}"
+        )
+        for rule in cover["rules"] if verbose else ():
+            screen.print(_rule_line(rule), soft_wrap=True)
+        for item in cover["dropped"]:
+            screen.print(f"  dropped {escape(item['tensor'])}: {escape(item['reason'])}")
+    if document["copied"]:
+        screen.print(f"copied    {len(document['copied'])} files as they are")
+        if verbose:
+            screen.print("          " + escape(", ".join(document["copied"])), style="dim")
+    reasons: dict[str, list[str]] = {}
+    for name, why in document["not_carried"].items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        shown = f"{len(names)} files" if len(names) > 3 else ", ".join(names)
+        screen.print(f"left out  {escape(shown)}: {escape(why)}")
+    for name, found in document["verified"].items():
+        back = found["round_trip"]
+        undone = f"{back} source tensors restored byte for byte" if isinstance(back, int) else back
+        loaded = f"{found['class']} loads it strictly, " if found["class"] else ""
+        screen.print(f"verified  {escape(name)}: {loaded}{found['tensors']} tensors equal; {undone}")
+    if document["resumed"]:
+        screen.print(f"resumed   {len(document['resumed'])} files of an interrupted run were kept")
+    kept = document["loss"]["exact"] and not document["loss"]["dropped"]
+    screen.print(f"loss      {'none: every element is kept' if kept else 'some, listed in manifest.json'}")
+    if document["dry_run"]:
+        screen.print(f"dry run   {human_bytes(document['bytes'])} would be written; nothing was")
+        return
+    port = shlex.quote(str(document["output"]))
+    screen.print(f"wrote     {escape(str(document['output']))}  ({human_bytes(document['bytes'])})")
+    verb = "plan" if document["direction"] == "original" else "parity"
+    screen.print(f"[bold]next[/]      porter {verb} {escape(port)}")
+
+
+def _rule_line(rule: dict[str, Any]) -> str:
+    """One rule with its counts: `  2 →   6  source → targets  split [h, h, h]`."""
+    counts = f"{rule['source_tensors']:>5} → {rule['target_tensors']:<5}"
+    ops = "" if rule["ops"] == "rename" else f"  [cyan]{escape(rule['ops'])}[/]"
+    cost = "" if rule["exactness"] == "exact" else f"  [yellow]{rule['exactness']}[/]"
+    return f"{counts} {escape(_pattern(rule['sources']))} → {escape(_pattern(rule['targets']))}{ops}{cost}"
+
+
+def _pattern(patterns: list[str]) -> str:
+    """Patterns that differ in one part as one, without the types of their variables: `attn.(to_q, to_k).{p}`."""
+    plain = [re.sub(r"{(\w+):[^}]*}", r"{\1}", pattern).split(".") for pattern in patterns]
+    if len({len(parts) for parts in plain}) != 1:
+        return " + ".join(".".join(parts) for parts in plain) or "nothing"
+    columns = [list(dict.fromkeys(column)) for column in zip(*plain, strict=True)]
+    return ".".join(column[0] if len(column) == 1 else f"({', '.join(column)})" for column in columns)

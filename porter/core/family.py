@@ -1,0 +1,169 @@
+"""The catalogue: one `Family` record per folder of `conversions/`, found by name and loaded lazily.
+
+A record holds names and `"module:attribute"` strings only, so that listing the catalogue imports no recipe, no model
+and no torch. Other distributions add families through the entry point group `porter.families`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from porter.core.errors import BadInputError, UsageError
+
+Style = Literal["Modular", "Hybrid"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a pipeline, as its family knows it.
+
+    Attributes:
+        name: the component's key in `model_index.json` and its folder's name.
+        library: the library of its class (`diffusers`, `transformers`).
+        class_names: classes that implement it; the first is the one a conversion writes.
+        original_files: file name patterns of the original layout, most specific first.
+        original_name: the name that a restored original file gets when no manifest knows a better one.
+        detector: tensor names that all stand in an original-layout file of this component, and in no other's.
+        recipe: `"module:attribute"` of the recipe original → diffusers, or None where nothing is converted.
+        native: `"module:attribute"` of the native module, or None where the library's class is reused.
+    """
+
+    name: str
+    library: str
+    class_names: tuple[str, ...]
+    original_files: tuple[str, ...] = ()
+    original_name: str | None = None
+    detector: tuple[str, ...] = ()
+    recipe: str | None = None
+    native: str | None = None
+
+    def detects(self, keys: Mapping[str, Any] | Iterable[str]) -> bool:
+        """Whether tensor names `keys` are this component in its original layout."""
+        present = keys if isinstance(keys, Mapping | set | frozenset) else set(keys)
+        return bool(self.detector) and all(key in present for key in self.detector)
+
+    def names_file(self, name: str) -> bool:
+        """Whether a file called `name` looks like this component's original file."""
+        return any(fnmatchcase(name.lower(), pattern) for pattern in self.original_files)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: everything that shared code may know about it.
+
+    Attributes:
+        name: the folder's name under `conversions/`.
+        title: what people call it.
+        pipeline_class: `_class_name` of its `model_index.json`.
+        components: its parts, in the pipeline's order.
+        pipeline: `"module:attribute"` of the runtime's entry class.
+        cases: `"module:attribute"` of the parity cases.
+        reference: what it is proven against: files of its `reference/` folder, or empty (unproven).
+        reference_code: the original code, with the commit that was recorded.
+        style: pipeline style of the native port, and why.
+        license_hint: what a user must know before publishing a port.
+    """
+
+    name: str
+    title: str
+    pipeline_class: str
+    components: tuple[Component, ...]
+    pipeline: str | None = None
+    cases: str | None = None
+    reference: str | None = None
+    reference_code: str | None = None
+    style: Style = "Modular"
+    style_reason: str = "standard text-to-image"
+    license_hint: str = ""
+
+    def component(self, name: str) -> Component | None:
+        """The component called `name`, or None."""
+        return next((part for part in self.components if part.name == name), None)
+
+    def detect(self, keys: Mapping[str, Any] | Iterable[str]) -> Component | None:
+        """The component whose original layout the tensor names `keys` show, or None."""
+        present = keys if isinstance(keys, Mapping) else set(keys)
+        return next((part for part in self.components if part.detects(present)), None)
+
+
+def resolve(reference: str) -> Any:
+    """The object that `"module:attribute"` names; its module is imported now."""
+    module, _, attribute = reference.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every known family by name: the folders of `conversions/`, then installed plug-ins.
+
+    Raises:
+        BadInputError: two records carry one name or pipeline class, or a record is no `Family`.
+    """
+    found: dict[str, Family] = {}
+    for origin, reference in _records():
+        family = resolve(reference)
+        if not isinstance(family, Family):
+            raise BadInputError(f"{origin} is no Family record", expected=f"{reference} to be a Family")
+        for other in found.values():
+            if family.name == other.name or family.pipeline_class == other.pipeline_class:
+                raise BadInputError(
+                    f"two families are called {family.name} or claim {family.pipeline_class}",
+                    found=f"{other.name} ({other.title}) and {family.name} from {origin}",
+                    hint="uninstall one of them",
+                )
+        found[family.name] = family
+    return dict(sorted(found.items()))
+
+
+def _records() -> list[tuple[str, str]]:
+    """(where it comes from, `"module:attribute"`) of every record, without importing the families themselves."""
+    catalogue = importlib.import_module("conversions")
+    folders = [module.name for module in pkgutil.iter_modules(catalogue.__path__) if module.ispkg]
+    local = [(f"conversions/{name}", f"conversions.{name}:FAMILY") for name in folders if name != "common"]
+    plugins = [(f"plug-in {point.name}", point.value) for point in entry_points(group="porter.families")]
+    return local + plugins
+
+
+def family_of_pipeline(pipeline_class: str) -> Family | None:
+    """The family whose `model_index.json` names `pipeline_class`, or None."""
+    return next((family for family in families().values() if family.pipeline_class == pipeline_class), None)
+
+
+def family_named(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = families()
+    if name not in known:
+        raise UsageError(f"no family is called {name!r}", expected=", ".join(known), hint="porter families")
+    return known[name]
+
+
+def detect(keys: Mapping[str, Any] | Iterable[str]) -> tuple[Family, Component] | None:
+    """The family and component whose original layout the tensor names `keys` show, or None."""
+    present = keys if isinstance(keys, Mapping) else set(keys)
+    for family in families().values():
+        if component := family.detect(present):
+            return family, component
+    return None
+
+
+def proof(family: Family) -> list[str]:
+    """The committed reference traces of `family`, as names inside its reference folder; empty means unproven."""
+    if family.reference is None:
+        return []
+    folder = Path(importlib.import_module("conversions").__path__[0]).parent / family.reference
+    return sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []

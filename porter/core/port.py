@@ -1,0 +1,249 @@
+"""The port folder: the diffusers layout, plus `manifest.json` and the evidence in `parity/`.
+
+    PORT/
+      model_index.json  <component>/…      what diffusers loads
+      manifest.json                        porter.manifest/1: where every file came from, and what it must be
+      parity/parity.json  parity/report.html
+
+`manifest.json`:
+
+    {"schema": "porter.manifest/1", "porter": "0.1.0", "status": "complete", "direction": "diffusers",
+     "family": "…" | null, "pipeline": "…" | null, "licence": {"hint": …, "files": […], "declared": …},
+     "source": {"spec": …, "kind": …, "revision": …,
+                "files": {name: {"size": …, "mtime_ns": …, "sha256": …}}},
+     "components": {name: {"library", "class", "action": "convert"|"copy", "sources": [name…],
+                           "recipe": {"name", "reference", "digest"} | null, "dtype": … | null,
+                           "config": {…} | null, "source_metadata": {…}, "source_dtypes": …, "coverage": {…} | null}},
+     "files": {path: {"size", "mtime_ns", "sha256"}},
+     "loss": {"exact": bool, "dropped": […], "lossy": […]}}
+
+`parity/parity.json` belongs to the port as long as its `"manifest_sha256"` is the manifest's; its `"passed"` is the
+verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from porter.core.errors import BadInputError, MissingError, ResourceError
+
+MANIFEST = "manifest.json"
+SCHEMA = "porter.manifest/1"
+PARITY = Path("parity") / "parity.json"
+BadVerdict = Literal["missing", "failed", "stale"]
+Verdict = Literal["missing", "failed", "stale", "passed"]
+_WINDOW = 8 << 20
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file, read in windows; `progress` is called with the bytes of each."""
+    digest = hashlib.sha256()
+    window = memoryview(bytearray(_WINDOW))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(window):
+            digest.update(window[:count])
+            if progress:
+                progress(count)
+    return digest.hexdigest()
+
+
+def file_record(path: Path, sha256: str) -> dict[str, Any]:
+    """What a manifest says about a file: size, modification time, sha256."""
+    found = path.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256}
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port folder, opened by `Port.open`."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Port:
+        """Reads `path`/manifest.json.
+
+        Raises:
+            MissingError: no such folder, or a folder without a manifest.
+            BadInputError: the manifest is not JSON, of another schema, or incomplete.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise MissingError(f"no such port folder: {root}", hint=f"porter convert <model> -o {root}")
+        file = root / MANIFEST
+        if not file.is_file():
+            raise MissingError(
+                f"{root} is not a port: it holds no {MANIFEST}", hint=f"porter convert {root} -o {root}-port"
+            )
+        try:
+            manifest = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise BadInputError(f"{file} is not JSON", found=str(error), hint="convert the model again") from error
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if schema != SCHEMA:
+            raise BadInputError(
+                f"{file} has an unknown schema", expected=SCHEMA, found=str(schema), hint="convert the model again"
+            )
+        if manifest.get("status") != "complete":
+            raise BadInputError(f"{root} is an unfinished port", hint="run the same `porter convert` again")
+        if manifest.get("direction") != "diffusers":
+            raise BadInputError(
+                f"{root} holds a model in the original layout, not a port", hint=f"porter convert {root} -o {root}-port"
+            )
+        _check(file, manifest)
+        return cls(root, manifest)
+
+    @property
+    def manifest_sha256(self) -> str:
+        """sha256 of the manifest file: what parity.json is bound to."""
+        return file_sha256(self.path / MANIFEST)
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the components that the port holds, in the manifest's order."""
+        return list(self.manifest["components"])
+
+    def component_dir(self, name: str) -> Path:
+        """The folder of component `name`.
+
+        Raises:
+            MissingError: the port has no such component.
+        """
+        if name not in self.manifest["components"]:
+            raise MissingError(
+                f"the port {self.path} has no component {name!r}",
+                expected="one of " + ", ".join(self.components),
+                hint=f"porter convert MODEL --component {name} -o PORT",
+            )
+        return self.path / name
+
+    def stale(self, full: bool = False) -> list[str]:
+        """Files that are no longer what the manifest says; an empty list is a fresh port.
+
+        Quick: sizes and modification times; a file whose time alone differs (a copied port) is hashed. `full`: every
+        file is hashed.
+        """
+        changed = []
+        for name, expected in self.manifest["files"].items():
+            path = self.path / name
+            try:
+                found = path.stat()
+            except OSError:
+                changed.append(name)
+                continue
+            same_time = found.st_mtime_ns == expected["mtime_ns"]
+            if found.st_size != expected["size"] or (
+                (full or not same_time) and file_sha256(path) != expected["sha256"]
+            ):
+                changed.append(name)
+        return changed
+
+    def parity(self) -> dict[str, Any] | None:
+        """The parity document beside the port, or None where there is none that can be read."""
+        try:
+            document = json.loads((self.path / PARITY).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    def verdict(self, full: bool = False) -> Verdict:
+        """`missing` (never compared), `stale` (the port changed since), `failed` or `passed`."""
+        document = self.parity()
+        if document is None:
+            return "missing"
+        if document.get("manifest_sha256") != self.manifest_sha256 or self.stale(full):
+            return "stale"
+        return "passed" if document.get("passed") is True else "failed"
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether `path` is a manifest of porter's, of any version, and not another tool's file of that name."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and str(document.get("schema", "")).startswith("porter.manifest/")
+
+
+def _check(file: Path, manifest: dict[str, Any]) -> None:
+    """Refuses a manifest that lacks something its readers rely on, or names a file outside the folder."""
+
+    def holds(value: Any, **kinds: type | tuple[type, ...]) -> bool:
+        return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
+
+    def plain(name: str) -> bool:
+        return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+
+    wrong = [
+        *(key for key in ("source", "components", "files", "loss") if not isinstance(manifest.get(key), dict)),
+        *(f"source: {key}" for key in ("spec",) if not holds(manifest.get("source"), spec=str)),
+    ]
+    converted: dict[str, type | tuple[type, ...]] = {
+        "config": dict,
+        "source_metadata": dict,
+        "source_dtypes": (str, dict),
+    }
+    for name, record in manifest["components"].items() if not wrong else ():
+        good = plain(name) and "/" not in name and holds(record, action=str, sources=list)
+        if good and record["action"] == "convert":
+            recipe = record.get("recipe")
+            good = holds(record, **converted) and holds(recipe, name=str, reference=str, digest=str)
+        if not good:
+            wrong.append(f"components: {name}")
+    for name, record in manifest["files"].items() if not wrong else ():
+        if not plain(name) or not holds(record, size=int, mtime_ns=int, sha256=str):
+            wrong.append(f"files: {name}")
+    if wrong:
+        raise BadInputError(f"{file} is damaged", found=f"nothing usable in {wrong[0]}", hint="convert the model again")
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes a folder's names durable, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def unwritable(output: Path, error: OSError) -> ResourceError:
+    """The error for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(f"the disk is full: {output} was not written", hint="free space, then run the same again")
+    return ResourceError(
+        f"cannot write {output}", found=error.strerror or str(error), hint="choose another place with -o"
+    )
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes JSON so that `path` holds either its old content or all of the new.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path, error) from error

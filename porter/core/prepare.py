@@ -1,0 +1,212 @@
+"""Preparing original → diffusers: which components go through which recipe, and which files are copied."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from porter.core.checkpoint import TensorInfo
+from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
+from porter.core.family import Family, families, resolve
+from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation
+from porter.core.layout import WEIGHT_SUFFIXES
+from porter.core.plan import ComponentPlan, PortPlan
+from porter.core.port import MANIFEST
+from porter.core.recipe import Recipe, compile_recipe
+from porter.core.source import Source
+
+_CARRIED = re.compile(r"(README|LICEN[SC]E|NOTICE|COPYING|USE_POLICY|MODEL_CARD)[^/]*", re.IGNORECASE)
+
+
+def forward(
+    source: Source,
+    plan: PortPlan,
+    *,
+    component: str | None,
+    config: Mapping[str, Any] | None,
+    recipes: Mapping[str, Recipe],
+    reference: str,
+    dtype: str | None,
+) -> Preparation:
+    """Original → diffusers. See `porter.core.convert.convert` for the arguments.
+
+    Raises:
+        UsageError: an unknown component, nothing to convert, a config or recipe for no or several components.
+        BadInputError: the input cannot be converted; the message names the tensor or key.
+        MissingError: weights that are not here.
+    """
+    parts = _selected(source, plan, component)
+    if unknown := set(recipes) - {part.name for part in parts}:
+        raise UsageError(
+            f"a recipe for {', '.join(sorted(unknown))}, which is not converted here",
+            expected=", ".join(part.name for part in parts),
+        )
+    if config is not None and len(parts) > 1:
+        raise UsageError(
+            "--config holds one component's config, and several are converted",
+            found=", ".join(part.name for part in parts),
+            hint=f"porter convert {source.given} --component {parts[0].name} --config FILE -o OUT",
+        )
+    family = families().get(plan.family) if plan.family else None
+    jobs = tuple(_forward_job(source, part, config, recipes.get(part.name), reference, dtype) for part in parts)
+    whole = plan.pipeline_class is not None and component is None
+    written = {name for job in jobs for name in (job.target, *job.texts)}
+    copies, left = _carried(source, plan, jobs) if whole else ([], {})
+    if not whole:
+        used = {name for job in jobs for name in job.sources}
+        left = {name: "not part of the chosen component" for name in source.files if name not in used}
+        copies = [Copy.of(source, name) for name in source.files if _CARRIED.fullmatch(name)]
+        left = {name: why for name, why in left.items() if name not in {copy.name for copy in copies}}
+    copies = [copy for copy in copies if copy.name not in written]
+    others = {
+        part.name: {"library": part.library, "class": part.class_name, "action": "copy", "sources": list(part.files),
+                    "recipe": None}
+        for part in plan.components if whole and part.status in ("native", "reuse")
+    }  # fmt: skip
+    return Preparation(
+        source,
+        "diffusers",
+        plan.family,
+        plan.pipeline_class if whole else None,
+        jobs,
+        tuple(copies),
+        others,
+        tuple(sorted(left.items())),
+        _licence(source, family, copies),
+    )
+
+
+def _selected(source: Source, plan: PortPlan, component: str | None) -> list[ComponentPlan]:
+    """The components to convert, after refusing what cannot be done."""
+    names = [part.name for part in plan.components]
+    if component is not None and component not in names:
+        raise UsageError(
+            f"unknown component {component!r}", expected=" | ".join(names), hint=f"porter plan {source.given}"
+        )
+    chosen = [part for part in plan.components if component in (None, part.name)]
+    for part in chosen:
+        if part.status == "missing":
+            raise MissingError(
+                f"{part.name}: no weights of {part.class_name} in {source.given}", hint=f"porter plan {source.given}"
+            )
+        if part.status == "port" and (component or plan.pipeline_class):
+            raise BadInputError(
+                f"{part.name}: porter knows no recipe for {part.class_name or 'these tensors'}",
+                expected="a class or a layout of the catalogue",
+                hint="porter families; CONTRIBUTING.md says how a family is added",
+            )
+    found = [part for part in chosen if part.status == "convert"]
+    if not found and any(part.status == "port" for part in chosen):
+        raise BadInputError(
+            f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:1]) or None,
+            hint="porter families",
+        )  # fmt: skip
+    if not found:
+        where = f"{component} is" if component else f"{source.given} is"
+        raise UsageError(f"nothing to convert: {where} in the diffusers layout already", hint=plan.next[0])
+    return found
+
+
+def _forward_job(
+    source: Source,
+    part: ComponentPlan,
+    config: Mapping[str, Any] | None,
+    recipe: Recipe | None,
+    reference: str,
+    dtype: str | None,
+) -> Job:
+    assert part.library and part.class_name and part.recipe
+    used = recipe or resolve(part.recipe)
+    config_name = f"{part.name}/config.json"
+    given = dict(config) if config is not None else source.json(config_name) if config_name in source.files else {}
+    header: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for name in part.files:
+        read, more = source.header(name)
+        header.update(read)
+        metadata.update(more)
+    try:
+        full = used.infer_config(header, given)
+        plan = compile_recipe(used, full, header, dtype=dtype)
+    except (RecipeError, CheckpointError) as error:
+        error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
+        raise
+    notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
+    text = {"_class_name": part.class_name, **notes, **{k: v for k, v in full.items() if not k.startswith("_")}}
+    kept = config is None and config_name in source.files and text == given
+    content = source.path(config_name).read_bytes() if kept else (json.dumps(text, indent=2) + "\n").encode()
+    return Job(
+        component=part.name,
+        library=part.library,
+        class_name=part.class_name,
+        recipe=used,
+        reference=reference if recipe else part.recipe,
+        plan=plan,
+        config=full,
+        sources=part.files,
+        target=f"{part.name}/{WEIGHTS_NAME}",
+        metadata={"format": "pt"},
+        texts={config_name: content},
+        source_metadata=metadata,
+        source_dtypes=_dtypes(header),
+        dtype=dtype,
+    )
+
+
+def _dtypes(header: Mapping[str, TensorInfo]) -> Any:
+    """One dtype code where all tensors share it, else the code of each tensor."""
+    codes = {info.dtype for info in header.values()}
+    return codes.pop() if len(codes) == 1 else {name: info.dtype for name, info in header.items()}
+
+
+def _carried(source: Source, plan: PortPlan, jobs: tuple[Job, ...]) -> tuple[list[Copy], dict[str, str]]:
+    """Files of a whole pipeline that go over unchanged, and the others with the reason why they do not."""
+    folders = {part.name: part for part in plan.components}
+    weights = {name for part in plan.components for name in part.files}
+    converted = {name for job in jobs for name in job.sources}
+    copies: list[Copy] = []
+    left: dict[str, str] = {}
+    for name in source.files:
+        folder, inside, _ = name.partition("/")
+        if name in converted or name == MANIFEST:
+            continue
+        if not inside:
+            if name == "model_index.json" or _CARRIED.fullmatch(name):
+                copies.append(Copy.of(source, name))
+            else:
+                left[name] = "no component uses it"
+        elif folder not in folders:
+            left[name] = f"{folder}/ is no component"
+        elif name.endswith(".py"):
+            left[name] = "code of the repository is not carried over"
+        elif name.endswith(WEIGHT_SUFFIXES) and name not in weights:
+            left[name] = "another variant or format of the same weights"
+        elif name.endswith(".index.json") and any(name.startswith(job.component + "/") for job in jobs):
+            left[name] = "index of weights that are written anew"
+        else:
+            copies.append(Copy.of(source, name))
+    return copies, left
+
+
+def _licence(source: Source, family: Family | None, copies: list[Copy]) -> dict[str, Any]:
+    """What is known about the terms: the hub's word or the README's front matter, the files carried over, our hint."""
+    declared = {key: value for key, value in source.declared.items() if key.startswith("license")}
+    for copy in copies:
+        if copy.name.lower() == "readme.md" and not declared:
+            declared = dict(_front_matter(source.path(copy.name)))
+    files = [copy.name for copy in copies if _CARRIED.fullmatch(copy.name)]
+    return {"declared": declared, "files": files, "hint": family.license_hint if family else ""}
+
+
+def _front_matter(readme: Path) -> Iterator[tuple[str, str]]:
+    with readme.open(encoding="utf-8", errors="replace") as file:
+        if file.readline().strip() != "---":
+            return
+        for line in file:
+            if line.strip() == "---":
+                return
+            if match := re.fullmatch(r"(license(?:_name|_link)?):\s*(\S.*?)\s*", line.rstrip("\n")):
+                yield match[1], match[2].strip("\"'")

@@ -1,0 +1,87 @@
+"""`--verify`: the written component loaded by its real class, strictly, and the conversion undone once.
+
+The one place outside parity and the runtime where a library's class is imported, and only classes of the libraries that
+`porter.core.layout` allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from porter.core.checkpoint import read_bytes, read_header
+from porter.core.errors import BadInputError, CheckFailed
+from porter.core.execute import execute
+from porter.core.jobs import Job
+from porter.core.layout import LIBRARIES
+from porter.core.staging import Staging
+
+# How the libraries name the dtypes of the format, for comparing bytes with what a loaded class holds.
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def verify_job(job: Job, staging: Staging) -> dict[str, Any]:
+    """Checks one written component against its real class and against its source.
+
+    Returns:
+        {"class", "tensors", "bytes", "round_trip"}: what was compared; `round_trip` counts the source tensors that came
+        back byte for byte, or says why the conversion cannot be undone.
+
+    Raises:
+        CheckFailed: a tensor is missing, unexpected or different.
+        BadInputError: a class that porter does not import.
+    """
+    target = staging.path(job.target)
+    header, _ = read_header(target)
+    loaded = None
+    if job.target.startswith(f"{job.component}/"):
+        loaded = _load(job, target.parent, header, staging.files[job.target]["tensors"])
+    return {
+        "class": loaded,
+        "tensors": len(header),
+        "bytes": sum(info.nbytes for info in header.values()),
+        "round_trip": _round_trip(job, target, staging),
+    }
+
+
+def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
+    """Loads the component with its class; every tensor must be there, none left over, each as it was written."""
+    if job.library not in LIBRARIES:
+        raise BadInputError(f"{job.component}: porter imports no class of {job.library}", expected=", ".join(LIBRARIES))
+    torch = importlib.import_module("torch")
+    real = getattr(importlib.import_module(job.library), job.class_name)
+    module, told = real.from_pretrained(str(folder), output_loading_info=True, local_files_only=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told.get(kind):
+            raise CheckFailed(f"{job.class_name} does not load strictly", found=f"{kind}: {list(told[kind])[:4]}")
+    state = module.state_dict()
+    if odd := set(state) ^ set(header):
+        raise CheckFailed(f"{job.class_name} and the written file name different tensors", found=str(sorted(odd)[:4]))
+    for name, info in header.items():
+        held = state[name].detach().to(getattr(torch, _TORCH[info.dtype])) if info.dtype in _TORCH else state[name]
+        raw = held.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        if hashlib.sha256(raw).hexdigest() != written[name]:
+            raise CheckFailed(f"{job.class_name} holds other values than were written", found=name)
+    return f"{job.library}.{job.class_name}"
+
+
+def _round_trip(job: Job, target: Path, staging: Staging) -> int | str:
+    """Undoes the conversion into a temporary file and compares it with the source, tensor by tensor."""
+    if job.plan.exactness != "exact":
+        return f"not undone: the conversion is {job.plan.exactness}"
+    written, _ = read_header(target)
+    back = job.plan.rebind(written).inverse()
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=staging.folder) as folder:
+        restored = Path(folder) / "restored.safetensors"
+        execute(back, restored, metadata={}, overwrite=True)
+        found, _ = read_header(restored)
+        original = job.plan.sources
+        if odd := set(found) ^ set(original):
+            raise CheckFailed(f"undoing {job.component} names other tensors", found=str(sorted(odd)[:4]))
+        for name, info in original.items():
+            if read_bytes(found[name]) != read_bytes(info):
+                raise CheckFailed(f"undoing {job.component} does not restore {name}")
+    return len(found)

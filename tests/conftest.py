@@ -1,0 +1,34 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from porter import builtin
+
+
+@pytest.fixture(scope="session")
+def tiny_flux() -> Path:
+    """The files of the embedded model, in the original layout. Read only."""
+    found = builtin.locate("tiny-flux")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_port(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's port, converted once per session. Read only: tests that change it take `own_port`."""
+    from porter.core.convert import convert
+
+    output = tmp_path_factory.mktemp("session") / "tiny-flux-port"
+    convert("builtin:tiny-flux", output)
+    return output
+
+
+@pytest.fixture
+def own_port(tiny_port: Path, tmp_path: Path) -> Path:
+    """A copy of the port that a test may change."""
+    return Path(shutil.copytree(tiny_port, tmp_path / "port"))

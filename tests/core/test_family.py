@@ -1,0 +1,122 @@
+"""The catalogue: listed lazily, told apart by tensor names, duplicates refused, no family named in shared code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from porter.core import family as module
+from porter.core.errors import BadInputError, UsageError
+from porter.core.family import Component, Family, detect, families, family_named, proof, resolve
+from porter.core.source import open_source
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_folder_of_the_catalogue_is_a_family() -> None:
+    folders = {path.parent.name for path in (ROOT / "conversions").glob("*/__init__.py")} - {"common"}
+    assert set(families()) == folders and folders
+    for family in families().values():
+        assert family.components and family.license_hint
+        for part in family.components:
+            assert part.class_names and bool(part.recipe) == bool(part.detector) == bool(part.original_files)
+
+
+def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None:
+    code = """
+        import sys
+        from porter.core.family import families
+        families()
+        heavy = [m for m in sys.modules if m.split(".")[0] in ("torch", "diffusers", "transformers", "numpy")
+                 or m.endswith((".recipe", ".model", ".case", ".pipeline"))]
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+
+
+def test_every_lazy_reference_names_a_module_that_exists() -> None:
+    for family in families().values():
+        parts = [reference for part in family.components for reference in (part.recipe, part.native) if reference]
+        for reference in [*parts, family.pipeline, family.cases]:
+            assert reference
+            path = ROOT / (reference.partition(":")[0].replace(".", "/") + ".py")
+            assert path.is_file(), reference
+            assert re.search(rf"^(class )?{reference.partition(':')[2]}\b", path.read_text(), re.MULTILINE), reference
+
+
+def test_original_files_are_told_by_their_tensor_names() -> None:
+    source = open_source("builtin:tiny-flux")
+    for name in ("flux1-tiny.safetensors", "ae.safetensors"):
+        header, _ = source.header(name)
+        hits = [(f.name, p.name) for f in families().values() for p in f.components if p.detects(header)]
+        found = detect(header)
+        assert found is not None and hits == [(found[0].name, found[1].name)]
+    assert detect(source.header("text_encoder/model.safetensors")[0]) is None
+    assert detect([]) is None
+
+
+def record(name: str, pipeline: str) -> Family:
+    return Family(name, name, pipeline, (Component("vae", "diffusers", ("AutoencoderKL",)),))
+
+
+TWIN = record("twin", "TwinPipeline")
+OTHER = record("other", "OtherPipeline")
+SAME_NAME = record("twin", "ThirdPipeline")
+SAME_PIPELINE = record("fourth", "TwinPipeline")
+
+
+@pytest.mark.parametrize("second", ["SAME_NAME", "SAME_PIPELINE"])
+def test_duplicates_are_errors(monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    plug_in(monkeypatch, "TWIN", second)
+    with pytest.raises(BadInputError, match="two families"):
+        families()
+
+
+def test_plug_ins_join_the_catalogue_and_must_be_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(families())
+    plug_in(monkeypatch, "TWIN", "OTHER")
+    assert set(families()) == before | {"twin", "other"}
+    assert family_named("twin") is not None and proof(family_named("twin")) == []
+    plug_in(monkeypatch, "ROOT")
+    with pytest.raises(BadInputError, match="no Family record"):
+        families()
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Installs records of this file as entry points, as another distribution would."""
+    points = [EntryPoint(name, f"{__name__}:{name}", "porter.families") for name in names]
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+    monkeypatch.setattr(module, "entry_points", lambda group: points if group == "porter.families" else [])
+    families.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_catalogue() -> object:
+    yield
+    families.cache_clear()
+
+
+def test_unknown_family_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="flux1"):
+        family_named("flux9")
+
+
+def test_resolve_follows_dots() -> None:
+    assert resolve("pathlib:Path.home") == Path.home
+
+
+def test_shared_code_names_no_family() -> None:
+    names = {word for family in families().values() for word in (family.name, family.pipeline_class)}
+    names |= {name for f in families().values() for p in f.components if p.native for name in p.class_names}
+    pattern = re.compile("|".join(map(re.escape, sorted(names))), re.IGNORECASE)
+    shared = [ROOT / "porter" / "cli.py", *(ROOT / "porter" / "core").glob("*.py"), *(ROOT / "parity").glob("*.py")]
+    shared += [*(ROOT / "runtime").rglob("*.py"), *(ROOT / "porter" / "commands").glob("*.py")]
+    for path in shared:
+        found = pattern.search(path.read_text("utf-8"))
+        assert not found, f"{path.relative_to(ROOT)} names {found[0] if found else ''}"

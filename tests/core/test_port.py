@@ -1,0 +1,101 @@
+"""The port folder: manifest, staleness, verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from porter.core.errors import BadInputError, MissingError
+from porter.core.port import Port, file_record, file_sha256
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "port"
+    (root / "vae").mkdir(parents=True)
+    (root / "vae" / "w.bin").write_bytes(b"weights")
+    record = file_record(root / "vae" / "w.bin", file_sha256(root / "vae" / "w.bin"))
+    manifest = {
+        "schema": "porter.manifest/1", "status": "complete", "direction": "diffusers", "source": {"spec": "x"},
+        "components": {"vae": {"action": "copy", "sources": []}}, "files": {"vae/w.bin": record}, "loss": {},
+    }  # fmt: skip
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def test_open(folder: Path, tmp_path: Path) -> None:
+    port = Port.open(folder)
+    assert port.components == ["vae"] and port.component_dir("vae") == folder / "vae"
+    with pytest.raises(MissingError, match="no component 'unet'"):
+        port.component_dir("unet")
+    with pytest.raises(MissingError, match="no such port folder"):
+        Port.open(tmp_path / "none")
+    with pytest.raises(MissingError, match="not a port"):
+        Port.open(folder / "vae")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "porter.manifest/9"}, "unknown schema"),
+        ({"status": "partial"}, "unfinished port"),
+        ({"files": None}, "damaged"),
+        ({"files": {"../../etc/passwd": {"size": 1, "mtime_ns": 1, "sha256": ""}}}, "damaged"),
+        ({"files": {"/etc/passwd": {"size": 1, "mtime_ns": 1, "sha256": ""}}}, "damaged"),
+        ({"files": {"a": {"size": "1", "mtime_ns": 1, "sha256": ""}}}, "damaged"),
+        ({"components": {"../vae": {"action": "copy", "sources": []}}}, "damaged"),
+        ({"components": {"vae": {"action": "convert", "sources": []}}}, "damaged"),
+        ({"source": {}}, "damaged"),
+        ({"direction": "original"}, "original layout"),
+    ],
+)
+def test_manifests_that_are_none(folder: Path, change: dict[str, object], message: str) -> None:
+    document = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**document, **change}))
+    with pytest.raises(BadInputError, match=message):
+        Port.open(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(BadInputError, match="not JSON"):
+        Port.open(folder)
+
+
+def test_stale_by_size_by_content_and_by_absence(folder: Path) -> None:
+    file = folder / "vae" / "w.bin"
+    assert Port.open(folder).stale() == [] == Port.open(folder).stale(full=True)
+    times = file.stat()
+    file.write_bytes(b"weightz")
+    assert Port.open(folder).stale() == ["vae/w.bin"]
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert Port.open(folder).stale() == [] and Port.open(folder).stale(full=True) == ["vae/w.bin"]
+    file.write_bytes(b"longer weights")
+    assert Port.open(folder).stale() == ["vae/w.bin"]
+    file.unlink()
+    assert Port.open(folder).stale() == ["vae/w.bin"]
+
+
+def test_a_copied_port_is_as_good_as_the_first(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    copied = tmp_path / "copy" / "vae" / "w.bin"
+    os.utime(copied, ns=(1, 1))
+    assert Port.open(tmp_path / "copy").stale() == []
+
+
+def test_verdict(folder: Path) -> None:
+    port = Port.open(folder)
+    assert port.verdict() == "missing"
+    (folder / "parity").mkdir()
+    evidence = folder / "parity" / "parity.json"
+    evidence.write_text("{")
+    assert port.verdict() == "missing"
+    for passed, word in ((True, "passed"), (False, "failed"), ("yes", "failed"), (None, "failed")):
+        evidence.write_text(json.dumps({"manifest_sha256": port.manifest_sha256, "passed": passed}))
+        assert port.verdict() == word
+    evidence.write_text(json.dumps({"manifest_sha256": "0" * 64, "passed": True}))
+    assert port.verdict() == "stale"
+    evidence.write_text(json.dumps({"manifest_sha256": port.manifest_sha256, "passed": True}))
+    (folder / "vae" / "w.bin").write_bytes(b"WEIGHTS!")
+    assert port.verdict() == "stale"

@@ -1,0 +1,8 @@
+"""Building blocks that several native models share; parameter names follow diffusers."""
+
+from .embedding import MLPEmbedder, sinusoid
+from .feed_forward import FeedForward
+from .modulation import AdaLayerNorm, modulate
+from .rotary import apply_rotary, rotary_table
+
+__all__ = ["AdaLayerNorm", "FeedForward", "MLPEmbedder", "apply_rotary", "modulate", "rotary_table", "sinusoid"]

@@ -1,0 +1,305 @@
+"""A folder in the diffusers layout -> loaded components.
+
+Weights fill modules built on the meta device: every parameter is filled and every tensor used, or the load fails by
+name. Classes come from two libraries by name; code in a model folder is never run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from porter.core.checkpoint import Header, read_header, read_sharded
+from porter.core.errors import BadInputError, CheckpointError, MissingError
+
+LIBRARIES = ("diffusers", "transformers")
+INDEX = "model_index.json"
+_AGAIN = "convert the model again: porter convert <model> -o <port> --overwrite"
+
+
+@dataclass
+class Loaded:
+    """Components by name, and what was odd about them."""
+
+    modules: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """model_index.json of a pipeline folder.
+
+    Raises:
+        MissingError: there is no such folder.
+        BadInputError: it is not a pipeline folder, or the file is no JSON object that names a pipeline class.
+    """
+    if not path.exists():
+        raise MissingError(
+            f"no such port: {path}",
+            expected="a folder that `porter convert` wrote",
+            hint=f"porter convert <model> -o {path}",
+        )
+    if not (path / INDEX).is_file():
+        raise BadInputError(
+            f"{path} is not a pipeline folder",
+            expected=f"a folder with {INDEX}",
+            found="a file" if path.is_file() else ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing",
+            hint=f"porter plan {path}",
+        )
+    index = read_json(path / INDEX)
+    if not isinstance(index.get("_class_name"), str):
+        raise BadInputError(f"{path / INDEX} names no pipeline", expected="a _class_name", hint=f"porter plan {path}")
+    return index
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        BadInputError: the file is missing or holds something else.
+    """
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} cannot be read", expected="a JSON file", found=str(error), hint=_AGAIN) from error
+    if not isinstance(document, dict):
+        raise BadInputError(f"{path} is not a JSON object", found=type(document).__name__, hint=_AGAIN)
+    return document
+
+
+def read_configs(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The config files of the components `names` that have one; no weights are read.
+
+    Raises:
+        BadInputError: a config file is not a JSON object.
+    """
+    found = {}
+    for name in names:
+        for file in (path / name / "config.json", path / name / "scheduler_config.json"):
+            if file.is_file():
+                found[name] = read_json(file)
+    return found
+
+
+def load_components(
+    path: Path,
+    names: Iterable[str],
+    *,
+    native_models: Mapping[str, type[nn.Module]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Loaded:
+    """Load the components `names` of the pipeline folder `path`, weights as `dtype` on `device`.
+
+    Raises:
+        BadInputError: a component or its class is missing or unknown, or its files do not fit together.
+        CheckpointError: weights that are corrupt, or do not fill the module exactly.
+    """
+    index, loaded = read_index(path), Loaded()
+    with quiet_libraries():
+        for name in names:
+            entry = index.get(name)
+            if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+                raise BadInputError(
+                    f"{path / INDEX} has no component {name!r}",
+                    expected=f'"{name}": ["library", "class"]',
+                    found=json.dumps(entry),
+                    hint=_AGAIN,
+                )
+            library, class_name = entry
+            if (native := native_models.get(class_name)) is not None:
+                config = read_json(path / name / "config.json")
+                loaded.modules[name] = load_module(native, config, path / name, dtype=dtype, device=device)
+            else:
+                cls = library_class(library, class_name)
+                _load_reused(loaded, name, cls, path / name, dtype=dtype, device=device)
+    return loaded
+
+
+def library_class(library: str, class_name: str) -> type:
+    """The class that model_index.json names, from the libraries that porter trusts.
+
+    Raises:
+        BadInputError: another library, or a class that it does not have.
+    """
+    if library not in LIBRARIES or not class_name.isidentifier():
+        raise BadInputError(
+            f"component class {library}.{class_name} is not loaded: code from a model repository never runs",
+            expected=f"a class of {' or '.join(LIBRARIES)}",
+            hint="porter plan <port>",
+        )
+    found = getattr(importlib.import_module(library), class_name, None)
+    if not isinstance(found, type):
+        version = importlib.import_module(library).__version__
+        raise BadInputError(
+            f"{library} {version} has no class {class_name}",
+            hint=f"pip install --upgrade {library}, or see what is known: porter families",
+        )
+    return found
+
+
+def _load_reused(
+    loaded: Loaded, name: str, cls: Any, folder: Path, *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Load a component with the library's own class."""
+    import diffusers
+    import transformers
+
+    if issubclass(cls, diffusers.SchedulerMixin):
+        loaded.modules[name] = cls.from_config(read_json(folder / "scheduler_config.json"))
+    elif issubclass(cls, diffusers.ModelMixin):
+        config = read_json(folder / "config.json")
+        known = set(inspect.signature(cls.__init__).parameters)
+        if unknown := sorted(key for key in config if not key.startswith("_") and key not in known):
+            loaded.warnings.append(f"{name}: {cls.__name__} does not know {', '.join(unknown)} in config.json")
+        loaded.modules[name] = load_module(cls, config, folder, dtype=dtype, device=device)
+    elif issubclass(cls, transformers.PreTrainedModel):
+        read_json(folder / "config.json")
+        component_header(folder)  # refuses damaged files with the tensor's name
+        options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        with _readable(folder):
+            model, info = cls.from_pretrained(folder, **options)
+        missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or extra:
+            raise _misfit(folder, cls, missing, extra, [])
+        loaded.modules[name] = model.to(device).eval()
+    elif issubclass(cls, transformers.PreTrainedTokenizerBase):
+        with _readable(folder):
+            loaded.modules[name] = cls.from_pretrained(folder, local_files_only=True)
+    else:
+        raise BadInputError(f"{name}: {cls.__name__} is not a model, tokenizer or scheduler", hint="porter plan <port>")
+
+
+def load_module(
+    cls: Any, config: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Build `cls.from_config(config)` without memory, then fill it from the safetensors of `folder`.
+
+    Raises:
+        CheckpointError: tensors that are missing, left over or of another shape; all of them are named.
+    """
+    header = component_header(folder)
+    with torch.device("meta"), _readable(folder):
+        module: nn.Module = cls.from_config(dict(config))
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing, extra = [n for n in expected if n not in header], [n for n in header if n not in expected]
+    shapes = [
+        f"{n} is {header[n].shape}, not {shape}"
+        for n, shape in expected.items()
+        if n in header and header[n].shape != shape
+    ]
+    if missing or extra or shapes:
+        raise _misfit(folder, cls, missing, extra, shapes)
+    _fill(module, header, dtype, device)
+    if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
+        raise _misfit(folder, cls, unfilled, [], [])
+    return module.eval()
+
+
+def _fill(module: nn.Module, header: Header, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace every meta tensor by the file's, one tensor in memory at a time beyond the module itself."""
+    for file in dict.fromkeys(info.file for info in header.values()):
+        try:
+            with safe_open(str(file), framework="pt", device="cpu") as tensors:
+                for name, info in header.items():
+                    if info.file != file:
+                        continue
+                    owner_name, _, leaf = name.rpartition(".")
+                    owner, tensor = module.get_submodule(owner_name), tensors.get_tensor(name)
+                    tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                    if leaf in owner._parameters:
+                        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+                    else:
+                        setattr(owner, leaf, tensor)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read", found=str(error), hint=_AGAIN) from error
+
+
+def component_header(folder: Path) -> Header:
+    """Headers of a component's safetensors files, one file or many.
+
+    Raises:
+        BadInputError: the folder has no safetensors weights.
+        CheckpointError: they break the format.
+    """
+    if indexes := sorted(folder.glob("*.safetensors.index.json")):
+        return read_sharded(_only(indexes, folder))
+    if files := sorted(folder.glob("*.safetensors")):
+        return read_header(_only(files, folder))[0]
+    root = folder.parent
+    original = sorted(p.name for p in root.glob("*.s*t*") if p.suffix in (".safetensors", ".sft"))
+    raise BadInputError(
+        f"{folder} holds no weights" + (": the model is in its original layout" if original else ""),
+        expected="*.safetensors in the diffusers layout",
+        found=", ".join(original or sorted(p.name for p in folder.glob("*"))) or "nothing",
+        hint=f"porter convert {root} -o {root.name}-port",
+    )
+
+
+def _only(files: list[Path], folder: Path) -> Path:
+    if len(files) > 1:
+        raise BadInputError(
+            f"{folder} holds weights more than once",
+            expected="one safetensors file, or one index of shards",
+            found=", ".join(p.name for p in files),
+            hint="keep the one that belongs to config.json",
+        )
+    return files[0]
+
+
+def _misfit(folder: Path, cls: Any, missing: list[str], extra: list[str], shapes: list[str]) -> CheckpointError:
+    parts = [("missing", missing), ("unexpected", extra), ("wrong shape", shapes)]
+    found = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in parts if names)
+    first = next(iter([*missing, *extra, *shapes]), "").split(" is ")[0]
+    return CheckpointError(
+        f"the weights in {folder} do not fill {cls.__name__}, beginning with {first}",
+        expected="every parameter filled by exactly one tensor of its shape",
+        found=found,
+        hint=_AGAIN,
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What a library raises about a damaged folder, in our words."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadInputError(
+            f"{folder} cannot be loaded", found=f"{type(error).__name__}: {error}", hint=_AGAIN
+        ) from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep both libraries' loading bars and notes off the terminal; their settings come back afterwards."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggings = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
+    for logging in loggings:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging, (level, bars) in zip(loggings, before, strict=True):
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()

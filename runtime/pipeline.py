@@ -1,0 +1,118 @@
+"""A pipeline: its modules, its config, and stages that run one after the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from porter.core.errors import BadInputError, UsageError
+from runtime.config import PipelineConfig, SamplingParams
+from runtime.loader import load_components
+from runtime.request import Req
+from runtime.stages import (
+    DecodingStage,
+    DenoisingStage,
+    InputValidationStage,
+    LatentPreparationStage,
+    PipelineStage,
+    TextEncodingStage,
+    TimestepPreparationStage,
+)
+
+
+class ComposedPipelineBase(ABC):
+    """Base of every family's EntryClass.
+
+    Attributes:
+        pipeline_name: `_class_name` in model_index.json.
+        native_models: class name in model_index.json -> our module for it; every other class is the library's.
+    """
+
+    pipeline_name: ClassVar[str]
+    native_models: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    _required_config_modules: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, modules: Mapping[str, Any], config: PipelineConfig, sampling_params: SamplingParams) -> None:
+        """Wire `modules` (component name -> loaded object) into stages.
+
+        Raises:
+            BadInputError: a component that the pipeline needs is missing.
+        """
+        if missing := sorted(set(self._required_config_modules) - modules.keys()):
+            raise BadInputError(
+                f"{self.pipeline_name} lacks {', '.join(missing)}",
+                expected=", ".join(self._required_config_modules),
+                found=", ".join(modules),
+                hint="convert the model again: porter convert <model> -o <port> --overwrite",
+            )
+        self.modules, self.config, self.sampling_params = dict(modules), config, sampling_params
+        self.stages: dict[str, PipelineStage] = {}
+        self.warnings: list[str] = []
+        self.create_pipeline_stages()
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: Path,
+        config: PipelineConfig,
+        sampling_params: SamplingParams,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Load the components of a pipeline folder and wire them. Errors: see `load_components`."""
+        names = cls._required_config_modules
+        loaded = load_components(path, names, native_models=cls.native_models, dtype=dtype, device=device)
+        pipeline = cls(loaded.modules, config, sampling_params)
+        pipeline.warnings += loaded.warnings
+        return pipeline
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lives."""
+        found: Tensor = next(self.modules["transformer"].parameters())
+        return found.device
+
+    @abstractmethod
+    def create_pipeline_stages(self) -> None:
+        """Add the stages, in order, with `add_stage` or one of the standard sets."""
+
+    def add_stage(self, stage: PipelineStage, name: str | None = None) -> None:
+        """Append `stage`; a second stage of the same name is an error."""
+        name = name or stage.name
+        if name in self.stages:
+            raise UsageError(f"{self.pipeline_name} has two stages called {name}", hint="give add_stage a name")
+        self.stages[name] = stage
+
+    def add_standard_t2i_stages(self) -> None:
+        """Text to image: validate, encode, schedule, noise, loop, decode."""
+        get, specs = self.modules, self.config.text_encoders
+        encoders = {spec.encoder: get[spec.encoder] for spec in specs}
+        tokenizers = {spec.tokenizer: get[spec.tokenizer] for spec in specs}
+        self.add_stage(InputValidationStage(self.sampling_params))
+        self.add_stage(TextEncodingStage(encoders, tokenizers))
+        self.add_stage(TimestepPreparationStage(get["scheduler"], self.device))
+        self.add_stage(LatentPreparationStage(get["transformer"]))
+        self.add_stage(DenoisingStage(get["transformer"], get["scheduler"]))
+        self.add_stage(DecodingStage(get["vae"]))
+
+    @torch.no_grad()
+    def forward(self, batch: Req) -> Req:
+        """Run every stage on `batch`, which is changed and returned; pictures are in `batch.output`.
+
+        Raises:
+            UsageError: the request asks for what cannot be made.
+            CheckFailed: the loop ended in numbers that are not finite.
+        """
+        for stage in self.stages.values():
+            batch = stage(batch, self.config)
+        return batch
+
+    def generate(self, prompt: str | list[str], **fields: Any) -> Req:
+        """`forward` on a new request; `fields` are those of `Req`."""
+        return self.forward(Req(prompt=prompt, **fields))

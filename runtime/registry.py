@@ -1,0 +1,165 @@
+"""From the class name in model_index.json to the pipeline that runs it.
+
+A family's pipeline module calls `register_configs` and `register_pipeline` when it is imported. The import happens
+here, through the family's record, when its pipeline is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from porter.core.errors import BadInputError, UsageError
+from porter.core.family import families, family_of_pipeline, resolve
+from runtime.config import PipelineConfig, SamplingParams
+from runtime.loader import read_configs, read_index
+from runtime.pipeline import ComposedPipelineBase
+
+Detector = Callable[[Mapping[str, dict[str, Any]]], bool]  # component configs by name -> whether this is the model
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """Configs of one model; several models may share a pipeline class."""
+
+    sampling_param_cls: type[SamplingParams]
+    pipeline_config_cls: type[PipelineConfig]
+    hf_model_paths: tuple[str, ...]
+    model_detectors: tuple[Detector, ...]
+
+
+_pipelines: dict[str, type[ComposedPipelineBase]] = {}
+_configs: dict[str, list[ModelConfigs]] = {}
+
+
+def register_pipeline(cls: type[ComposedPipelineBase]) -> type[ComposedPipelineBase]:
+    """Make `cls` the pipeline of its `pipeline_name`. Raises UsageError when the name is taken."""
+    if cls.pipeline_name in _pipelines:
+        raise UsageError(f"two pipelines claim {cls.pipeline_name}", found=f"{_pipelines[cls.pipeline_name]} and {cls}")
+    _pipelines[cls.pipeline_name] = cls
+    return cls
+
+
+def register_configs(
+    pipeline_name: str,
+    *,
+    sampling_param_cls: type[SamplingParams],
+    pipeline_config_cls: type[PipelineConfig],
+    hf_model_paths: tuple[str, ...] = (),
+    model_detectors: tuple[Detector, ...] = (),
+) -> None:
+    """Register the configs of one model. Models are recognised by the hub id in their files' notes or by a detector;
+    the pipeline's first registration serves every other model.
+
+    Raises:
+        UsageError: a hub id is registered twice.
+    """
+    taken = {path for models in _configs.values() for model in models for path in model.hf_model_paths}
+    if twice := sorted(taken & set(hf_model_paths)):
+        raise UsageError(f"model registered twice: {', '.join(twice)}")
+    model = ModelConfigs(sampling_param_cls, pipeline_config_cls, hf_model_paths, model_detectors)
+    _configs.setdefault(pipeline_name, []).append(model)
+
+
+def entry_class(pipeline_name: str) -> type[ComposedPipelineBase]:
+    """The pipeline registered for `pipeline_name`; its family is imported when it is asked for the first time.
+
+    Raises:
+        BadInputError: no family runs this pipeline natively.
+    """
+    if pipeline_name not in _pipelines:
+        family = family_of_pipeline(pipeline_name)
+        if family is not None and family.pipeline is not None:
+            resolve(family.pipeline)
+    if pipeline_name not in _pipelines:
+        raise BadInputError(
+            f"no family runs {pipeline_name} on the native runtime",
+            expected=", ".join(sorted({f.pipeline_class for f in families().values() if f.pipeline} | set(_pipelines))),
+            found=pipeline_name,
+            hint="porter families",
+        )
+    return _pipelines[pipeline_name]
+
+
+def model_configs(pipeline_name: str, configs: Mapping[str, dict[str, Any]]) -> ModelConfigs:
+    """The configs of the model whose component configs are `configs`.
+
+    Raises:
+        UsageError: nothing is registered for the pipeline.
+    """
+    models = _configs.get(pipeline_name, [])
+    if not models:
+        raise UsageError(f"{pipeline_name} has no configs", hint="call register_configs beside the pipeline")
+    notes = {config.get("_name_or_path") for config in configs.values()}
+    for model in models:
+        if notes & set(model.hf_model_paths) or any(detects(configs) for detects in model.model_detectors):
+            return model
+    return models[0]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline folder as its small files describe it: who runs it, and with which facts and defaults."""
+
+    pipeline_cls: type[ComposedPipelineBase]
+    config: PipelineConfig
+    sampling_params: SamplingParams
+
+
+def describe(path: Path) -> Model:
+    """Read a pipeline folder's JSON files; no weights.
+
+    Raises:
+        MissingError: no such folder.
+        BadInputError: not a pipeline folder, or a pipeline without native code.
+    """
+    name = read_index(path)["_class_name"]
+    cls = entry_class(name)
+    configs = read_configs(path, cls._required_config_modules)
+    model = model_configs(name, configs)
+    config = model.pipeline_config_cls(
+        dit_config=configs.get("transformer", {}),
+        vae_config=configs.get("vae", {}),
+        scheduler_config=configs.get("scheduler", {}),
+    )
+    return Model(cls, config, model.sampling_param_cls())
+
+
+def load(
+    port: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> ComposedPipelineBase:
+    """The native pipeline of a port folder (or of any pipeline folder in the diffusers layout), ready to generate.
+
+    Args:
+        port: the folder.
+        dtype: of all weights; None: bfloat16 on CUDA, float32 elsewhere.
+        device: None: CUDA where there is one, otherwise the CPU.
+
+    Raises:
+        MissingError: no such folder.
+        BadInputError: not a pipeline folder, a pipeline without native code, or files that do not fit together.
+        UsageError: the device is not there.
+    """
+    path = Path(port)
+    target = pick_device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    model = describe(path)
+    return model.pipeline_cls.from_folder(path, model.config, model.sampling_params, dtype=dtype, device=target)
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device to run on. Raises UsageError for a name that torch does not know or cannot reach."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).splitlines()[0]
+        raise UsageError(f"device {name} is not available", found=found, hint="--device cpu") from error
+    return device

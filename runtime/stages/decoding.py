@@ -1,0 +1,53 @@
+"""Latents to pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from porter.core.errors import CheckFailed
+from runtime.config import PipelineConfig
+from runtime.request import Req
+
+from .base import PipelineStage, VerificationResult
+
+
+class DecodingStage(PipelineStage):
+    """Unpacks the latents, undoes their normalisation and runs the autoencoder's decoder."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    def verify_input(self, batch: Req, config: PipelineConfig) -> VerificationResult:
+        result = VerificationResult()
+        result.add_check("latents", batch.latents, batch.latents is not None, "a tensor")
+        result.add_check("raw_latent_shape", batch.raw_latent_shape, batch.raw_latent_shape is not None, "a shape")
+        return result
+
+    def forward(self, batch: Req, config: PipelineConfig) -> Req:
+        assert batch.latents is not None  # verified
+        if not bool(batch.latents.isfinite().all()):
+            raise CheckFailed(
+                "the latents after the last step are not finite",
+                found=f"{int((~batch.latents.isfinite()).sum())} of {batch.latents.numel()} values",
+                hint="run it again with --dtype float32; if it stays: porter parity <port>",
+            )
+        latents = config.post_denoising_loop(batch.latents, batch)  # (B, C, h, w)
+        scale, shift = config.get_decode_scale_and_shift()
+        latents = latents / scale + shift
+        if config.vae_precision is not None:
+            self.vae.to(getattr(torch, config.vae_precision))
+        if config.vae_tiling:
+            self.vae.enable_tiling()
+        image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
+        batch.output = config.post_decoding(image, batch)
+        batch.tap(self.name, latents=latents, image=batch.output)
+        return batch
+
+    def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
+        result = VerificationResult()
+        expected = (batch.batch_size, 3, batch.height, batch.width)
+        shape = None if batch.output is None else tuple(batch.output.shape)
+        result.add_check("output", batch.output, shape == expected, f"pictures of shape {expected}")
+        return result

@@ -1,0 +1,190 @@
+"""Which module of the port answers to which of the reference: read off the compiled recipe, never guessed by order.
+
+A leaf owns weights, and the plan says which rows of its weights went where, so the same rows of its output went there:
+one fused projection of the reference is compared with three of the port, swapped halves are swapped back. A container
+corresponds to the module that holds the counterparts of all its leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity.capture import Capture
+from parity.case import Candidate
+from parity.trace import Trace, split_key
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `target` of module `candidate` hold rows `source` of the reference module; None means all."""
+
+    candidate: str
+    source: tuple[int, int] | None = None
+    target: tuple[int, int] | None = None
+
+
+@dataclass
+class Alignment:
+    """Leaves of the reference with the parts that hold them, and the rule that put them there."""
+
+    parts: dict[str, tuple[Part, ...]]
+    rules: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def identity(cls, modules: Iterable[str]) -> Alignment:
+        """Both sides name their modules alike."""
+        return cls({path: (Part(path),) for path in modules})
+
+    @classmethod
+    def of_plan(cls, plan: Any) -> Alignment:
+        """From a TensorPlan's module map."""
+        parts: dict[str, list[Part]] = {}
+        rules: dict[str, str] = {}
+        for entry in plan.module_map():
+            part = Part(entry.target, entry.source_rows, entry.target_rows)
+            if part not in parts.setdefault(entry.source, []):
+                parts[entry.source].append(part)
+            rules.setdefault(entry.source, entry.rule)
+        return cls({k: tuple(v) for k, v in parts.items()}, rules)
+
+    def leaves(self, path: str) -> list[str]:
+        """Reference leaves at or below a reference module."""
+        return [leaf for leaf in self.parts if leaf == path or not path or leaf.startswith(path + ".")]
+
+    def counterpart(self, path: str) -> str | None:
+        """The candidate module that holds what reference module `path` holds; None if no weights say so."""
+        leaves = self.leaves(path)
+        paths = sorted({part.candidate for leaf in leaves for part in self.parts[leaf]})
+        if not paths:
+            return None
+        if path in self.parts:
+            return paths[0] if len(paths) == 1 else common_path(paths)
+        if len(paths) == 1:  # one leaf, so many steps below: climb as many
+            depth = leaves[0].count(".") - path.count(".")
+            return paths[0].rsplit(".", depth)[0]
+        return common_path(paths)
+
+    def behind(self, candidate: str) -> list[str]:
+        """Reference leaves whose weights a candidate module holds."""
+        return [
+            leaf
+            for leaf, parts in self.parts.items()
+            if any(p.candidate == candidate or p.candidate.startswith(candidate + ".") for p in parts)
+        ]
+
+    def label(self, path: str) -> str:
+        """`candidate ↔ reference` of a reference module, for people; several candidates share their common path."""
+        parts = self.parts.get(path, ())
+        names = list(dict.fromkeys(p.candidate for p in parts))
+        if len(names) > 1:
+            stem = common_path(names)
+            mine = f"{stem}.{{{','.join(n.removeprefix(stem + '.') for n in names)}}}" if stem else ", ".join(names)
+        else:
+            mine = names[0] if names else (self.counterpart(path) or "?")
+        return f"{mine} ↔ {path}" if path else mine
+
+    def rule(self, path: str) -> str:
+        """The recipe rule behind a reference module; of a container, its leaves' rules."""
+        rules = dict.fromkeys(self.rules[leaf] for leaf in self.leaves(path) if leaf in self.rules)
+        return "; ".join(list(rules)[:2]) + ("; …" if len(rules) > 2 else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A recorded event: module (`=` is the pass itself), call, `in` or `out`, and name.
+
+    `position` is its place among the call's events of this kind, `inputs` the shapes of the call's recorded inputs.
+    """
+
+    module: str
+    call: int
+    kind: str
+    name: str
+    position: int = 0
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trace: Trace, key: str, position: int = 0) -> Place:
+        """The place of an event key."""
+        where, kind, name = split_key(key)
+        module, _, call = where.partition("/")[2].partition("#")
+        prefix = f"{where}.in."
+        shapes = {k.removeprefix(prefix): e.shape for k, e in trace.events.items() if k.startswith(prefix)}
+        return cls(module, int(call or 0), kind, name, position, shapes)
+
+
+def read(
+    captured: Capture, alignment: Alignment, candidate: Candidate, place: Place, shape: tuple[int, ...]
+) -> Tensor | str:
+    """The candidate's counterpart of a recorded event in the reference's layout and `shape`, or why there is none."""
+    path, call, kind, name = place.module, place.call, place.kind, place.name
+    if path == "=":
+        found = captured.tensors.get(f"=.{kind}.{name}")
+        return fit(found, shape) if found is not None else "the candidate returned no such output"
+    block = next((b for b in candidate.blocks if b.matches(path)), None)
+    if block or path not in alignment.parts:
+        ours = alignment.counterpart(path)
+        if ours is None:
+            return "no weights say which module answers to it, and the case declares none"
+        own = {k: _named(captured, f"{ours}#{call}.{k}.") for k in ("in", "out")}
+        if not own[kind]:
+            return f"{ours} never ran (call {call})"
+        if block:
+            named = (block.inputs if kind == "in" else block.outputs)(own[kind], place.inputs)
+            return fit(named[name], shape) if name in named else f"{ours} has no counterpart of {kind} {name}"
+        tensors, at = list(own[kind].values()), place.position
+        return fit(tensors[at], shape) if at < len(tensors) else f"{ours} has no {kind} {at}"
+    pieces: list[tuple[int, Tensor]] = []
+    parts = alignment.parts[path]
+    for part in parts if kind == "out" else parts[:1]:
+        own_part = list(_named(captured, f"{part.candidate}#{call}.{kind}.").values())
+        if not own_part:
+            return f"{part.candidate} never ran (call {call})"
+        tensor = own_part[0]
+        if kind == "out" and part.target is not None:
+            tensor = tensor.narrow(_channels(tensor), part.target[0], part.target[1] - part.target[0])
+        pieces.append((part.source[0] if part.source else 0, tensor))
+    pieces.sort(key=lambda piece: piece[0])
+    whole = pieces[0][1] if len(pieces) == 1 else torch.cat([t for _, t in pieces], _channels(pieces[0][1]))
+    return fit(candidate.layout(path, shape, whole), shape)
+
+
+def _named(captured: Capture, prefix: str) -> Mapping[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
+
+
+def _channels(tensor: Tensor) -> int:
+    """Where a layer's output rows lie: axis 1 of a feature map (B, C, H, W), else the last."""
+    return 1 if tensor.ndim == 4 else -1
+
+
+def fit(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | str:
+    """Bring a linear's (B, H * W, C) or (B, C, H * W) to a 1 x 1 convolution's (B, C, H, W); nothing else is bent.
+
+    -> the tensor in `shape`, or why that cannot be.
+    """
+    if tuple(tensor.shape) == shape:
+        return tensor
+    if len(shape) == 4 and tensor.ndim == 3:
+        b, c, h, w = shape
+        if tuple(tensor.shape) == (b, c, h * w) and h * w != c:
+            return tensor.reshape(shape)
+        if tuple(tensor.shape) == (b, h * w, c) and h * w != c:
+            return tensor.transpose(1, 2).reshape(shape)
+    return f"shape {tuple(tensor.shape)}, reference {shape}"
+
+
+def common_path(paths: list[str]) -> str:
+    """The longest module path that all paths begin with."""
+    split = [p.split(".") for p in paths]
+    stem: list[str] = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        stem.append(names[0])
+    return ".".join(stem)

@@ -1,0 +1,95 @@
+"""Running a candidate and keeping its activations, free or with each block's inputs reset to the reference's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parity.recorder import Dtypes, bind, float64, listen, tensors_of
+
+Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
+
+
+@dataclass
+class Capture:
+    """Activations of one pass: `tensors` by `<module>#<call>.<in|out>.<name>`, the output under `=`.
+
+    `producers` names, for each captured input, the innermost module whose output it is; inputs computed in between by
+    plain operations have none. `casts` holds the floating-point dtypes computed inside each module.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    producers: dict[str, str] = field(default_factory=dict)
+    casts: dict[str, list[str]] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+
+
+@torch.no_grad()
+def capture(
+    module: nn.Module,
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    inputs: Mapping[str, Tensor],
+    *,
+    double: bool,
+    forcing: Forcing | None = None,
+) -> Capture:
+    """Run `call(module, inputs)` and keep what every submodule received and returned.
+
+    Args:
+        inputs: named tensors; floating-point ones are cast to the run's precision.
+        double: run in float64 under the arbiter.
+        forcing: module path -> (call index, the module's own inputs) -> arguments to replace before it runs.
+    """
+    result = Capture()
+    made: dict[int, tuple[Tensor, str]] = {}  # id -> the tensor itself (kept alive, so that ids stay unique), its maker
+
+    def sink(key: str, path: str, kind: str, tensor: Tensor) -> None:
+        if kind == "in":
+            maker = made.get(id(tensor))
+            if maker:
+                result.producers[key] = maker[1]
+        else:
+            made.setdefault(id(tensor), (tensor, path))
+        result.tensors[key] = tensor.detach().clone()
+
+    dtypes = Dtypes()
+    values = {k: v.double() if double and v.is_floating_point() else v for k, v in inputs.items()}
+    with ExitStack() as stack:
+        if double:
+            stack.enter_context(float64(module))
+        for path, forced in (forcing or {}).items():
+            stack.enter_context(_forced(module.get_submodule(path), forced))
+        result.ran = stack.enter_context(listen(module, lambda path: True, sink, None if double else dtypes))
+        if not double:
+            stack.enter_context(dtypes)
+        out = call(module, values)
+    for name, tensor in tensors_of(out):
+        result.tensors[f"=.out.{name}"] = tensor.detach().clone()
+    result.casts = {path: sorted(seen) for path, seen in dtypes.seen.items()}
+    return result
+
+
+@contextmanager
+def _forced(module: nn.Module, forced: Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Iterator[None]:
+    """Replace arguments of `module` by name on every call inside the block."""
+    signature = inspect.signature(module.forward)
+    calls = 0
+
+    def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal calls
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(forced(calls, dict(tensors_of(bind(m, args, kwargs)))))
+        calls += 1
+        return bound.args, bound.kwargs
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

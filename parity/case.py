@@ -1,0 +1,144 @@
+"""What a family declares so that its components can be compared: everything that weights cannot say.
+
+Which module holds which weights is derived from the compiled recipe (`parity.align`); a case adds how to call each
+side, how blocks name their inputs and outputs, and where layouts of activations differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+Named = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def same(given: Named, other: Named | Shapes) -> Named:
+    """Both sides use the same names and layouts."""
+    return given
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one kind of block passes activations, on one candidate.
+
+    Attributes:
+        reference: regular expression for the reference module's whole path.
+        force: (reference's recorded inputs, candidate's own inputs) -> candidate's arguments to replace, by name.
+        inputs: (candidate's inputs, shapes of the reference's inputs) -> the same under the reference's names.
+        outputs: (candidate's outputs, shapes of the reference's inputs) -> the same under the reference's names.
+    """
+
+    reference: str
+    force: Callable[[Named, Named], Named] = same
+    inputs: Callable[[Named, Shapes], Named] = same
+    outputs: Callable[[Named, Shapes], Named] = same
+
+    def matches(self, path: str) -> bool:
+        return re.fullmatch(self.reference, path) is not None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation under test.
+
+    Attributes:
+        name: `native` or `diffusers`.
+        load: component folder of the port -> module with weights, float32, eval mode.
+        passes: pass name -> (module, reference's inputs) -> output comparable with the reference's.
+        blocks: how its blocks pass activations; blocks that none names have one input and one output.
+        layout: (reference module path, reference shape, candidate's tensor) -> tensor in the reference's layout.
+    """
+
+    name: str
+    load: Callable[[Path], nn.Module]
+    passes: Mapping[str, Callable[[nn.Module, Named], Any]]
+    blocks: tuple[Block, ...] = ()
+    layout: Callable[[str, tuple[int, ...], Tensor], Tensor] = lambda path, shape, tensor: tensor
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Two implementations of one component compared on the same port.
+
+    Attributes:
+        reference: whose `load` builds the reference side.
+        candidate: its blocks and layout speak of the reference's module names.
+        call: (reference module, inputs) -> output.
+        inputs: (component folder, seed) -> pass name -> named inputs; the candidate's passes carry the same names.
+        whole: regular expression of the reference's modules to record in full.
+    """
+
+    reference: Candidate
+    candidate: Candidate
+    call: Callable[[nn.Module, Named], Any]
+    inputs: Callable[[Path, int], Mapping[str, Named]]
+    whole: str
+
+
+@dataclass(frozen=True)
+class ComponentCase:
+    """One component of a family: its recorded truth and what is compared with it.
+
+    Attributes:
+        recipe: `"module:attribute"` of the recipe original -> port, for the alignment of modules.
+        trace: the committed reference trace.
+        candidates: compared with the trace (and with the original code, live).
+        cross: pairs of implementations compared with each other on the same port.
+        record: (model folder, reference checkout, seed, output folder) -> command that records a fresh, full trace.
+        output_step: pass name -> the step outside of all modules, for the report.
+    """
+
+    component: str
+    recipe: str
+    trace: Path
+    candidates: tuple[Candidate, ...]
+    cross: tuple[Cross, ...] = ()
+    record: Callable[[Path, Path, int, Path], list[str]] | None = None
+    output_step: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PipelineSide:
+    """A loaded pipeline.
+
+    Attributes:
+        stages: stage name -> module that is called as a module in every run, so that hooks see it.
+        weights: all modules with weights, to be run in float64 by the arbiter.
+        scheduler: the scheduler whose `step` is called once a step.
+        run: (prompt, seed, steps, guidance) -> image (B, 3, H, W) in [0, 1].
+    """
+
+    stages: Mapping[str, nn.Module]
+    weights: tuple[nn.Module, ...]
+    scheduler: Any
+    run: Callable[[str, int, int, float], Tensor]
+
+
+@dataclass(frozen=True)
+class PipelineCase:
+    """The whole pipeline, `candidate` against `reference`, each: port folder -> loaded side, float32 on the CPU."""
+
+    reference: Callable[[Path], PipelineSide]
+    candidate: Callable[[Path], PipelineSide]
+    prompt: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class FamilyCases:
+    """All cases of a family: `Family.cases` names one of these.
+
+    Attributes:
+        code: modules whose source files a verdict is bound to, besides parity's own.
+    """
+
+    components: tuple[ComponentCase, ...]
+    pipeline: PipelineCase | None = None
+    code: tuple[str, ...] = ()

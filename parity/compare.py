@@ -1,0 +1,155 @@
+"""From two runs in two precisions to a verdict.
+
+A rounding difference falls by orders of magnitude when both sides run in float64; a real difference stays. So the
+float64 runs are the arbiter, the gate is only the outer fence, and each side's own noise stands beside the number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity.trace import Value
+
+IDENTICAL, ROUNDING = "identical", "rounding"
+DIFFERS, PRECISION, OVER, SKIPPED = "differs", "differs (precision)", "over the gate", "not compared"
+PASSING = frozenset({IDENTICAL, ROUNDING})
+
+GATE = 1e-3  # the fence that users ask for, on max|delta| scaled by max(1, max|reference|)
+FALL = 1000.0  # a rounding difference shrinks this much in float64 (measured: 1e6); real ones by 0.93 to 1.02
+NOISIER = 10.0  # with disagreeing cast traces: one side this much noisier than the other has lost precision
+ROUND_OFF_64 = 1e-12  # scaled difference that float64 summation orders leave by themselves
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison. Differences are absolute, in the tensor's own unit; `scaled` divides by max(1, peak)."""
+
+    name: str
+    status: str
+    max_abs: float = math.nan
+    max_abs64: float = math.nan
+    mean_abs: float = math.nan
+    noise_reference: float = math.nan
+    noise_candidate: float = math.nan
+    peak: float = math.nan
+    cosine: float = math.nan
+    elements: int = 0
+    of: int = 0
+    worst: tuple[int, ...] = ()
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.status in PASSING
+
+    @property
+    def floor(self) -> float:
+        """The larger of both sides' own float32 noise."""
+        return max(self.noise_reference, self.noise_candidate)
+
+    @property
+    def ratio(self) -> float:
+        """How many floors the difference is."""
+        return self.max_abs / self.floor if self.floor else (0.0 if self.max_abs == 0 else math.inf)
+
+    @property
+    def scaled(self) -> float:
+        return self.max_abs / max(1.0, self.peak)
+
+    def to_json(self, brief: bool = False) -> dict[str, Any]:
+        """Plain data; numbers that are not finite become None. `brief` leaves out what a table does not show."""
+        data = asdict(self) | {"floor": self.floor, "ratio": self.ratio, "scaled": self.scaled, "passed": self.passed}
+        left_out = _DETAILS if brief else ()
+        return {k: _number(v, k) if isinstance(v, float) else v for k, v in data.items() if k not in left_out}
+
+
+_DETAILS = ("mean_abs", "noise_reference", "noise_candidate", "worst", "ratio", "scaled")
+
+
+def _number(value: float, name: str) -> float | None:
+    """Five digits; a cosine needs twelve, as it is always nearly one."""
+    return float(f"{value:.{12 if name == 'cosine' else 5}g}") if math.isfinite(value) else None
+
+
+def skipped(name: str, why: str) -> Verdict:
+    """A comparison that could not be made: never a pass."""
+    return Verdict(name, SKIPPED, note=why)
+
+
+def judge(
+    name: str,
+    reference: Value,
+    low: Tensor,
+    high: Tensor,
+    *,
+    gate: float = GATE,
+    casts: str = "",
+    positions: Tensor | None = None,
+) -> Verdict:
+    """Compare a candidate's flat samples, `low` (float32 run) and `high` (float64 run), with a recorded value.
+
+    Args:
+        casts: what the cast traces of both sides disagree on; empty when they agree.
+        positions: flat positions of the samples in the whole tensor, to name the worst element.
+    """
+    total = torch.Size(reference.event.shape).numel()
+    if low.numel() != reference.low.numel() or high.numel() != reference.high.numel():
+        return skipped(name, f"candidate has {low.numel()} elements, reference {reference.low.numel()}")
+    if not low.numel():
+        return skipped(name, "empty tensor")
+    a, b = reference.low.double(), low.double()
+    delta, delta64 = (a - b).abs(), (reference.high - high).abs()
+    d32, d64 = float(delta.max()), float(delta64.max())
+    peak = float(a.abs().max())
+    noise_reference = float((reference.high - a).abs().max())
+    noise_candidate = float((high - b).abs().max())
+    scale = max(1.0, peak)
+    norms = float(a.norm() * b.norm())
+    at = int(delta.argmax())
+    note = ""
+    if not all(math.isfinite(x) for x in (d32, d64, peak)):
+        status, note = DIFFERS, "not finite on at least one side"
+    elif d32 / scale > gate:
+        status = OVER
+    elif d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale):
+        status, note = DIFFERS, f"float64 keeps {d64:.1e} of {d32:.1e}"
+    elif casts and max(noise_reference, noise_candidate) > NOISIER * min(noise_reference, noise_candidate):
+        status, note = PRECISION, casts
+    else:
+        status = IDENTICAL if d32 == 0 else ROUNDING
+    position = int(positions[at]) if positions is not None else at
+    return Verdict(
+        name,
+        status,
+        max_abs=d32,
+        max_abs64=d64,
+        mean_abs=float(delta.mean()),
+        noise_reference=noise_reference,
+        noise_candidate=noise_candidate,
+        peak=peak,
+        cosine=float(a @ b) / norms if norms else float(d32 == 0),
+        elements=low.numel(),
+        of=total,
+        worst=_unravel(position, reference.event.shape),
+        note=note,
+    )
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The gravest verdict: any that fails before any that passes, then by scaled difference."""
+    order = {SKIPPED: 4, OVER: 3, DIFFERS: 3, PRECISION: 2, ROUNDING: 1, IDENTICAL: 0}
+    return max(verdicts, key=lambda v: (order[v.status], v.scaled if v.status != SKIPPED else 0.0), default=None)
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, at = divmod(flat, size)
+        index.append(at)
+    return tuple(reversed(index))

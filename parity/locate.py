@@ -1,0 +1,147 @@
+"""Which module is guilty: its inputs match and its output does not.
+
+Decided by the verdicts, so in float64. Where all weights of a place answer alike and what it hands on does not, the
+code between them is at fault: the module that made the differing tensor is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from parity.align import Alignment, Place, common_path, read
+from parity.capture import Capture
+from parity.case import Candidate
+from parity.compare import FALL, SKIPPED, Verdict
+from parity.recorder import sample_indices
+from parity.trace import Trace, split_key
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One recorded activation with its verdicts: `free` as the whole model ran, `reset` with the reference's inputs."""
+
+    key: str
+    module: str
+    kind: str
+    free: Verdict
+    reset: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Guilty:
+    """The first module whose inputs match and whose output does not.
+
+    `within` is the reference block around it, and `others` the further blocks that fail with correct inputs.
+    """
+
+    candidate: str
+    reference: str
+    rule: str
+    why: str
+    within: str = ""
+    others: tuple[str, ...] = ()
+    code: bool = False  # its weights answer alike: its code is at fault, or the rule that aligns them
+
+    def __str__(self) -> str:
+        place = f"{self.candidate} ↔ {self.reference}"
+        rule = f"rule {self.rule}" if self.rule else "the rules that fill it" if self.code else ""
+        cause = ["its code"] * self.code + ([rule] if rule else [])
+        return place + (f" ({' or '.join(cause)})" if cause else "")
+
+
+def locate(
+    trace: Trace,
+    name: str,
+    taps: Sequence[Tap],
+    outputs: Sequence[Verdict],
+    alignment: Alignment,
+    candidate: Candidate,
+    captured: Capture,
+    step: str,
+) -> Guilty | None:
+    """The first fault of a pass in order of execution, as close to its cause as the taps allow; None without a fault.
+
+    Args:
+        captured: the candidate's free run in float64.
+        step: what stands outside of all modules, for a fault that no module shows.
+    """
+    blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
+    failing = [t for t in taps if not t.free.passed]
+    if not failing:
+        if any(not v.passed for v in outputs):
+            return Guilty(step, f"{name}(…)", "", f"every module of {name} matches, its output does not")
+        return None
+    first = failing[0]
+    bad_blocks = [
+        t.module for t in taps if t.module in blocks and t.kind == "out" and t.reset is not None and not t.reset.passed
+    ]
+    around = [b for b in blocks if first.module == b or first.module.startswith(b + ".")]
+    others = tuple(dict.fromkeys(alignment.label(b) for b in bad_blocks if b not in around))
+    inner = max(around, key=len, default="")
+    within = alignment.label(inner) if inner and inner != first.module else ""
+    if first.free.status == SKIPPED:
+        return Guilty(*_names(alignment, first.module), f"not compared: {first.free.note}", within, others)
+    size = f"max|Δ| {first.free.max_abs:.1e}, in float64 {first.free.max_abs64:.1e}, floor {first.free.floor:.1e}"
+    if first.kind == "out":
+        inputs = [t for t in taps if t.module == first.module and t.kind == "in"]
+        also = "its inputs match" if inputs and all(t.free.passed for t in inputs) else "first output that differs"
+        ours, theirs, rule = _names(alignment, first.module)
+        ours = _differing(trace, first, alignment, candidate, captured) or ours
+        return Guilty(ours, theirs, rule, f"{also}, its output does not: {size}", within, others)
+    # An input differs while everything before matches: the step that makes it is at fault, and it owns no recorded tap.
+    maker, taker = _maker(trace, first, alignment, candidate, captured)
+    at = maker
+    while at and not alignment.behind(at):
+        at = at.rpartition(".")[0]
+    behind = alignment.behind(at) if at else []
+    reference = common_path(behind) or ", ".join(dict.fromkeys(b.partition(".")[0] for b in behind)) or name
+    rule = alignment.rule(behind[0]) if len(behind) == 1 else ""
+    why = f"the weights in it match, what it hands to {taker} ({split_key(first.key)[2]}) does not: {size}"
+    return Guilty(maker or "the model's own forward", reference, rule, why, within, others, code=True)
+
+
+def _maker(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, captured: Capture) -> tuple[str, str]:
+    """(candidate module that computes a differing input, the module that receives it)."""
+    where, _, name = split_key(tap.key)
+    leaf = tap.module in alignment.parts
+    taker = alignment.parts[tap.module][0].candidate if leaf else alignment.counterpart(tap.module) or ""
+    prefix = f"{taker}#{where.rpartition('#')[2]}.in."
+    own = {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
+    block = next((b for b in candidate.blocks if b.matches(tap.module)), None)
+    if block and not leaf:
+        value = block.inputs(own, Place.of(trace, tap.key).inputs).get(name)
+        own = {k: t for k, t in own.items() if t is value}
+    makers = [captured.producers[prefix + k] for k in own if prefix + k in captured.producers]
+    if makers and makers[0] != taker:
+        return makers[0], taker
+    parent = taker.rpartition(".")[0]
+    while parent and parent not in captured.ran:
+        parent = parent.rpartition(".")[0]
+    return parent, taker
+
+
+def _differing(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, captured: Capture) -> str:
+    """Of a fused reference module's several counterparts, those that differ."""
+    parts = alignment.parts.get(tap.module, ())
+    value = trace.value(tap.key)
+    mine = read(captured, alignment, candidate, Place.of(trace, tap.key), value.event.shape)
+    if len(parts) < 2 or isinstance(mine, str):
+        return ""
+    index = sample_indices(mine.numel(), value.event.elements)
+    axis = 1 if mine.ndim == 4 else mine.ndim - 1
+    rows = torch.unravel_index(index, mine.shape)[axis]
+    wrong = (mine.reshape(-1)[index].double() - value.high).abs() > tap.free.max_abs64 / FALL
+    bad = dict.fromkeys(
+        part.candidate
+        for part in parts
+        if part.source and bool((wrong & (rows >= part.source[0]) & (rows < part.source[1])).any())
+    )
+    return ", ".join(bad)
+
+
+def _names(alignment: Alignment, module: str) -> tuple[str, str, str]:
+    label = alignment.label(module)
+    return label.partition(" ↔ ")[0], module, alignment.rule(module)

@@ -1,0 +1,372 @@
+"""Record what a built module computes: a stand-alone file (torch, safetensors and the standard library only).
+
+Copy it into the reference's own environment, or run it there by path; it imports nothing else of this project:
+
+    python recorder.py --module mine.py:build --inputs inputs.safetensors --watch 'blocks\\.\\d+' -o trace.safetensors
+
+`build()` returns the module with its weights loaded. Each pass runs twice, in float32 and in float64 (see `Float64`),
+so that a trace carries its own noise floor. A tensor is stored as its float32 value plus the difference to float64,
+also in float32: together they hold the float64 value to 14 digits at 8 bytes an element. Tensors over a watch's element
+budget are stored as a fixed, spread-out sample of their elements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+SCHEMA = "porter.trace/1"
+Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
+
+# Draws keep float32 under `Float64`: another dtype would draw other numbers, and noise is an input, not arithmetic.
+_DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
+
+
+class Float64(TorchFunctionMode):
+    """Keeps arithmetic in float64: a request for float32, by `.float()`, a dtype argument or a factory, gives float64.
+
+    Integer, boolean and half-precision requests stay as they are: a cast to bfloat16 is a deviation, not an upcast.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            if kwargs.get("dtype") in (None, torch.float64):
+                kwargs = {**kwargs, "dtype": torch.float32} if func is not torch.normal else kwargs
+            drawn = func(*args, **kwargs)
+            return drawn.double() if drawn.dtype == torch.float32 else drawn
+        if func is torch.Tensor.float:
+            return torch.Tensor.double(*args, **kwargs)
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def float64(*modules: nn.Module) -> Iterator[None]:
+    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly."""
+    saved = [[(t, t.data) for t in (*m.parameters(), *m.buffers()) if t.dtype == torch.float32] for m in modules]
+    default = torch.get_default_dtype()
+    try:
+        for tensors in saved:
+            for tensor, data in tensors:
+                tensor.data = data.double()
+        torch.set_default_dtype(torch.float64)
+        with Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        for tensors in saved:
+            for tensor, data in tensors:
+                tensor.data = data
+
+
+class Dtypes(TorchFunctionMode):
+    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = [""]
+        self.seen: dict[str, set[str]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point():
+            self.seen.setdefault(self.stack[-1], set()).add(str(out.dtype).removeprefix("torch."))
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Which modules to record: a regular expression for the whole module path, and how many elements of each tensor."""
+
+    pattern: str
+    elements: int | None = None
+    inputs: bool = True
+
+    def matches(self, path: str) -> bool:
+        return re.fullmatch(self.pattern, path) is not None
+
+
+@dataclasses.dataclass
+class Event:
+    """One recorded tensor: `key` is `<pass>/<module>#<call>.<in|out>.<name>`, unique, in order of execution."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    elements: int
+    stored: str = ""
+    noise: float = 0.0
+    peak: float = 0.0
+
+    def row(self) -> list[Any]:
+        """What the trace's metadata keeps; `Event(*row)` reads it."""
+        numbers = [float(f"{x:.3g}") for x in (self.noise, self.peak)]
+        return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers]
+
+
+def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name every floating-point tensor inside tuples, lists, mappings and dataclasses: `0`, `1`, `shift`, `sample` …"""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name or "0", value
+    elif isinstance(value, Mapping):
+        for k, v in value.items():
+            yield from tensors_of(v, f"{name}.{k}" if name else str(k))
+    elif isinstance(value, (tuple, list)):
+        for i, v in enumerate(value):
+            yield from tensors_of(v, f"{name}.{i}" if name else str(i))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_of({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, name)
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names in `forward`; extra positional ones by their number."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
+        return {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = inspect.signature(module.forward).parameters[name].kind
+        flat.update(value) if kind is inspect.Parameter.VAR_KEYWORD else flat.update({name: value})
+    return flat
+
+
+def sample_indices(numel: int, elements: int) -> Tensor:
+    """Fixed, spread-out positions in a flat tensor of `numel` -> (min(elements, numel),) int64, ascending."""
+    if elements >= numel:
+        return torch.arange(numel)
+    step = max(1, int(numel * 0.6180339887))
+    while math.gcd(step, numel) != 1:  # coprime: no position comes twice
+        step += 1
+    return (torch.arange(elements) * step % numel).sort().values
+
+
+@contextmanager
+def listen(
+    module: nn.Module,
+    wanted: Callable[[str], bool],
+    sink: Callable[[str, str, str, Tensor], None],
+    dtypes: Dtypes | None = None,
+) -> Iterator[set[str]]:
+    """Call `sink(key, path, kind, tensor)` for inputs and outputs of wanted submodules; yields the paths that ran.
+
+    Inputs arrive when a module is entered, outputs when it is left; `key` is `<module>#<call>.<in|out>.<name>`.
+    """
+    calls: dict[str, int] = {}
+    open_calls: dict[str, list[int]] = {}
+    ran: set[str] = set()
+    handles = []
+
+    def enter(path: str, keep: bool) -> Callable[..., None]:
+        def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ran.add(path)
+            if not keep:
+                return
+            index = calls[path] = calls.get(path, -1) + 1
+            open_calls.setdefault(path, []).append(index)
+            if dtypes is not None:
+                dtypes.stack.append(path)
+            for name, tensor in tensors_of(bind(m, args, kwargs)):
+                sink(f"{path}#{index}.in.{name}", path, "in", tensor)
+
+        return hook
+
+    def leave(path: str) -> Callable[..., None]:
+        def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            index = open_calls[path].pop()
+            if dtypes is not None:
+                dtypes.stack.pop()
+            for name, tensor in tensors_of(out):
+                sink(f"{path}#{index}.out.{name}", path, "out", tensor)
+
+        return hook
+
+    for path, child in module.named_modules():
+        keep = wanted(path)
+        handles.append(child.register_forward_pre_hook(enter(path, keep), with_kwargs=True))
+        if keep:
+            handles.append(child.register_forward_hook(leave(path), with_kwargs=True))
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclasses.dataclass
+class Recording:
+    """Tensors by key with their events in order, plus free metadata; what a trace file holds."""
+
+    meta: dict[str, Any]
+    events: list[Event] = dataclasses.field(default_factory=list)
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def add(self, key: str, shape: torch.Size, dtype: str, low: Tensor, high: Tensor) -> None:
+        """Store flat samples `low` (float32) and `high` (float64); a tensor equal to an earlier one refers to it."""
+        delta = (high - low.double()).float()
+        digest = hashlib.sha256(low.numpy().tobytes() + delta.numpy().tobytes()).hexdigest()
+        stored = self._by_digest.setdefault(digest, key)
+        if stored == key:
+            self.tensors[key], self.tensors[key + "|delta"] = low, delta
+        noise, peak = (float(t.abs().max()) if t.numel() else 0.0 for t in (delta, low))
+        self.events.append(Event(key, tuple(shape), dtype, low.numel(), stored, noise, peak))
+
+    def __post_init__(self) -> None:
+        self._by_digest: dict[str, str] = {}
+
+    def save(self, path: Path) -> None:
+        """Write the trace; it appears complete or not at all."""
+        document = {**self.meta, "schema": SCHEMA, "events": [e.row() for e in self.events]}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            metadata = {"trace": json.dumps(document, separators=(",", ":"))}
+            partial.write_bytes(save(self.tensors, metadata=metadata))  # save_file would make it private to the user
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def record(
+    module: nn.Module,
+    passes: Mapping[str, tuple[Call, Mapping[str, Tensor]]],
+    watches: Sequence[Watch],
+    meta: Mapping[str, Any],
+) -> Recording:
+    """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
+
+    Args:
+        passes: name -> (function that runs the module on named float32 inputs, the inputs).
+        watches: the first whose pattern matches a module's path decides; modules that none matches are not recorded.
+        meta: written into the trace: where the module and its weights came from.
+    """
+
+    def watch_of(path: str) -> Watch | None:
+        return next((w for w in watches if w.matches(path)), None)
+
+    module.eval()
+    recording = Recording(dict(meta))
+    casts: dict[str, list[str]] = {}
+    ran: set[str] = set()
+    for name, (call, inputs) in passes.items():
+        low, dtypes, paths = _run(module, call, inputs, watch_of, double=False)
+        high, _, _ = _run(module, call, inputs, watch_of, double=True)
+        if list(low) != list(high):
+            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(low) ^ set(high)}")
+        casts.update(dtypes)
+        ran |= paths
+        for key, value in inputs.items():
+            exact = value.reshape(-1).float()
+            recording.add(f"{name}/=.in.{key}", value.shape, "float32", exact, exact.double())
+        for key, (shape, dtype, value) in low.items():
+            recording.add(f"{name}/{key}", shape, dtype, value.float().contiguous(), high[key][2].double())
+    idle = [p for p, m in module.named_modules() if p not in ran and any(True for _ in m.parameters(recurse=False))]
+    recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
+    return recording
+
+
+def _run(
+    module: nn.Module,
+    call: Call,
+    inputs: Mapping[str, Tensor],
+    watch_of: Callable[[str], Watch | None],
+    *,
+    double: bool,
+) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
+    """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
+    seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
+
+    def keep(key: str, tensor: Tensor, elements: int | None) -> None:
+        flat = tensor.detach().reshape(-1)
+        flat = flat if elements is None else flat[sample_indices(flat.numel(), elements)]
+        seen[key] = (tensor.shape, str(tensor.dtype).removeprefix("torch."), flat.clone())
+
+    def sink(key: str, path: str, kind: str, tensor: Tensor) -> None:
+        watch = watch_of(path)
+        if watch and (kind == "out" or watch.inputs):
+            keep(key, tensor, watch.elements)
+
+    dtypes = Dtypes()
+    values = {k: v.double() if double and v.is_floating_point() else v for k, v in inputs.items()}
+    with ExitStack() as stack:
+        if double:
+            stack.enter_context(float64(module))
+        ran = stack.enter_context(
+            listen(module, lambda path: watch_of(path) is not None, sink, None if double else dtypes)
+        )
+        if not double:
+            stack.enter_context(dtypes)
+        out = call(module, values)
+    for key, value in tensors_of(out):
+        keep(f"=.out.{key}", value, None)
+    return seen, {path: sorted(found) for path, found in dtypes.seen.items()}, ran
+
+
+def _grouped(casts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Modules by what they compute in: `float32,float64` -> paths."""
+    groups: dict[str, list[str]] = {}
+    for path, seen in casts.items():
+        groups.setdefault(",".join(seen), []).append(path)
+    return groups
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content, read in bounded memory."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record one module built by `--module file_or_package:function` on the tensors of `--inputs`."""
+    parser = argparse.ArgumentParser(description="Record inputs, module outputs and final output of a torch module.")
+    parser.add_argument("--module", required=True, help="module:function or file.py:function that returns the module")
+    parser.add_argument("--inputs", required=True, type=Path, help="safetensors file; names are forward's arguments")
+    parser.add_argument("--call", default="forward", help="method to run (default: forward)")
+    parser.add_argument("--watch", action="append", required=True, help="regular expression; append @N to sample N")
+    parser.add_argument("--source", type=Path, help="weights file; its sha256 is written into the trace")
+    parser.add_argument("--commit", default="", help="commit of the reference code")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--out", required=True, type=Path)
+    options = parser.parse_args(argv)
+    where, _, name = options.module.rpartition(":")
+    sys.path.insert(0, str(Path(where).parent if where.endswith(".py") else Path.cwd()))
+    torch.manual_seed(options.seed)
+    module = getattr(importlib.import_module(Path(where).stem if where.endswith(".py") else where), name)()
+    watches = []
+    for text in options.watch:
+        pattern, at, count = text.rpartition("@")
+        watches.append(Watch(pattern, int(count)) if at and count.isdigit() else Watch(text))
+    meta: dict[str, Any] = {"commit": options.commit, "command": " ".join(sys.argv), "seed": options.seed}
+    if options.source:
+        meta["source"] = {"file": options.source.name, "sha256": file_sha256(options.source)}
+    call: Call = lambda m, inputs: getattr(m, options.call)(**inputs)  # noqa: E731
+    record(module, {options.call: (call, load_file(options.inputs))}, watches, meta).save(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""Reading traces: what the recorder wrote, with float32 and float64 values of every event."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from parity.recorder import SCHEMA, Event, Recording
+from porter.core.errors import CheckpointError, MissingError
+
+
+@dataclass(frozen=True)
+class Value:
+    """One recorded tensor: flat samples `low` (float32) and `high` (float64) of a tensor of `shape`."""
+
+    event: Event
+    low: Tensor
+    high: Tensor
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element is there."""
+        return self.low.numel() == torch.Size(self.event.shape).numel()
+
+    def tensor(self, double: bool) -> Tensor:
+        """The whole tensor in its shape; only for complete values."""
+        return (self.high if double else self.low).reshape(self.event.shape)
+
+
+class Trace:
+    """A recorded run. `events` keep the order of execution; keys are `<pass>/<module>#<call>.<in|out>.<name>`."""
+
+    def __init__(self, meta: Mapping[str, Any], events: list[Event], tensors: Mapping[str, Tensor]) -> None:
+        self.meta, self._tensors = dict(meta), tensors
+        self.events = {e.key: e for e in events}
+        self._first: dict[tuple[str, str], str] = {}
+        for key in self.events:
+            where, kind, _ = split_key(key)
+            self._first.setdefault((where, kind), key)
+
+    @classmethod
+    def of(cls, recording: Recording) -> Trace:
+        """A trace that was never written to disk."""
+        return cls(recording.meta, recording.events, recording.tensors)
+
+    @classmethod
+    def open(cls, path: Path) -> Trace:
+        """Read a trace file; raises MissingError or CheckpointError."""
+        if not path.is_file():
+            raise MissingError(f"no trace at {path}", hint="record one with the family's record command, see docs/")
+        try:
+            with safe_open(str(path), "pt") as f:
+                document = json.loads((f.metadata() or {}).get("trace", "{}"))
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open has no iterator)
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path.name} is not a readable trace", found=str(error)) from error
+        if document.get("schema") != SCHEMA:
+            raise CheckpointError(f"{path.name} is not a trace", expected=SCHEMA, found=str(document.get("schema")))
+        events = [Event(row[0], tuple(row[1]), *row[2:]) for row in document.pop("events")]
+        lost = [e.key for e in events if e.stored not in tensors or e.stored + "|delta" not in tensors]
+        if lost:
+            raise CheckpointError(f"{path.name} lacks tensors that it lists", found=", ".join(lost[:3]))
+        return cls(document, events, tensors)
+
+    @property
+    def casts(self) -> dict[str, list[str]]:
+        """Module path -> floating-point dtypes computed inside it, in the float32 run."""
+        return {path: key.split(",") for key, paths in self.meta.get("casts", {}).items() for path in paths}
+
+    @property
+    def passes(self) -> list[str]:
+        """Names of the recorded passes, in order."""
+        return list(dict.fromkeys(key.partition("/")[0] for key in self.events))
+
+    def value(self, key: str) -> Value:
+        """The tensor of an event."""
+        event = self.events[key]
+        low = self._tensors[event.stored]
+        return Value(event, low, low.double() + self._tensors[event.stored + "|delta"].double())
+
+    def find(self, where: str, kind: str, name: str | None = None) -> str | None:
+        """Key of `where` (`<pass>/<module>#<call>`): the named tensor, or the first of its kind; None if absent."""
+        key = f"{where}.{kind}.{name}" if name else self._first.get((where, kind), "")
+        return key if key in self.events else None
+
+    def modules(self, name: str) -> dict[str, int]:
+        """Modules recorded in pass `name` and how often each ran."""
+        calls: dict[str, int] = {}
+        for key in self.events:
+            where, _, _ = split_key(key)
+            of, _, call = where.partition("/")
+            path, _, index = call.partition("#")
+            if of == name and path and index:
+                calls[path] = max(calls.get(path, 0), int(index) + 1)
+        return calls
+
+    def inputs(self, name: str) -> dict[str, Tensor]:
+        """The named float32 inputs of a pass."""
+        prefix = f"{name}/=.in."
+        return {k.removeprefix(prefix): self.value(k).tensor(False) for k in self.events if k.startswith(prefix)}
+
+
+def split_key(key: str) -> tuple[str, str, str]:
+    """`forward/blocks.0#0.out.1` -> (`forward/blocks.0#0`, `out`, `1`); the whole pass is `forward/=`."""
+    for kind in ("in", "out"):
+        where, dot, name = key.rpartition(f".{kind}.")
+        if dot and (where.endswith("/=") or where.rpartition("#")[2].isdigit()):
+            return where, kind, name
+    raise CheckpointError(f"{key!r} is not an event key", expected="<pass>/<module>#<call>.<in|out>.<name>")

@@ -1,0 +1,151 @@
+"""`porter parity`: parse, call, render."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from porter.commands._options import output_options
+
+
+@click.command(name="parity")
+@click.argument("port", metavar="PORT", type=click.Path(path_type=Path))
+@click.option("--component", "components", multiple=True, metavar="C", help="Only this component (may be repeated).")
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Choice(["trace", "diffusers", "original"]),
+    help="Only this reference (may be repeated): the recorded original, diffusers on the port, the original live.",
+)
+@click.option(
+    "--reference-repo",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Checkout of the original code, to run live.",
+)
+@click.option(
+    "--source", type=click.Path(path_type=Path), metavar="DIR", help="Original files, where the manifest's are gone."
+)
+@click.option(
+    "--gate", type=float, default=None, metavar="X", help="Outer fence on the scaled difference; default 1e-3."
+)
+@click.option("--seed", type=int, default=None, help="Seed of random inputs and of the pipeline's noise; default 0.")
+@click.option("--prompt", default=None, help="Prompt of the pipeline comparison.")
+@click.option("--steps", "--num-inference-steps", type=click.IntRange(min=1), default=None, help="Its denoising steps.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the report; default PORT/parity."
+)
+@output_options
+def command(
+    port: Path,
+    components: tuple[str, ...],
+    against: tuple[str, ...],
+    reference_repo: Path | None,
+    source: Path | None,
+    gate: float | None,
+    seed: int | None,
+    prompt: str | None,
+    steps: int | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Compare a port with its reference and write the report.
+
+    Every converted component is compared with what the original code answered on the original weights, then native and
+    diffusers implementations with each other, then the whole pipeline, step by step. Exit code 1 when anything differs.
+    """
+    from parity.compare import GATE
+    from parity.report import document, write
+    from parity.run import Options, run_parity
+    from porter.commands._render import console, notes, print_json
+    from porter.core.errors import BadInputError, CheckFailed, UsageError
+    from porter.core.family import family_named, resolve
+    from porter.core.port import Port
+
+    if gate is not None and not gate > 0:
+        raise UsageError("--gate must be positive", found=str(gate))
+    opened = Port.open(port)
+    family = opened.manifest.get("family")
+    cases = family_named(family).cases if family else None
+    if not cases:
+        raise BadInputError(
+            f"nothing is known to compare {port} with",
+            found=f"family {family}",
+            hint="porter families lists what is proven",
+        )
+    options = Options(
+        components=components,
+        against=against,
+        reference_repo=reference_repo,
+        source=source,
+        gate=GATE if gate is None else gate,
+        seed=0 if seed is None else seed,
+        prompt=prompt,
+        steps=steps,
+    )
+    note = (lambda text: None) if quiet or as_json else (lambda text: notes().print(f"[dim]{text}[/dim]"))
+    outcome = run_parity(opened, str(family), resolve(cases), options, progress=note)
+    repeat = (
+        shlex.join(["porter", *sys.argv[1:]])
+        if sys.argv[1:2] == ["parity"]
+        else shlex.join(["porter", "parity", str(port)])
+    )
+    folder = out or port / "parity" / ("partial" if outcome.partial else "")
+    screen = console()
+    if as_json:
+        print_json(document(outcome, repeat))
+    elif not quiet:
+        screen.print(_table(outcome))
+        for line in _remarks(outcome, verbose):
+            screen.print(line, markup=False)
+    paths = write(outcome, repeat, folder)  # last: a folder that cannot be written costs the report, not the result
+    if not as_json:
+        if not quiet:
+            screen.print(f"report: {paths[1]}", markup=False)
+        screen.print(outcome.conclusion(), markup=False, style="bold green" if outcome.holds else "bold red")
+    if not outcome.holds:
+        raise CheckFailed(
+            f"parity of {port} does not hold: {outcome.conclusion().removeprefix('FAIL ')}", hint=f"open {paths[1]}"
+        )
+
+
+def _table(outcome: Any) -> Any:
+    """One line a comparison."""
+    from parity.pipeline import PipelineResult
+    from parity.report import ratio_text
+    from porter.commands._render import table
+
+    right = ("max|Δ|", "floor", "ratio", "compared", "skipped", "missing")
+    built = table("component", "against", "verdict", *right, right=right)
+    for result in outcome.results:
+        v = result.headline
+        whole = isinstance(result, PipelineResult)
+        name = "pipeline (native)" if whole else f"{result.component} ({result.candidate})"
+        numbers = (f"{v.max_abs:.1e}", f"{v.floor:.1e}", ratio_text(v.ratio)) if v else ("–", "–", "–")
+        color = "green" if result.passed else "red"
+        counts = (str(result.counts[k]) for k in right[3:])
+        against = "diffusers" if whole else result.against
+        built.add_row(name, against, f"[{color}]{result.status}[/{color}]", *numbers, *counts)
+    return built
+
+
+def _remarks(outcome: Any, verbose: bool) -> list[str]:
+    """Why something fails, and what a reader must know about what passes."""
+    from parity.run import describe, reason_of
+
+    lines = []
+    for result in outcome.results:
+        if not result.passed:
+            guilty = getattr(result, "guilty", None)
+            lines.append(f"{describe(result)}: {guilty or reason_of(result)}")
+            if guilty:
+                lines.append(f"  {guilty.why}")
+        lines += [f"warning: {result.component}: {text}" for text in getattr(result, "warnings", [])]
+        lines += [f"{describe(result)}: {text}" for text in getattr(result, "notes", []) if verbose]
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,141 @@
+"""`porter parity` as a user types it: exit codes, what is printed, what is left on disk."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import conversions.flux1.recipe as flux
+from porter.cli import main
+from porter.core.convert import convert
+from porter.core.port import Port
+
+FAST = ["--steps", "2"]
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects what a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_good_port_passes(own_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", str(own_port), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().splitlines()[-1].startswith("PASS max|Δ| = ") and "(floor " in out
+    for row in ("transformer (native)", "transformer (diffusers)", "vae (diffusers)", "pipeline (native)"):
+        assert row in out
+    for count in ("compared", "skipped", "missing"):
+        assert count in out
+    assert Port.open(own_port).verdict() == "passed"
+    document = json.loads((own_port / "parity" / "parity.json").read_text())
+    assert document["schema"] == "porter.parity/1" and document["passed"] and document["guilty"] is None
+    assert document["manifest_sha256"] == Port.open(own_port).manifest_sha256
+    assert document["recipes"]["transformer"]["digest"] and document["code"]["conversions.flux1"]
+    assert document["traces"]["vae"]["reference"]["commit"] and document["environment"]["torch"]
+    page = (own_port / "parity" / "report.html").read_text()
+    parser = Page()
+    parser.feed(page)
+    assert not parser.open and len(parser.fetched) == 3  # two pictures and their difference
+    assert all(uri.startswith("data:image/png;base64,") for uri in parser.fetched)
+    assert page.count("<svg") == 5 and 'name="viewport"' in page and document["manifest_sha256"] in page
+
+
+def test_a_port_with_the_swap_left_out_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault that the demo plants."""
+    pattern = "final_layer.adaLN_modulation.1.{p:weight|bias}"
+    recipe = flux.TRANSFORMER.replace_rule(pattern, ops=())
+    convert("builtin:tiny-flux", tmp_path / "port", recipe={"transformer": recipe})
+    assert main(["parity", str(tmp_path / "port"), *FAST]) == 1
+    captured = capsys.readouterr()
+    last = captured.out.rstrip().splitlines()[-1]
+    assert last.startswith("FAIL first guilty module: norm_out.linear ↔ final_layer.adaLN_modulation.1 (rule ")
+    assert "norm_out.linear" in captured.err and "report.html" in captured.err
+    document = json.loads((tmp_path / "port" / "parity" / "parity.json").read_text())
+    assert document["passed"] is False and document["guilty"]["reference"] == "final_layer.adaLN_modulation.1"
+    against = {(c["candidate"], c["against"]): c["passed"] for c in document["components"] if c["component"] != "vae"}
+    assert against[("native", "trace")] is False and against[("diffusers", "trace")] is False
+    # Both implementations share the port's wrong weights: they agree, which proves nothing.
+    assert against[("native", "diffusers")] is True and document["pipeline"]["passed"] is True
+    assert "norm_out.linear" in (tmp_path / "port" / "parity" / "report.html").read_text()
+    assert Port.open(tmp_path / "port").verdict() == "failed"
+
+
+def test_json_is_one_document(own_port: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "elsewhere"
+    assert main(["parity", str(own_port), "--component", "vae", "--json", "-o", str(out)]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["schema"] == "porter.parity/1" and [c["component"] for c in document["components"]] == ["vae"]
+    assert document["passed"] is False and document["holds"] is True and document["unproven"] == ["transformer"]
+    assert sorted(p.name for p in out.iterdir()) == ["parity.json", "report.html"]
+    assert not (own_port / "parity").exists()
+
+
+def test_a_partial_run_does_not_touch_the_verdict(own_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", str(own_port), "--component", "transformer", "--against", "diffusers", "-q"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("PASS") and len(out.splitlines()) == 1 and "not compared with the original" in out
+    assert Port.open(own_port).verdict() == "missing"
+    assert (own_port / "parity" / "partial" / "parity.json").is_file()
+
+
+def test_the_gate_is_a_fence_and_no_more(own_port: Path) -> None:
+    assert main(["parity", str(own_port), "--component", "vae", "--gate", "1e-9", "-q"]) == 1
+    assert main(["parity", str(own_port), "--component", "vae", "--gate", "1", "-q"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["no-such-port"], 4, "no such port folder"),
+        (["PORT", "--component", "unet"], 2, "unknown component 'unet'"),
+        (["PORT", "--against", "original"], 2, "--reference-repo"),
+        (["PORT", "--against", "nothing"], 2, "nothing"),
+        (["PORT", "--gate", "0"], 2, "--gate must be positive"),
+        (["PORT", "--against", "original", "--reference-repo", "/dev/null"], 4, "not a checkout"),
+        (["PORT", "--component", "vae", "-o", "/dev/null/report"], 5, "cannot be written"),
+    ],
+)
+def test_bad_input(
+    tiny_port: Path, arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tiny_port.rglob("*"))
+    assert main(["parity", *(str(tiny_port) if a == "PORT" else a for a in arguments)]) == code
+    captured = capsys.readouterr()
+    assert text in captured.err and "Traceback" not in captured.err
+    assert sorted(tiny_port.rglob("*")) == before
+
+
+def test_a_transformer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = str(tmp_path / "port")
+    convert("builtin:tiny-flux", port, component="transformer")
+    assert main(["parity", port]) == 0
+    assert "pipeline" not in capsys.readouterr().out and Port.open(port).verdict() == "passed"
+    assert main(["parity", port, "--component", "pipeline"]) == 2
+    assert "the port has no pipeline" in capsys.readouterr().err
+
+
+def test_damaged_weights(own_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (own_port / "transformer").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert main(["parity", str(own_port)]) == 6
+    assert path.name in capsys.readouterr().err
+    assert not (own_port / "parity").exists()

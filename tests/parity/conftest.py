@@ -1,0 +1,52 @@
+"""The embedded model's converted components, each ready to be compared with its trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from conversions.flux1.case import CASES
+from parity.align import Alignment
+from parity.case import Candidate, ComponentCase
+from parity.component import ComponentResult, compare_component
+from parity.run import alignment_of
+from parity.trace import Trace
+
+
+@dataclass
+class Bench:
+    """One component with its trace and alignment, to be compared again and again."""
+
+    case: ComponentCase
+    folder: Path
+    trace: Trace
+    alignment: Alignment
+
+    def compare(self, candidate: Candidate, edit: Callable[[nn.Module], object] | None = None) -> ComponentResult:
+        """Load the candidate, let `edit` plant a fault, compare with the committed trace."""
+        module = candidate.load(self.folder)
+        if edit:
+            edit(module)
+        result = ComponentResult(self.case.component, "trace", candidate.name, "")
+        steps = self.case.output_step
+        return compare_component(module, candidate, self.trace, self.alignment, result, step_names=steps)
+
+
+def bench(port: Path, component: str) -> Bench:
+    case = next(c for c in CASES.components if c.component == component)
+    folder = port / component
+    return Bench(case, folder, Trace.open(case.trace), alignment_of(case, folder))
+
+
+@pytest.fixture(scope="session")
+def transformer(tiny_port: Path) -> Bench:
+    return bench(tiny_port, "transformer")
+
+
+@pytest.fixture(scope="session")
+def vae(tiny_port: Path) -> Bench:
+    return bench(tiny_port, "vae")

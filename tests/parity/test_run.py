@@ -1,0 +1,162 @@
+"""What is compared with what, what a verdict is bound to, and what is never called a pass."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conversions.flux1.case import CASES, NATIVE
+from parity.component import ComponentResult, compare_component
+from parity.report import document, write
+from parity.run import Options, Outcome, run_parity
+from parity.trace import Trace
+from porter.core.errors import CheckpointError, MissingError, UsageError
+from porter.core.port import Port
+
+REFERENCES = os.environ.get("PORTER_REFERENCES")
+
+
+def compare(port: Path, **options: Any) -> Outcome:
+    return run_parity(Port.open(port), "flux1", CASES, Options(**options))
+
+
+def edit_weights(port: Path, component: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    (path,) = (port / component).glob("*.safetensors")
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_native_equals_diffusers_for_any_seed(tiny_port: Path, seed: int) -> None:
+    outcome = compare(tiny_port, components=("transformer",), against=("diffusers",), seed=seed)
+    (result,) = outcome.components
+    assert outcome.holds and not outcome.passed and outcome.partial
+    assert outcome.unproven == ["transformer", "vae"]  # agreeing with diffusers says nothing about the conversion
+    assert result.counts == {"compared": len(result.verdicts), "skipped": 0, "missing": 0}
+    assert result.headline is not None and result.headline.max_abs64 < 1e-11
+
+
+def test_trace_and_verdict_of_both_components(tiny_port: Path) -> None:
+    outcome = compare(tiny_port, against=("trace",))
+    assert [(r.component, r.candidate, r.passed) for r in outcome.components] == [
+        ("transformer", "native", True),
+        ("transformer", "diffusers", True),
+        ("vae", "diffusers", True),
+    ]
+    assert outcome.unproven == [] and outcome.conclusion().startswith("PASS max|Δ| = ")
+    assert set(outcome.facts["weights"]) == {"transformer", "vae"}
+    assert outcome.facts["manifest_sha256"] == Port.open(tiny_port).manifest_sha256
+
+
+def test_a_port_of_other_weights_is_not_compared(own_port: Path) -> None:
+    manifest = json.loads((own_port / "manifest.json").read_text())
+    for entry in manifest["source"]["files"].values():
+        entry["sha256"] = "0" * 64
+    (own_port / "manifest.json").write_text(json.dumps(manifest))
+    outcome = compare(own_port, against=("trace",), components=("vae",))
+    (result,) = outcome.components
+    assert result.status == "not compared" and "other weights" in result.reason and "--reference-repo" in result.reason
+    assert not outcome.holds and not outcome.passed and outcome.conclusion().startswith("FAIL vae")
+
+
+def test_weights_changed_after_conversion(own_port: Path) -> None:
+    def scale(state: dict[str, torch.Tensor]) -> None:
+        state["decoder.conv_out.bias"] = state["decoder.conv_out.bias"] + 0.5
+
+    edit_weights(own_port, "vae", scale)
+    outcome = compare(own_port, against=("trace",), components=("vae",))
+    assert not outcome.holds and outcome.changed and "decoder.conv_out" in outcome.conclusion()
+
+
+def test_changed_files_alone_are_not_a_pass(own_port: Path) -> None:
+    edit_weights(own_port, "vae", lambda state: state.update({k: t.float() for k, t in state.items()}))
+    outcome = compare(own_port, against=("trace",), components=("vae",))
+    assert all(r.passed for r in outcome.components) and not outcome.holds
+    assert "changed after conversion" in outcome.conclusion()
+
+
+def test_wrong_shift_in_the_port_config(own_port: Path) -> None:
+    config = json.loads((own_port / "vae" / "config.json").read_text())
+    config["shift_factor"] += 0.01
+    (own_port / "vae" / "config.json").write_text(json.dumps(config))
+    outcome = compare(own_port, against=("trace",), components=("vae",))
+    assert not outcome.holds and "shift_factor" in outcome.conclusion()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"components": ("unet",)}, UsageError, "unknown component 'unet'"),
+        ({"against": ("original",)}, UsageError, "needs the original code"),
+        ({"against": ("original",), "reference_repo": Path("/nonexistent")}, MissingError, "not a checkout"),
+    ],
+)
+def test_usage(tiny_port: Path, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        compare(tiny_port, **options)
+
+
+def test_broken_traces(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no trace"):
+        Trace.open(tmp_path / "none.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(CASES.components[0].trace.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a readable trace"):
+        Trace.open(tmp_path / "cut.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="is not a trace"):
+        Trace.open(tmp_path / "other.safetensors")
+
+
+def test_a_trace_without_events_proves_nothing(transformer: Any) -> None:
+    empty = Trace({**transformer.trace.meta}, [], {})
+    result = ComponentResult("transformer", "trace", "native", "")
+    compare_component(NATIVE.load(transformer.folder), NATIVE, empty, transformer.alignment, result)
+    assert not result.passed and result.status == "not compared"
+
+
+def test_a_forged_reference_is_noticed(transformer: Any) -> None:
+    """A trace that was changed in one element of one block no longer agrees with the port."""
+    trace = Trace.open(transformer.case.trace)
+    key = trace.events["forward/single_blocks.1#0.out.0"].stored
+    changed = dict(trace._tensors)
+    changed[key] = changed[key].clone()
+    changed[key][17] += 1e-3
+    forged = Trace(trace.meta, list(trace.events.values()), changed)
+    result = ComponentResult("transformer", "trace", "native", "")
+    compare_component(NATIVE.load(transformer.folder), NATIVE, forged, transformer.alignment, result)
+    assert not result.passed and "single_transformer_blocks.1" in str(result.guilty)
+
+
+def test_document_and_page(tiny_port: Path, tmp_path: Path) -> None:
+    outcome = compare(tiny_port, against=("trace",), components=("vae",))
+    hostile = "porter parity '<script>alert(1)</script>'"
+    paths = write(outcome, hostile, tmp_path / "out")
+    data = json.loads(paths[0].read_text())
+    assert data["schema"] == "porter.parity/1" and data["passed"] is False and data["holds"] is True
+    assert data["components"][0]["counts"]["compared"] == len(data["components"][0]["modules"]) + 2
+    assert data["components"][0]["headline"]["max_abs"] == document(outcome, "")["components"][0]["headline"]["max_abs"]
+    page = paths[1].read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "<svg" in page
+    assert "http://" not in page and "https://" not in page.replace("https://github.com", "")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["parity.json", "report.html"]
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(not REFERENCES, reason="PORTER_REFERENCES names no folder with a flux checkout")
+def test_live_against_the_original_code(tiny_port: Path) -> None:
+    outcome = compare(tiny_port, against=("original",), reference_repo=Path(str(REFERENCES)) / "flux", seed=5)
+    assert outcome.holds and outcome.unproven == []
+    assert {(r.component, r.candidate) for r in outcome.components} == {
+        ("transformer", "native"),
+        ("transformer", "diffusers"),
+        ("vae", "diffusers"),
+    }
+    assert all(v.elements == v.of for r in outcome.components for v in r.verdicts)  # nothing sampled

@@ -1,0 +1,53 @@
+"""What the documentation says is true: its commands run, each verb and option is documented, links resolve."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from porter.cli import VERBS, app, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Every `porter …` line of a page's indented or fenced blocks, without prompt sign, continuation and comment."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^(?: {4}|)(?:\$ )?(porter [a-z].*)$", text, flags=re.MULTILINE)
+    return [line.split(" #")[0].strip() for line in lines]
+
+
+def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page, in one folder, as a new user would; the demo has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for line in commands(ROOT / "README.md"):
+        arguments = shlex.split(line)[1:]
+        if arguments[0] != "demo" and "--reference-repo" not in arguments:
+            assert main(arguments) == 0, line
+            ran.append(arguments[0])
+    assert {"plan", "convert", "parity", "generate", "families"} <= set(ran)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_and_option_is_documented(verb: str) -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert f"## porter {verb}" in page
+    section = page.split(f"## porter {verb}")[1].split("\n## ")[0]
+    command = app.get_command(click.Context(app), verb)
+    assert command is not None
+    for parameter in command.params:
+        for name in (n for n in parameter.opts if n.startswith("--")):
+            assert f"`{name}" in section, f"porter {verb} {name} is not in docs/commands.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_to_files_resolve(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if not (page.parent / t).exists()]
+    assert not missing

@@ -24,7 +24,7 @@ test-slow: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy porter parity conversions/*/recipe.py
+	$(BIN)/mypy porter parity conversions/*/recipe.py conversions/common/*/recipe.py
 	$(BIN)/lint-imports
 
 bench: $(STAMP)

@@ -159,10 +159,10 @@ def run_parity(
     here = [c for c in cases.components if _asked(c.component, options) and c.component in port.components]
     for case in here:
         folder = port.component_dir(case.component)
-        for against, trace in _truths(case, port, options, wanted):
+        for against, trace, warnings in _truths(case, port, options, wanted):
             for candidate in case.candidates:
                 progress(f"{case.component} ({candidate.name}) against {against}")
-                result = ComponentResult(case.component, against, candidate.name, "")
+                result = ComponentResult(case.component, against, candidate.name, "", warnings=list(warnings))
                 outcome.components.append(result)
                 if isinstance(trace, str):
                     result.reason = trace
@@ -183,7 +183,9 @@ def run_parity(
     if cases.pipeline and "diffusers" in wanted and _asked(PIPELINE, options) and whole:
         progress("pipeline (native) against diffusers")
         p = cases.pipeline
-        request = Request(options.prompt or p.prompt, options.seed, options.steps or p.steps, p.guidance)
+        request = Request(
+            p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
+        )
         outcome.pipeline = compare_pipelines(p, port.path, request, gate=options.gate)
     outcome.unproven = [
         c.component for c in cases.components if c.component in port.components and c.component not in proven
@@ -205,8 +207,11 @@ def _asked(component: str, options: Options) -> bool:
 
 def _truths(
     case: ComponentCase, port: Port, options: Options, wanted: tuple[str, ...]
-) -> Iterator[tuple[str, Trace | str]]:
-    """The references that never read the port: (name, trace or why there is none)."""
+) -> Iterator[tuple[str, Trace | str, list[str]]]:
+    """The references that never read the port: (name, trace or why there is none, what a reader must know).
+
+    A trace recorded on other weights says nothing about this port; the original code live then takes its place.
+    """
     sources = port.manifest["source"]["files"]
     used = port.manifest["components"][case.component].get("sources") or list(sources)
     digests = {sources[name]["sha256"] for name in used if name in sources}
@@ -220,11 +225,21 @@ def _truths(
             f"this port was converted from other weights; {hint}"
         )
 
+    live = "original" in wanted and options.reference_repo is not None and case.record is not None
+    warnings, recorded = [], Trace.open(case.trace)
     if "trace" in wanted:
-        yield "trace", bound(Trace.open(case.trace), "compare with the original code: --reference-repo <checkout>")
-    if "original" in wanted and options.reference_repo is not None and case.record is not None:
+        trace = bound(recorded, "compare with the original code: --reference-repo <checkout>")
+        if isinstance(trace, str) and live and "trace" not in options.against:
+            warnings.append("the recorded trace is of other weights; compared with the original code live instead")
+        else:
+            yield "trace", trace, []
+    if live:
         with tempfile.TemporaryDirectory(prefix="porter-parity-") as folder:
-            yield "original", bound(_record(case, port, options, Path(folder)), "name its source: --source <folder>")
+            fresh = _record(case, port, options, Path(folder))
+            here, known = (t.meta["reference"]["commit"] for t in (fresh, recorded))
+            if here != known:
+                warnings.append(f"the checkout is at {here or 'an unknown commit'}, the recorded trace at {known}")
+            yield "original", bound(fresh, "name its source: --source <folder>"), warnings
 
 
 def _record(case: ComponentCase, port: Port, options: Options, out: Path) -> Trace:

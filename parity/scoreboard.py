@@ -13,7 +13,7 @@ from typing import Any
 HEAD = """# Published reports
 
 Written by `make reports`; do not edit. Float32 on the CPU, judged in float64. A difference stands beside its noise
-floor: what the reference itself loses to float32. `identical` and `rounding` pass.
+floor: the larger of what both sides themselves lose to float32. `identical` and `rounding` pass.
 
 | family | component | against | verdict | max\\|Δ\\| | floor | compared | skipped | missing |
 |---|---|---|---|---|---|---|---|---|
@@ -28,7 +28,7 @@ def rows(document: dict[str, Any]) -> list[str]:
         results.append(("pipeline", "native", "diffusers", document["pipeline"]))
     for component, candidate, against, result in results:
         best, counts = result["headline"], result["counts"]
-        numbers = f"{best['max_abs']:.1e} | {best['noise_reference']:.1e}" if best else "– | –"
+        numbers = f"{best['max_abs']:.1e} | {best['floor']:.1e}" if best else "– | –"
         cells = " | ".join(str(counts[key]) for key in ("compared", "skipped", "missing"))
         reference = f"original code ({result['reference']})" if against == "trace" else against
         who = f"{document['family']} | {component} ({candidate})"

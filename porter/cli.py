@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import platform
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 import porter
-from porter.core.errors import PorterError, ResourceError
+from porter.core.errors import PorterError, ResourceError, visible
 
 # verb → its line in `porter --help`. The module is porter.commands.<verb>, its click command is called `command`.
 VERBS = {
@@ -71,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `porter`; the process's own by default.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # closed by the caller (`porter plan … >&-`)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     try:
         if "_PORTER_COMPLETE" in os.environ:  # the shell asks for completions
             app.main(args=given, prog_name="porter")
@@ -89,8 +95,9 @@ def _end(error: BaseException, given: Sequence[str]) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, BrokenPipeError):
         # The reader of our output has gone (`porter plan … | head`): nothing more can be said to it.
+        # It is not "done and holds": 128 + SIGPIPE, as other programs end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
@@ -103,7 +110,7 @@ def _end(error: BaseException, given: Sequence[str]) -> int:
         return 2
     shown = error if isinstance(error, PorterError) else _resource(error)
     if shown is None:
-        click.echo(f"porter: internal error: {type(error).__name__}: {error}", err=True)
+        click.echo(f"porter: internal error: {type(error).__name__}: {visible(str(error))}", err=True)
         click.echo(f"  report:   {_where(error)}", err=True)
         click.echo("  next:     run it again with --verbose for the traceback, and report both", err=True)
         return 7

@@ -79,6 +79,9 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
         ResourceError: out of memory, or the output cannot be written.
         CheckFailed: the result is not finite.
     """
+    for text in (job.prompt, job.fields.get("negative_prompt")):
+        if text and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError("the prompt is not UTF-8", found=ascii(text), hint="type it again in a UTF-8 terminal")
     path = find_port(job.port)
     evidence = weigh(path)
     model = describe(path)

@@ -21,8 +21,8 @@ from torch import nn
 
 from porter.core.checkpoint import Header, read_header, read_sharded
 from porter.core.errors import BadInputError, CheckpointError, MissingError
+from porter.core.layout import LIBRARIES
 
-LIBRARIES = ("diffusers", "transformers")
 INDEX = "model_index.json"
 _AGAIN = "convert the model again: porter convert <model> -o <port> --overwrite"
 
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{path} cannot be read", expected="a JSON file", found=str(error), hint=_AGAIN) from error
     if not isinstance(document, dict):
         raise BadInputError(f"{path} is not a JSON object", found=type(document).__name__, hint=_AGAIN)

@@ -158,7 +158,7 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # "meta" exists, and holds nothing
     except (RuntimeError, AssertionError) as error:
         found = str(error).splitlines()[0]
         raise UsageError(f"device {name} is not available", found=found, hint="--device cpu") from error

@@ -291,5 +291,5 @@ CASES = FamilyCases(
         ),
     ),
     pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5),
-    code=("conversions.flux1", "runtime"),
+    code=("conversions.flux1", "conversions.common", "runtime", "porter.core"),
 )

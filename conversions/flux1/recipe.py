@@ -105,7 +105,7 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
                 )
         elif key.startswith("_") or key in _KEYS or key in _ALIASES or key == "hidden_size":
             ours = _ALIASES.get(key, key)
-            if known.get(ours, value) != value:
+            if ours in known and known[ours] != value:
                 raise RecipeError(f"the config says {ours} twice", expected=f"{known[ours]}", found=f"{key}: {value}")
             known[ours] = value
         else:

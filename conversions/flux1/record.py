@@ -194,7 +194,7 @@ def find_source(component: str, model_dir: Path) -> Path:
     from safetensors import safe_open
 
     landmark = {"transformer": "double_blocks.0.img_attn.qkv.weight", "vae": "decoder.conv_in.weight"}[component]
-    for path in sorted(model_dir.glob("*.safetensors")):
+    for path in sorted(p for p in model_dir.iterdir() if p.suffix in (".safetensors", ".sft")):
         with safe_open(str(path), "pt") as f:
             if landmark in f.keys():  # noqa: SIM118 (safe_open has no `in`)
                 return path

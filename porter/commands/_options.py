@@ -23,7 +23,7 @@ def hub_options(function: F) -> F:
 
 
 def output_options(function: F) -> F:
-    """--json, --quiet, --verbose. The values of the last two reach every verb through the context as well."""
+    """--json, --quiet, --verbose."""
     for option in (
         click.option("-v", "--verbose", is_flag=True, help="More detail; tracebacks of errors."),
         click.option("-q", "--quiet", is_flag=True, help="Only results and errors."),

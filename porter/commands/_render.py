@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from porter.core.errors import visible
+
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
     from rich.progress import Progress
     from rich.table import Table
+    from rich.text import Text
 
 
 def console() -> Console:
@@ -33,6 +36,9 @@ def _console(*, stderr: bool) -> Console:
     class Ours(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # the frame knows what that means; rich would end the process
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text), **options)
 
     stream = sys.stderr if stderr else sys.stdout
     return Ours(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())

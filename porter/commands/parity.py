@@ -68,8 +68,8 @@ def command(
     from porter.core.family import family_named, resolve
     from porter.core.port import Port
 
-    if gate is not None and not gate > 0:
-        raise UsageError("--gate must be positive", found=str(gate))
+    if gate is not None and not 0 < gate < float("inf"):
+        raise UsageError("--gate must be positive and finite", found=str(gate))
     opened = Port.open(port)
     family = opened.manifest.get("family")
     cases = family_named(family).cases if family else None

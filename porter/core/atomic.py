@@ -50,7 +50,7 @@ class PartialFile:
         os.fsync(self.descriptor)
         self.path.replace(self.output)
         self.published = True
-        _sync_folder(self.output.parent)
+        fsync_folder(self.output.parent)
 
     def _make_folders(self) -> None:
         folder, absent = self.output.parent, list[Path]()
@@ -114,7 +114,7 @@ class PartialFile:
                     folder.rmdir()
 
 
-def _sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename durable; where folders cannot be synced, the rename alone must do."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

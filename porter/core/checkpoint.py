@@ -234,6 +234,7 @@ class _DuplicateKeyError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
+        (key + value if isinstance(value, str) else key).encode()  # a lone surrogate is a ValueError
         if key in table:
             raise _DuplicateKeyError(key)
         table[key] = value

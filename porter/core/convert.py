@@ -7,6 +7,7 @@ are the same job: components with a recipe are streamed through the engine, ever
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,7 +138,8 @@ def _recipes(
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     """An existing output is an error, unless it is a port and the user wants it replaced."""
     try:
-        exists, empty = target.exists() or target.is_symlink(), target.is_dir() and not any(target.iterdir())
+        exists = target.exists() or target.is_symlink()
+        empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     except OSError as error:
         raise ResourceError(f"cannot write {target}", found=error.strerror, hint="choose another -o") from error
     if not exists or empty:
@@ -155,8 +157,6 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def _write(ready: Preparation, target: Path, *, verify: bool, progress: Callable[[str, int], None]) -> Conversion:
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
     with stage(target, ready.key, ready.bytes) as staging:
         _hash_sources(ready, staging, progress)
         for copy in ready.copies:
@@ -200,19 +200,15 @@ def _sources_unchanged(ready: Preparation, staging: Staging) -> None:
 
 
 def _copy(source: Source, copy: Copy, staging: Staging, progress: Callable[[str, int], None]) -> None:
-    path = source.path(copy.name)
-    digest = staging.copy(path, copy.name, lambda count: progress(copy.name, count))
+    digest = staging.copy(source.path(copy.name), copy.name, lambda count: progress(copy.name, count))
     if copy.sha256 and digest != copy.sha256:
         raise BadInputError(
             f"{copy.name} is not what its manifest or repository says", expected=copy.sha256, found=digest,
             hint="download or convert it again",
         )  # fmt: skip
-    staging.sources[copy.name] = file_record(path, digest)
 
 
 def _write_text(staging: Staging, name: str, content: bytes) -> None:
-    import os
-
     with staging.path(name).open("wb") as file:
         file.write(content)
         file.flush()

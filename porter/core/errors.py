@@ -15,6 +15,15 @@ Each error says what went wrong, what was expected, what was found, and what to 
 
 from __future__ import annotations
 
+# Control characters except newline and tab, and the marks that turn the direction of writing.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+_CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters spelled out: names from a model must not steer the terminal."""
+    return text.translate(_CONTROLS)
+
 
 class PorterError(Exception):
     """Base of all of porter's errors.
@@ -35,9 +44,9 @@ class PorterError(Exception):
         self.what, self.expected, self.found, self.hint = what, expected, found, hint
 
     def lines(self) -> list[str]:
-        """The message as labelled lines, without styling."""
+        """The message as labelled lines, without styling or control characters."""
         parts = (("expected", self.expected), ("found", self.found), ("next", self.hint))
-        return [self.what, *(f"  {label + ':':<10}{text}" for label, text in parts if text)]
+        return [visible(self.what), *(f"  {label + ':':<10}{visible(text)}" for label, text in parts if text)]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -5,6 +5,7 @@ Weights are downloaded only when a conversion asks for a path, and then into the
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -120,7 +121,7 @@ class RangeReader:
                             raise unreachable(self.repo, f"a redirect to {url}") from error
                         continue
                     raise refusal(self.repo, error.code, f"HTTP {error.code} for {self.url}") from error
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 raise unreachable(self.repo, str(error)) from error
         raise unreachable(self.repo, f"redirects without end from {self.url}")
 

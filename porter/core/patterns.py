@@ -27,6 +27,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _TYPED = re.compile(r"([A-Za-z_]\w*):(.+)")
 _INDEX = re.compile(r"int(?:(==|!=|<=|>=|<|>)(.+))?")
 _INT = r"(0|[1-9][0-9]{0,8})"
+_NUMBER = re.compile(_INT)
 _COMPARE: Mapping[str, Callable[[int, int], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
 }  # fmt: skip
@@ -152,11 +153,11 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
     """
     start = prefix + "."
     found = {name[len(start) :].split(".", 1)[0] for name in names if name.startswith(start)}
-    indices = {int(index) for index in found if index.isdigit()}
-    holes = sorted(set(range(max(indices, default=-1) + 1)) - indices)
-    if holes:
+    indices = {int(index) for index in found if _NUMBER.fullmatch(index)}
+    hole = next(index for index in range(len(indices) + 1) if index not in indices)
+    if hole < len(indices):
         raise RecipeError(
-            f"{prefix}.{holes[0]} is missing", expected=f"{prefix}.0 to {prefix}.{max(indices)}",
+            f"{prefix}.{hole} is missing", expected=f"{prefix}.0 to {prefix}.{max(indices)}",
             found=f"{len(indices)} of {max(indices) + 1} blocks", hint="download or export the file again",
         )  # fmt: skip
     return len(indices)

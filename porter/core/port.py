@@ -86,7 +86,7 @@ class Port:
             )
         try:
             manifest = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInputError(f"{file} is not JSON", found=str(error), hint="convert the model again") from error
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
@@ -151,7 +151,7 @@ class Port:
         """The parity document beside the port, or None where there is none that can be read."""
         try:
             document = json.loads((self.path / PARITY).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return document if isinstance(document, dict) else None
 
@@ -169,7 +169,7 @@ def is_manifest(path: Path) -> bool:
     """Whether `path` is a manifest of porter's, of any version, and not another tool's file of that name."""
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and str(document.get("schema", "")).startswith("porter.manifest/")
 
@@ -204,20 +204,6 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
             wrong.append(f"files: {name}")
     if wrong:
         raise BadInputError(f"{file} is damaged", found=f"nothing usable in {wrong[0]}", hint="convert the model again")
-
-
-def fsync_folder(path: Path) -> None:
-    """Makes a folder's names durable, where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def unwritable(output: Path, error: OSError) -> ResourceError:

@@ -99,6 +99,13 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
                 hint="porter families; CONTRIBUTING.md says how a family is added",
             )
     found = [part for part in chosen if part.status == "convert"]
+    for name in dict.fromkeys(part.name for part in found):
+        files = [file for part in found if part.name == name for file in part.files]
+        if sum(part.name == name for part in found) > 1:
+            raise UsageError(
+                f"{source.given} holds {name} more than once", expected="one of them", found=", ".join(files),
+                hint=f"name one of these files alone: porter convert <path of {files[0]}> -o PORT",
+            )  # fmt: skip
     if not found and any(part.status == "port" for part in chosen):
         raise BadInputError(
             f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:1]) or None,
@@ -136,7 +143,8 @@ def _forward_job(
         raise
     notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
     text = {"_class_name": part.class_name, **notes, **{k: v for k, v in full.items() if not k.startswith("_")}}
-    kept = config is None and config_name in source.files and text == given
+    same = json.dumps(text, sort_keys=True) == json.dumps(given, sort_keys=True)  # unlike ==, tells 2 from 2.0
+    kept = config is None and config_name in source.files and same
     content = source.path(config_name).read_bytes() if kept else (json.dumps(text, indent=2) + "\n").encode()
     return Job(
         component=part.name,

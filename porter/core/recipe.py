@@ -116,10 +116,6 @@ class Recipe:
         rules = [rule.canonical() for rule in self.rules]
         return digest_of([self.name, self.source_layout, self.target_layout, rules, self.keep_dtype])
 
-    def config_from(self, header: Header, config: Config) -> dict[str, Any]:
-        """The full config of the weights in `header`; see `infer_config`."""
-        return self.infer_config(header, config)
-
     def replace_rule(self, pattern: str, **changes: Any) -> Recipe:
         """A copy in which the rule whose first source pattern is `pattern` has other fields, as in `ops=()`.
 

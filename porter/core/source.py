@@ -119,7 +119,7 @@ class Source(ABC):
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; no duplicate keys, at most 64 MB.
+    """The content of a JSON file; no duplicate keys, no NaN, no half characters, at most 64 MB.
 
     Raises:
         MissingError: no such file.
@@ -132,6 +132,9 @@ def read_json(path: Path) -> Any:
             raise ValueError("a key stands in it twice")
         return found
 
+    def no_number(word: str) -> float:
+        raise ValueError(f"{word} is no JSON number")
+
     try:
         if path.stat().st_size > MAX_JSON:
             raise BadInputError(
@@ -139,7 +142,11 @@ def read_json(path: Path) -> Any:
                 expected=f"at most {MAX_JSON} bytes",
                 hint="name the right file",
             )
-        return json.loads(path.read_bytes(), object_pairs_hook=unique)
+        raw = path.read_bytes()
+        document = json.loads(raw, object_pairs_hook=unique, parse_constant=no_number)
+        if b"\\u" in raw:
+            json.dumps(document, ensure_ascii=False).encode()  # refuses a lone surrogate, which nothing could print
+        return document
     except (FileNotFoundError, IsADirectoryError) as error:
         raise MissingError(f"no such file: {path}", hint="check the path") from error
     except (ValueError, RecursionError) as error:
@@ -194,18 +201,19 @@ def open_source(
         BadInputError: an empty folder, a symbolic link that leaves the tree.
     """
     given = str(model)
+    _printable(given)
     if given.startswith(builtin.PREFIX):
         root = builtin.locate(given.removeprefix(builtin.PREFIX))
         if root is None:
             known = ", ".join(builtin.PREFIX + name for name in builtin.names())
             raise MissingError(f"no embedded model is called {given}", expected=known, hint="porter families")
         return LocalSource("builtin", root, list_files(root), spec=given, given=given)
-    path = Path(given).expanduser()
-    if path.is_dir():
-        return LocalSource("folder", path.resolve(), list_files(path.resolve()), spec=str(path.resolve()), given=given)
-    if path.exists():
-        whole = path.absolute()
-        return LocalSource("file", whole.parent, {path.name: file_info(whole)}, spec=str(whole), given=given)
+    try:
+        if (local := _open_local(Path(given).expanduser(), given)) is not None:
+            return local
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~nobody`, a loop of links
+        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise MissingError(f"cannot read {given[:200]}", found=found, hint="check the path and its rights") from error
     if _HUB_ID.fullmatch(given) and not given.endswith((".safetensors", ".json")):
         from porter.core.hub import open_hub
 
@@ -215,6 +223,32 @@ def open_source(
         expected="a folder, a checkpoint file, a hub id `owner/name`, or builtin:<name>",
         hint="porter plan builtin:tiny-flux",
     )
+
+
+def _open_local(path: Path, given: str) -> LocalSource | None:
+    """The folder or file at `path`; None where nothing is there."""
+    if path.is_dir():
+        return LocalSource("folder", path.resolve(), list_files(path.resolve()), spec=str(path.resolve()), given=given)
+    if path.is_file():
+        whole = path.absolute()
+        return LocalSource("file", whole.parent, {path.name: file_info(whole)}, spec=str(whole), given=given)
+    if path.exists():
+        raise BadInputError(f"{given} is a device or a pipe, not a model", hint="name a folder or a checkpoint file")
+    return None
+
+
+def _printable(name: str) -> None:
+    """Refuses a name that is not UTF-8: no manifest could hold it.
+
+    Raises:
+        BadInputError: always, for such a name.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(
+            f"the name {name!r} is not UTF-8", expected="names in UTF-8", hint="rename it, then run the same again"
+        ) from error
 
 
 def file_info(path: Path) -> FileInfo:
@@ -247,8 +281,9 @@ def list_files(root: Path) -> dict[str, FileInfo]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
+            _printable(prefix + entry.name)
             if entry.is_symlink():
-                target = Path(entry.path).resolve()
+                target = Path(os.path.realpath(entry.path))  # not `resolve`, which raises on a loop
                 if not target.is_relative_to(tree) or not target.exists():
                     fault = "leaves the folder" if target.exists() else "points nowhere"
                     raise BadInputError(

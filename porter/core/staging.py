@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from porter.core.atomic import fsync_folder
 from porter.core.errors import PorterError, ResourceError, UsageError
-from porter.core.port import MANIFEST, SCHEMA, file_record, fsync_folder, unwritable, write_json
+from porter.core.port import MANIFEST, SCHEMA, file_record, unwritable, write_json
 
 _WINDOW = 8 << 20
 
@@ -68,7 +69,7 @@ class Staging:
         write_json(self.folder / MANIFEST, {**document, "sources": self.sources})
 
     def copy(self, source: Path, name: str, progress: Callable[[int], None] | None = None) -> str:
-        """Copies one file by streaming and records it; returns its sha256."""
+        """Copies one file by streaming and records both sides; returns its sha256."""
         digest, path = hashlib.sha256(), self.path(name)
         with source.open("rb", buffering=0) as reader, path.open("wb", buffering=0) as writer:
             while chunk := reader.read(_WINDOW):
@@ -79,6 +80,7 @@ class Staging:
                 if progress:
                     progress(len(chunk))
             os.fsync(writer.fileno())
+        self.sources[name] = file_record(source, digest.hexdigest())  # first: a killed run must not lose it
         self.record(name, digest.hexdigest())
         return digest.hexdigest()
 

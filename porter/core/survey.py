@@ -68,6 +68,14 @@ def _pipeline(source: Source) -> Survey:
         raise BadInputError(
             f"{INDEX} names no components", expected='entries such as "vae": ["diffusers", …]', hint="is it a pipeline?"
         )
+    for name in index.keys() - entries.keys():
+        if any(file.startswith(f"{name}/") for file in source.files):
+            raise BadInputError(
+                f"{INDEX} describes {name} badly, and its folder is here",
+                expected=f'"{name}": ["library", "class"]',
+                found=repr(index[name])[:80],
+                hint=f"repair {INDEX}, or remove {name}/",
+            )
     claimed: set[str] = set()
     for name, (library, class_name) in entries.items():
         if "/" in name or "\\" in name or name.startswith("."):

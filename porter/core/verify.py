@@ -17,10 +17,8 @@ from porter.core.errors import BadInputError, CheckFailed
 from porter.core.execute import execute
 from porter.core.jobs import Job
 from porter.core.layout import LIBRARIES
+from porter.core.ops import TORCH_NAMES
 from porter.core.staging import Staging
-
-# How the libraries name the dtypes of the format, for comparing bytes with what a loaded class holds.
-_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def verify_job(job: Job, staging: Staging) -> dict[str, Any]:
@@ -61,7 +59,8 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
     if odd := set(state) ^ set(header):
         raise CheckFailed(f"{job.class_name} and the written file name different tensors", found=str(sorted(odd)[:4]))
     for name, info in header.items():
-        held = state[name].detach().to(getattr(torch, _TORCH[info.dtype])) if info.dtype in _TORCH else state[name]
+        known = TORCH_NAMES.get(info.dtype)
+        held = state[name].detach().to(getattr(torch, known)) if known else state[name]
         raw = held.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         if hashlib.sha256(raw).hexdigest() != written[name]:
             raise CheckFailed(f"{job.class_name} holds other values than were written", found=name)

@@ -68,6 +68,8 @@ class InputValidationStage(PipelineStage):
             batch.num_inference_steps = len(batch.sigmas)
         if batch.guidance_scale is not None and not config.should_use_guidance:
             batch.warnings.append(f"guidance_scale {batch.guidance_scale:g} is ignored: this model takes no guidance")
+        if batch.true_cfg_scale is not None and batch.true_cfg_scale > 1 and not batch.do_classifier_free_guidance:
+            batch.warnings.append(f"true_cfg_scale {batch.true_cfg_scale:g} is ignored: there is no negative prompt")
         self.sampling_params.fill(batch)
         height, width = config.default_size()
         batch.height = height if batch.height is None else batch.height

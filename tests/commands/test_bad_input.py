@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,6 +105,17 @@ CASES = [
     Case("pointer", write(FLUX, POINTER), (FLUX, "LFS pointer", "lfs pull"), None, 4),
     Case("pointer-to-copy", write("text_encoder/model.safetensors", POINTER), ("text_encoder", "lfs pull"), None, 4),
     Case("broken-pointer", write(FLUX, POINTER[:60]), (FLUX, "pointer"), 6, 6),
+    Case("index-entry-is-no-pair", edit_json("model_index.json", vae=["diffusers"]), ("describes vae",), 6, 6),
+    Case("nan-in-config", edit_json("transformer/config.json", num_layers=float("nan")), ("NaN",), 6, 6),
+    Case("half-a-character", edit_json("vae/config.json", note="\ud800"), ("vae/config.json",), 6, 6),
+    Case("half-a-character-in-header", edit_bytes(FLUX, lambda b: b.replace(b"img_in.bias", b"i\\ud800.bias", 1)),
+         (FLUX, "surrogate"), 6, 6),
+    Case("scale-is-no-number", edit_json("vae/config.json", scaling_factor="x"), ("scaling_factor",), None, 6),
+    Case("block-number-without-end", edit_tensors(
+        FLUX, lambda t: t.update({"double_blocks.999999999.x": t["img_in.bias"].clone()})), ("double_blocks.2",),
+        None, 6),
+    Case("name-is-no-utf8", lambda m: os.close(os.open(bytes(m) + b"/\xff.txt", os.O_CREAT)), ("UTF-8",), 6, 6),
+    Case("link-loop", link("loop", "loop"), ("loop", "points nowhere"), 6, 6),
     Case("link-out", link("extra.json", "/etc/hostname"), ("extra.json", "leaves the folder"), 6, 6),
     Case("dangling-link", link("extra.json", "nowhere"), ("extra.json", "points nowhere"), 6, 6),
 ]  # fmt: skip
@@ -153,6 +166,8 @@ class Use:
 
 USES = {
     "no-such-path": Use(("plan", "{}/none"), 4, ("no such path", "{}/none")),
+    "name-too-long": Use(("plan", "x" * 5000), 4, ("cannot read",)),
+    "device": Use(("convert", "/dev/zero", "-o", "{}/p"), 6, ("/dev/zero", "not a model")),
     "no-such-path-convert": Use(("convert", "{}/none", "-o", "{}/p"), 4, ("no such path",)),
     "no-such-builtin": Use(("convert", "builtin:none", "-o", "{}/p"), 4, ("builtin:tiny-flux",)),
     "output-exists": Use(("convert", "builtin:tiny-flux", "-o", "{model}"), 2, ("exists", "--overwrite")),
@@ -205,6 +220,43 @@ def test_bad_commands(name: str, tiny_flux: Path, tmp_path: Path, capsys: pytest
     assert shown.out == ""
     complain(shown.err, tuple(fill[len(use.arguments) :]))
     assert listing(tmp_path) == before
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "")
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+    edit_json("model_index.json", vae=["diffusers", "\x1b]0;title\x07"])(model)
+    assert cli.main(["plan", str(model)]) == 0
+    assert cli.main(["convert", str(model), "-o", str(tmp_path / "port")]) == 6
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert "\\x1b]0;title" in shown.out and "\\x1b]0;title" in shown.err
+
+
+def test_a_closed_stdout_is_no_crash() -> None:
+    command = f"{shlex.quote(sys.executable)} -m porter.cli plan builtin:tiny-flux >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--device", "meta", "a circle"], "meta"), (["\udcff"], "UTF-8")],
+    ids=["meta-device", "prompt-is-no-utf8"],
+)
+def test_generate_refuses(
+    arguments: list[str], word: str, tiny_port: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", str(tiny_port), "-o", str(tmp_path / "o"), *arguments]) == 2
+    complain(capsys.readouterr().err, (word,))
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_gate_of_parity_is_finite(tiny_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["parity", str(tiny_port), "--gate", "inf"]) == 2
+    complain(capsys.readouterr().err, ("--gate",))
 
 
 def test_a_real_process_ends_in_the_same_code(tmp_path: Path) -> None:

@@ -367,6 +367,28 @@ def test_killed_and_run_again_it_completes(tmp_path: Path, tiny_port: Path, numb
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_run_killed_after_a_copy_still_names_every_source(tmp_path: Path, tiny_port: Path) -> None:
+    out = tmp_path / "port"
+    arguments = ["convert", "builtin:tiny-flux", "-o", str(out)]
+    subprocess.run([sys.executable, "-c", STOP_AFTER, "scheduler/scheduler_config.json", "9", *arguments], cwd=ROOT)
+    convert("builtin:tiny-flux", out)
+    resumed, whole = (json.loads((port / "manifest.json").read_text()) for port in (out, tiny_port))
+    assert resumed["source"]["files"] == whole["source"]["files"]
+
+
+def test_two_files_of_one_component_are_refused(tmp_path: Path, tiny_flux: Path) -> None:
+    """Both would be written to one place, and only one of them would arrive."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("flux1-one.safetensors", "flux1-two.safetensors"):
+        shutil.copy(tiny_flux / "flux1-tiny.safetensors", model / name)
+    config = json.loads((tiny_flux / "transformer" / "config.json").read_text())
+    for component in (None, "transformer"):
+        with pytest.raises(UsageError, match="more than once") as error:
+            convert(model, tmp_path / "port", component=component, config=config)
+        assert error.value.found == "flux1-one.safetensors, flux1-two.safetensors"
+
+
 def test_what_a_killed_run_left_is_not_trusted_when_anything_changed(tmp_path: Path, tiny_flux: Path) -> None:
     model, out = Path(shutil.copytree(tiny_flux, tmp_path / "model")), tmp_path / "out" / "port"
     out.parent.mkdir()

@@ -124,3 +124,10 @@ def test_a_side_that_fails_is_not_a_pass(tiny_port: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(LatentPreparationStage, "forward", broken)
     result = compare(tiny_port)
     assert not result.passed and "no noise today" in result.reason
+
+
+def test_a_step_that_only_one_side_has_is_missing(tiny_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FluxPipelineConfig, "prepare_sigmas", lambda config, batch: [1.0, 0.6, 0.3])
+    result = compare(tiny_port)
+    assert not result.passed and result.counts["missing"] == 1 and result.counts["skipped"] > 0
+    assert "step 2 latents" in {v.name for v in result.stages if v.status == SKIPPED}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversions.flux1.case import CASES, NATIVE
+from parity import run
 from parity.component import ComponentResult, compare_component
 from parity.report import document, write
 from parity.run import Options, Outcome, run_parity
@@ -65,6 +66,26 @@ def test_a_port_of_other_weights_is_not_compared(own_port: Path) -> None:
     (result,) = outcome.components
     assert result.status == "not compared" and "other weights" in result.reason and "--reference-repo" in result.reason
     assert not outcome.holds and not outcome.passed and outcome.conclusion().startswith("FAIL vae")
+
+
+@pytest.mark.parametrize("against", [(), ("trace", "original")])
+def test_other_weights_are_compared_with_the_original_live(
+    own_port: Path, monkeypatch: pytest.MonkeyPatch, against: tuple[str, ...]
+) -> None:
+    """The committed trace says nothing about them; only who asks for it by name gets its failure."""
+    manifest = json.loads((own_port / "manifest.json").read_text())
+    for entry in manifest["source"]["files"].values():
+        entry["sha256"] = "0" * 64
+    (own_port / "manifest.json").write_text(json.dumps(manifest))
+    case = CASES.components[1]
+    fresh = Trace.open(case.trace)
+    fresh.meta["source"] = {**fresh.meta["source"], "sha256": "0" * 64}
+    monkeypatch.setattr(run, "_record", lambda *_: fresh)
+    options = Options(reference_repo=Path("flux"), against=against)
+    found = list(run._truths(case, Port.open(own_port), options, against or ("trace", "diffusers", "original")))
+    names = [name for name, _, _ in found]
+    assert names == (["trace", "original"] if against else ["original"])
+    assert found[-1][1] is fresh and bool(found[-1][2]) == (not against)
 
 
 def test_weights_changed_after_conversion(own_port: Path) -> None:

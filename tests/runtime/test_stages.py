@@ -69,6 +69,11 @@ def test_a_bad_field_is_refused_by_name(change: dict[str, Any], field: str) -> N
     assert caught.value.expected
 
 
+def test_a_true_cfg_scale_without_negative_prompt_is_ignored_loudly() -> None:
+    assert any("true_cfg_scale 4 is ignored" in line for line in validated(Req(prompt="a", true_cfg_scale=4)).warnings)
+    assert not validated(Req(prompt="a", true_cfg_scale=4, negative_prompt="b")).warnings
+
+
 def test_a_wrong_size_names_sizes_that_work() -> None:
     with pytest.raises(UsageError, match=r"up to 16384, such as 48 or 52"):
         validated(Req(prompt="a", height=50))

@@ -8,6 +8,7 @@ https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,11 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{CLASS}: the tensors do not say {names}", expected=f"{names} in the config", found="no such key",
             hint=f"porter convert … --config FILE, with {names} in it",
         )  # fmt: skip
+    for key in _NEEDED:
+        if not _is_number(config[key]) and not (key == "shift_factor" and config[key] is None):
+            raise RecipeError(
+                f"{CLASS}: {key} is no number", expected=f"{key}: a number", found=f"{key}: {config[key]!r}"
+            )
     levels = count_blocks(header, "encoder.down")
     widths = [tensor_shape(header, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(levels)]
     seen = {
@@ -65,6 +71,10 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in header,
     }
     return {"_class_name": CLASS, **settle(CLASS, config, seen)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 Stage 2 is rectified flow (x_t = (1 - t) x_0 + t noise, target noise - x_0) at guidance 1 with captions dropped now and
 then. Stage 3 teaches the same network to answer in one pass what classifier-free guidance answers in two, for any
-guidance scale from 0 (the caption does not matter) to 5, as FLUX.1-dev was distilled.
+guidance scale from 0 (the caption counts little) to 5, as FLUX.1-dev was distilled.
 """
 
 from __future__ import annotations

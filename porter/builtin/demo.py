@@ -20,5 +20,6 @@ BROKEN_RECIPE = '''\
 
 from conversions.flux1.recipe import TRANSFORMER
 
-RECIPE = TRANSFORMER.replace_rule("final_layer.adaLN_modulation.1.{p:weight|bias}", ops=())
+BROKEN = TRANSFORMER.replace_rule("final_layer.adaLN_modulation.1.{p:weight|bias}", ops=())
+RECIPES = {"transformer": BROKEN}
 '''

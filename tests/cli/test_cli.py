@@ -161,10 +161,10 @@ def test_ctrl_c_ends_in_130_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in told
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_reader_that_goes_away_ends_in_141_without_a_word() -> None:
     command = f"{sys.executable} -m porter.cli plan builtin:tiny-flux | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert (done.stdout.strip(), done.stderr) == ("0", "")
+    assert (done.stdout.strip(), done.stderr) == ("141", "")
 
 
 def test_version() -> None:

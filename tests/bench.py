@@ -105,7 +105,7 @@ def conversion(folder: Path, gigabytes: float) -> dict[str, Any]:
         "cp": ["cp", str(source), str(copy)],
         "porter convert": [porter, "convert", str(source), "--config", str(settings), "-o", str(out), "--quiet"],
         "diffusers from_single_file + save_pretrained": [
-            sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(folder), str(theirs)],
+            sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(settings.parent), str(theirs)],
     }  # fmt: skip
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(RUNS):

@@ -5,7 +5,7 @@ Module calls are seen through hooks, steps through the scheduler; both sides run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parity.case import PipelineCase, PipelineSide
 from parity.compare import DIFFERS, GATE, PASSING, SKIPPED, Verdict, judge, skipped, worst
-from parity.recorder import Event, bind, float64
+from parity.recorder import Event, bind, float64, tensors_of
 from parity.trace import Value
 
 Stages = dict[str, Tensor]
@@ -154,11 +154,11 @@ def _watch(name: str, module: nn.Module, seen: Stages) -> Iterator[None]:
     def enter(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal calls
         calls += 1
-        for key, tensor in _tensors(bind(m, args, kwargs)):
+        for key, tensor in tensors_of(bind(m, args, kwargs), integers=True):
             seen[label(key)] = tensor.detach().clone()
 
     def leave(m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        for key, tensor in _tensors(out):
+        for key, tensor in tensors_of(out, integers=True):
             seen[label(f"-> {key}")] = tensor.detach().clone()
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
@@ -187,15 +187,3 @@ def _watch_steps(scheduler: Any, seen: Stages) -> Iterator[None]:
         yield
     finally:
         del scheduler.step
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, ids included, inside tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield name or "0", value
-    elif isinstance(value, Mapping):
-        for k, v in value.items():
-            yield from _tensors(v, f"{name}.{k}" if name else str(k))
-    elif isinstance(value, (tuple, list)):
-        for i, v in enumerate(value):
-            yield from _tensors(v, f"{name}.{i}" if name else str(i))

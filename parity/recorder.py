@@ -22,7 +22,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,19 +127,23 @@ class Event:
         return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers]
 
 
-def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Name every floating-point tensor inside tuples, lists, mappings and dataclasses: `0`, `1`, `shift`, `sample` …"""
+def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Name every tensor inside tuples, lists, mappings and dataclasses: `0`, `1`, `shift`, `sample` …
+
+    Floating-point tensors only, unless `integers` (token ids) are wanted too.
+    """
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Tensor):
-        if value.is_floating_point():
+        if integers or value.is_floating_point():
             yield name or "0", value
     elif isinstance(value, Mapping):
-        for k, v in value.items():
-            yield from tensors_of(v, f"{name}.{k}" if name else str(k))
+        items = value.items()
     elif isinstance(value, (tuple, list)):
-        for i, v in enumerate(value):
-            yield from tensors_of(v, f"{name}.{i}" if name else str(i))
+        items = enumerate(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from tensors_of({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, name)
+        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    for key, inner in items:
+        yield from tensors_of(inner, f"{name}.{key}" if name else str(key), integers=integers)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -274,14 +274,15 @@ def record(
 
     module.eval()
     recording = Recording(dict(meta))
-    casts: dict[str, list[str]] = {}
+    casts: dict[str, set[str]] = {}
     ran: set[str] = set()
     for name, (call, inputs) in passes.items():
         low, dtypes, paths = _run(module, call, inputs, watch_of, double=False)
         high, _, _ = _run(module, call, inputs, watch_of, double=True)
         if list(low) != list(high):
             raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(low) ^ set(high)}")
-        casts.update(dtypes)
+        for path, found in dtypes.items():
+            casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
             exact = value.reshape(-1).float()
@@ -330,11 +331,11 @@ def _run(
     return seen, {path: sorted(found) for path, found in dtypes.seen.items()}, ran
 
 
-def _grouped(casts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def _grouped(casts: Mapping[str, set[str]]) -> dict[str, list[str]]:
     """Modules by what they compute in: `float32,float64` -> paths."""
     groups: dict[str, list[str]] = {}
     for path, seen in casts.items():
-        groups.setdefault(",".join(seen), []).append(path)
+        groups.setdefault(",".join(sorted(seen)), []).append(path)
     return groups
 
 
@@ -351,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", required=True, type=Path, help="safetensors file; names are forward's arguments")
     parser.add_argument("--call", default="forward", help="method to run (default: forward)")
     parser.add_argument("--watch", action="append", required=True, help="regular expression; append @N to sample N")
-    parser.add_argument("--source", type=Path, help="weights file; its sha256 is written into the trace")
+    parser.add_argument("--source", required=True, type=Path, help="weights file; the trace is bound to its sha256")
     parser.add_argument("--commit", default="", help="commit of the reference code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", required=True, type=Path)
@@ -364,9 +365,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in options.watch:
         pattern, at, count = text.rpartition("@")
         watches.append(Watch(pattern, int(count)) if at and count.isdigit() else Watch(text))
-    meta: dict[str, Any] = {"commit": options.commit, "command": " ".join(sys.argv), "seed": options.seed}
-    if options.source:
-        meta["source"] = {"file": options.source.name, "sha256": file_sha256(options.source)}
+    meta: dict[str, Any] = {
+        "reference": {"name": options.module, "commit": options.commit},
+        "source": {"file": options.source.name, "sha256": file_sha256(options.source)},
+        "command": " ".join(sys.argv),
+        "seed": options.seed,
+    }
     call: Call = lambda m, inputs: getattr(m, options.call)(**inputs)  # noqa: E731
     record(module, {options.call: (call, load_file(options.inputs))}, watches, meta).save(options.out)
     return 0

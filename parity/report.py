@@ -19,8 +19,8 @@ from torch import Tensor
 from parity.compare import Verdict
 from parity.component import ComponentResult
 from parity.locate import Guilty, Tap
+from parity.outcome import SCHEMA, Outcome, describe, reason_of
 from parity.pipeline import PipelineResult
-from parity.run import SCHEMA, Outcome, describe, reason_of
 from porter.core.errors import ResourceError
 from porter.core.version import VERSION
 

@@ -7,10 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from porter.core.errors import BadInputError
-from porter.core.family import family_named, resolve
-from porter.core.port import PARITY, Port
-
 
 def parity(port: str | Path, *, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Compares a port with its reference, writes parity.json and report.html, and returns the document.
@@ -18,23 +14,17 @@ def parity(port: str | Path, *, out: str | Path | None = None, **options: Any) -
     Args:
         port: the port folder.
         out: folder of the results; the port's own `parity/` by default.
-        options: fields of `parity.run.Options`: components, against, reference_repo, source, gate, seed, prompt, steps.
+        options: fields of `parity.outcome.Options` (components, against, reference_repo, source, gate, seed …).
 
     Raises:
         BadInputError: the port's family is unknown, so nothing is known to compare it with.
-        PorterError: see `parity.run.run_parity`. A port that differs raises nothing: `document["passed"]` says so.
+        PorterError: see `parity.run.compare_port`. A port that differs raises nothing: `document["passed"]` says so.
     """
     run, report = importlib.import_module("parity.run"), importlib.import_module("parity.report")
-    opened = Port.open(port)
-    name = opened.manifest.get("family")
-    cases = family_named(name).cases if name else None
-    if cases is None:
-        raise BadInputError(f"nothing is known to compare {port} with", found=f"family {name}", hint="porter families")
-    settings = run.Options(**options)
-    outcome = run.run_parity(opened, name, resolve(cases), settings)
+    settings = importlib.import_module("parity.outcome").Options(**options)
+    outcome = run.compare_port(port, settings)
     command = shlex.join(["porter", "parity", str(port)])
-    folder = Path(out) if out else opened.path / PARITY.parent / ("partial" if outcome.partial else "")
-    report.write(outcome, command, folder)
+    report.write(outcome, command, Path(out) if out else outcome.folder)
     document: dict[str, Any] = report.document(outcome, command)
     return document
 

@@ -85,7 +85,7 @@ def command(
 
 
 def _config(path: Path) -> dict[str, Any]:
-    from porter.core.source import read_json
+    from porter.core.files import read_json
 
     document = read_json(path)
     if not isinstance(document, dict):

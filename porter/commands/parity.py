@@ -61,24 +61,14 @@ def command(
     diffusers implementations with each other, then the whole pipeline, step by step. Exit code 1 when anything differs.
     """
     from parity.compare import GATE
+    from parity.outcome import Options
     from parity.report import document, write
-    from parity.run import Options, run_parity
+    from parity.run import compare_port
     from porter.commands._render import console, notes, print_json
-    from porter.core.errors import BadInputError, CheckFailed, UsageError
-    from porter.core.family import family_named, resolve
-    from porter.core.port import Port
+    from porter.core.errors import CheckFailed, UsageError
 
     if gate is not None and not 0 < gate < float("inf"):
         raise UsageError("--gate must be positive and finite", found=str(gate))
-    opened = Port.open(port)
-    family = opened.manifest.get("family")
-    cases = family_named(family).cases if family else None
-    if not cases:
-        raise BadInputError(
-            f"nothing is known to compare {port} with",
-            found=f"family {family}",
-            hint="porter families lists what is proven",
-        )
     options = Options(
         components=components,
         against=against,
@@ -90,13 +80,12 @@ def command(
         steps=steps,
     )
     note = (lambda text: None) if quiet or as_json else (lambda text: notes().print(f"[dim]{text}[/dim]"))
-    outcome = run_parity(opened, str(family), resolve(cases), options, progress=note)
+    outcome = compare_port(port, options, progress=note)
     repeat = (
         shlex.join(["porter", *sys.argv[1:]])
         if sys.argv[1:2] == ["parity"]
         else shlex.join(["porter", "parity", str(port)])
     )
-    folder = out or port / "parity" / ("partial" if outcome.partial else "")
     screen = console()
     if as_json:
         print_json(document(outcome, repeat))
@@ -104,7 +93,9 @@ def command(
         screen.print(_table(outcome))
         for line in _remarks(outcome, verbose):
             screen.print(line, markup=False)
-    paths = write(outcome, repeat, folder)  # last: a folder that cannot be written costs the report, not the result
+    paths = write(
+        outcome, repeat, out or outcome.folder
+    )  # last: a folder that cannot be written costs the report, not the result
     if not as_json:
         if not quiet:
             screen.print(f"report: {paths[1]}", markup=False)
@@ -137,7 +128,7 @@ def _table(outcome: Any) -> Any:
 
 def _remarks(outcome: Any, verbose: bool) -> list[str]:
     """Why something fails, and what a reader must know about what passes."""
-    from parity.run import describe, reason_of
+    from parity.outcome import describe, reason_of
 
     lines = []
     for result in outcome.results:

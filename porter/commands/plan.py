@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from porter.commands._options import hub_options, model_argument, out_file, output_options
 from porter.commands._render import console, human_bytes, human_count, notes, print_json, table
+from porter.core.atomic import write_json
 from porter.core.plan import STATUS_MEANING, PortPlan, plan
-from porter.core.port import write_json
 
 _COLORS = {"native": "green", "reuse": "green", "convert": "cyan", "port": "yellow", "missing": "red"}
 

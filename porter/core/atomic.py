@@ -1,20 +1,26 @@
-"""A file that appears under its name complete, or not at all."""
+"""Writing without leaving half of anything: locks, room on the disk, and a file that appears whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from porter.core.errors import PorterError, ResourceError
+from porter.core.errors import ResourceError
 
 try:
     import fcntl
 except ImportError:  # not on Windows: there two runs on one output are not kept apart
     fcntl = None  # type: ignore[assignment]
+
+
+class BusyError(ResourceError):
+    """Another process writes the same output."""
 
 
 class PartialFile:
@@ -34,16 +40,19 @@ class PartialFile:
         try:
             self._make_folders()
             self._open()
-            self._check_room()
-        except BaseException as error:
+            check_room(self.output.parent, self.size)
+        except OSError as error:
             self._clean()
-            raise self._refusal(error) from error if isinstance(error, OSError) else None
+            raise unwritable(self.output, error) from error
+        except BaseException:
+            self._clean()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._clean()
         if isinstance(error, OSError):
-            raise self._refusal(error) from error
+            raise unwritable(self.output, error) from error
 
     def publish(self) -> None:
         """Make the finished file durable, and give it its name."""
@@ -65,41 +74,16 @@ class PartialFile:
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             try:
-                _lock(descriptor)
+                lock(descriptor, self.output)
                 # Between open and lock the previous owner may have published or removed this very file.
                 if self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat()):
                     os.ftruncate(descriptor, 0)
                     self.descriptor = descriptor
                     return
-            except BlockingIOError:
-                os.close(descriptor)
-                raise ResourceError(
-                    f"another run is writing {self.output}", expected="one run at a time",
-                    found=f"a lock on {self.path}",
-                    hint="wait for it, or choose another output",
-                ) from None  # fmt: skip
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
-
-    def _check_room(self) -> None:
-        free = shutil.disk_usage(self.output.parent).free
-        if free < self.size:
-            raise ResourceError(
-                f"no room for {self.output}", expected=f"{self.size} bytes free", found=f"{free} bytes",
-                hint="free some space, or choose another output",
-            )  # fmt: skip
-
-    def _refusal(self, error: BaseException) -> BaseException:
-        if isinstance(error, PorterError) or not isinstance(error, OSError):
-            return error
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return ResourceError(
-            f"{'no room for' if full else 'cannot write'} {self.output}", found=error.strerror or str(error),
-            expected=f"a folder that can be written, with {self.size} bytes free",
-            hint="free some space, or choose another output",
-        )  # fmt: skip
 
     def _clean(self) -> None:
         """Leave nothing behind unless the file was published."""
@@ -124,12 +108,61 @@ def fsync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
-    """Take the file for this process; BlockingIOError if another has it. Where files cannot be locked, nothing."""
+def lock(descriptor: int, output: Path) -> None:
+    """Take an open file for this process until it is closed; where files cannot be locked, nothing.
+
+    Raises:
+        BusyError: another process has it, because it writes `output`.
+    """
     if fcntl is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
+        except BlockingIOError as error:
+            raise BusyError(f"another process is writing {output}", hint="wait for it, or choose another -o") from error
         except OSError:
             return
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse before the first byte what cannot fit.
+
+    Raises:
+        ResourceError: less than `needed` bytes are free in `folder`.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            f"not enough space in {folder}",
+            expected=f"{needed / 1e9:.2f} GB free",
+            found=f"{free / 1e9:.2f} GB",
+            hint="free space, or choose another folder with -o",
+        )
+
+
+def unwritable(output: Path, error: OSError) -> ResourceError:
+    """The error for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(f"the disk is full: {output} was not written", hint="free space, then run the same again")
+    return ResourceError(
+        f"cannot write {output}", found=error.strerror or str(error), hint="choose another place with -o"
+    )
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes JSON so that `path` holds either its old content or all of the new.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path, error) from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from porter.core.checkpoint import read_header
 from porter.core.errors import BadInputError, CheckFailed, CheckpointError, ResourceError, UsageError
+from porter.core.files import check_json
 from porter.core.jobs import Copy, Job, Preparation
 from porter.core.plan import PortPlan, make_plan
 from porter.core.port import MANIFEST, SCHEMA, file_record, file_sha256, is_manifest
@@ -117,11 +118,14 @@ def convert(
         ready = forward(
             source, plan, component=component, config=config, recipes=recipes, reference=reference, dtype=dtype
         )
+    if source.kind != "hub":  # a dry run downloads nothing
+        for copy in ready.copies:
+            _check_text(source, copy)
     if dry_run:
         return Conversion(ready)
     if started:
         started(ready.bytes + sum(source.files[name].size for job in ready.jobs for name in job.sources))
-    return _write(ready, target, verify=verify, progress=progress or (lambda *_: None))
+    return _write(ready, target, overwrite=overwrite, verify=verify, progress=progress or (lambda *_: None))
 
 
 def _recipes(
@@ -140,8 +144,8 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
     try:
         exists = target.exists() or target.is_symlink()
         empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-    except OSError as error:
-        raise ResourceError(f"cannot write {target}", found=error.strerror, hint="choose another -o") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ResourceError(f"cannot write {target}", found=str(error), hint="choose another -o") from error
     if not exists or empty:
         return
     if not overwrite:
@@ -156,7 +160,9 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-def _write(ready: Preparation, target: Path, *, verify: bool, progress: Callable[[str, int], None]) -> Conversion:
+def _write(
+    ready: Preparation, target: Path, *, overwrite: bool, verify: bool, progress: Callable[[str, int], None]
+) -> Conversion:
     with stage(target, ready.key, ready.bytes) as staging:
         _hash_sources(ready, staging, progress)
         for copy in ready.copies:
@@ -176,6 +182,7 @@ def _write(ready: Preparation, target: Path, *, verify: bool, progress: Callable
                 verified[job.component] = verify_job(here(ready.source, job), staging)
         _sources_unchanged(ready, staging)
         manifest = _manifest(ready, staging)
+        _refuse_existing(target, overwrite)  # again: it may have appeared meanwhile
         staging.publish(manifest)
         return Conversion(ready, target, manifest, tuple(staging.resumed), verified)
 
@@ -199,7 +206,15 @@ def _sources_unchanged(ready: Preparation, staging: Staging) -> None:
             raise BadInputError(f"{name} changed while it was converted", hint="run it again when nothing writes to it")
 
 
+def _check_text(source: Source, copy: Copy) -> None:
+    """A copied file that no library could read would only be noticed when the port is loaded."""
+    if copy.name.endswith(".json"):
+        check_json(source.path(copy.name))
+
+
 def _copy(source: Source, copy: Copy, staging: Staging, progress: Callable[[str, int], None]) -> None:
+    if source.kind == "hub":
+        _check_text(source, copy)
     digest = staging.copy(source.path(copy.name), copy.name, lambda count: progress(copy.name, count))
     if copy.sha256 and digest != copy.sha256:
         raise BadInputError(

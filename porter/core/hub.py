@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from porter.core.errors import AccessError, BadInputError, MissingError, PorterError
-from porter.core.source import FileInfo, LocalSource, Source, list_files
+from porter.core.files import FileInfo, list_files
+from porter.core.source import LocalSource, Source
 
 if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo

@@ -5,7 +5,6 @@ Nothing is guessed by order or by name: a pair exists because the plan moves row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,30 +55,6 @@ def module_map(plan: TensorPlan) -> list[ModulePair]:
             if key not in chosen or len(output.shape) > chosen[key][0]:
                 chosen[key] = (len(output.shape), found)
     return [pair for _, found in chosen.values() for pair in found]
-
-
-def block_map(modules: Sequence[ModulePair]) -> list[tuple[str, str]]:
-    """Containers that hold the same weights on both sides, as (`double_blocks.0`, `transformer_blocks.0`).
-
-    Outermost first. Where a chain of containers holds the same leaves, its outermost and its innermost are paired.
-    """
-    pairs = list(dict.fromkeys((pair.source, pair.target) for pair in modules))
-    holders: tuple[dict[frozenset[tuple[str, str]], list[str]], ...] = ({}, {})
-    for side, found in enumerate(holders):
-        under: dict[str, list[tuple[str, str]]] = {}
-        for pair in pairs:
-            parts = pair[side].split(".")
-            for depth in range(len(parts)):
-                under.setdefault(".".join(parts[:depth]), []).append(pair)
-        for path, leaves in sorted(under.items(), key=lambda item: item[0].count(".") + bool(item[0])):
-            found.setdefault(frozenset(leaves), []).append(path)
-    blocks: dict[tuple[str, str], None] = {}
-    for shared, ours in holders[0].items():
-        theirs = holders[1].get(shared)
-        if theirs and len(shared) > 1:
-            blocks[ours[0], theirs[0]] = None
-            blocks[ours[-1], theirs[-1]] = None
-    return list(blocks)
 
 
 def _row(shape: tuple[int, ...]) -> int:

@@ -23,17 +23,14 @@ verdict.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from porter.core.errors import BadInputError, MissingError, ResourceError
+from porter.core.errors import BadInputError, MissingError
 
 MANIFEST = "manifest.json"
 SCHEMA = "porter.manifest/1"
@@ -127,7 +124,7 @@ class Port:
         return self.path / name
 
     def stale(self, full: bool = False) -> list[str]:
-        """Files that are no longer what the manifest says; an empty list is a fresh port.
+        """Files that are no longer what the manifest says, or are new in a component; an empty list is a fresh port.
 
         Quick: sizes and modification times; a file whose time alone differs (a copied port) is hashed. `full`: every
         file is hashed.
@@ -145,6 +142,11 @@ class Port:
                 (full or not same_time) and file_sha256(path) != expected["sha256"]
             ):
                 changed.append(name)
+        # A file that was added beside the weights, such as an index of shards, can change what is loaded.
+        for component in self.components:
+            here = sorted(p for p in (self.path / component).glob("*") if p.is_file() and not p.name.startswith("."))
+            names = [f"{component}/{path.name}" for path in here]
+            changed += [name for name in names if name not in self.manifest["files"]]
         return changed
 
     def parity(self) -> dict[str, Any] | None:
@@ -204,32 +206,3 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
             wrong.append(f"files: {name}")
     if wrong:
         raise BadInputError(f"{file} is damaged", found=f"nothing usable in {wrong[0]}", hint="convert the model again")
-
-
-def unwritable(output: Path, error: OSError) -> ResourceError:
-    """The error for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ResourceError(f"the disk is full: {output} was not written", hint="free space, then run the same again")
-    return ResourceError(
-        f"cannot write {output}", found=error.strerror or str(error), hint="choose another place with -o"
-    )
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Writes JSON so that `path` holds either its old content or all of the new.
-
-    Raises:
-        ResourceError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise unwritable(path, error) from error

@@ -159,7 +159,7 @@ def compile_recipe(
     """
     parameters = recipe.parameters(config)
     expected = recipe.target_headers(config, ANY) if target is None else target
-    wanted = dtype_code(dtype) if dtype else None
+    wanted = dtype_code(dtype) if dtype is not None else None
     keep = [Pattern(text) for text in recipe.keep_dtype]
     problems = Problems(recipe, source, expected)
     if recipe.source_headers is not _no_headers:

@@ -28,7 +28,7 @@ def inverse(source: Source, *, component: str | None, recipes: Mapping[str, Reci
         raise UsageError(
             f"{source.given} is no port: only a port knows what it was", hint=f"porter convert {source.given} -o PORT"
         )
-    if dtype:
+    if dtype is not None:
         raise UsageError("--to original restores the original dtypes", hint="leave out --dtype")
     port = Port.open(source.root)
     if absent := [name for name in port.manifest["files"] if name not in source.files]:

@@ -7,36 +7,21 @@ read here.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from porter import builtin
-from porter.core.errors import BadInputError, MissingError
+from porter.core.errors import BadInputError, MissingError, UsageError
+from porter.core.files import FileInfo, file_info, list_files, printable, read_json
 
 if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo
 
 Kind = Literal["hub", "folder", "file", "builtin"]
-MAX_DEPTH = 4
-MAX_FILES = 20_000
-MAX_JSON = 64 << 20
-_POINTER = b"version https://git-lfs.github.com/spec/v1"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """One file of a source. `size` and `sha256` are the real file's where only a Git-LFS pointer is here."""
-
-    size: int
-    sha256: str | None = None
-    lfs_pointer: bool = False
 
 
 class Source(ABC):
@@ -118,43 +103,6 @@ class Source(ABC):
         return info
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; no duplicate keys, no NaN, no half characters, at most 64 MB.
-
-    Raises:
-        MissingError: no such file.
-        BadInputError: it is not JSON.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands in it twice")
-        return found
-
-    def no_number(word: str) -> float:
-        raise ValueError(f"{word} is no JSON number")
-
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise BadInputError(
-                f"{path} is too large for a configuration",
-                expected=f"at most {MAX_JSON} bytes",
-                hint="name the right file",
-            )
-        raw = path.read_bytes()
-        document = json.loads(raw, object_pairs_hook=unique, parse_constant=no_number)
-        if b"\\u" in raw:
-            json.dumps(document, ensure_ascii=False).encode()  # refuses a lone surrogate, which nothing could print
-        return document
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingError(f"no such file: {path}", hint="check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(
-            f"{path} is not valid JSON", found=str(error), hint="repair or download it again"
-        ) from error
-
-
 class LocalSource(Source):
     """Files on this machine: a folder (or a hub snapshot in the cache), or one file."""
 
@@ -198,18 +146,21 @@ def open_source(
     Raises:
         MissingError: no such path, embedded model or repository; unreachable.
         AccessError: a gated or private repository.
+        UsageError: a revision of something that is not on the hub.
         BadInputError: an empty folder, a symbolic link that leaves the tree.
     """
     given = str(model)
-    _printable(given)
+    printable(given)
     if given.startswith(builtin.PREFIX):
         root = builtin.locate(given.removeprefix(builtin.PREFIX))
         if root is None:
             known = ", ".join(builtin.PREFIX + name for name in builtin.names())
             raise MissingError(f"no embedded model is called {given}", expected=known, hint="porter families")
+        _no_revision(revision, given)
         return LocalSource("builtin", root, list_files(root), spec=given, given=given)
     try:
         if (local := _open_local(Path(given).expanduser(), given)) is not None:
+            _no_revision(revision, given)
             return local
     except (OSError, RuntimeError) as error:  # RuntimeError: `~nobody`, a loop of links
         found = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -225,6 +176,15 @@ def open_source(
     )
 
 
+def _no_revision(revision: str | None, given: str) -> None:
+    if revision is not None:
+        raise UsageError(
+            f"--revision {revision} means nothing for {given}",
+            expected="a hub id with --revision",
+            hint="leave out --revision, or check the commit out in the folder",
+        )
+
+
 def _open_local(path: Path, given: str) -> LocalSource | None:
     """The folder or file at `path`; None where nothing is there."""
     if path.is_dir():
@@ -235,78 +195,3 @@ def _open_local(path: Path, given: str) -> LocalSource | None:
     if path.exists():
         raise BadInputError(f"{given} is a device or a pipe, not a model", hint="name a folder or a checkpoint file")
     return None
-
-
-def _printable(name: str) -> None:
-    """Refuses a name that is not UTF-8: no manifest could hold it.
-
-    Raises:
-        BadInputError: always, for such a name.
-    """
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise BadInputError(
-            f"the name {name!r} is not UTF-8", expected="names in UTF-8", hint="rename it, then run the same again"
-        ) from error
-
-
-def file_info(path: Path) -> FileInfo:
-    """Size of a file, and what it stands for where it is a Git-LFS pointer."""
-    size = path.stat().st_size
-    if size < 1024:
-        text = path.read_bytes()
-        if text.startswith(_POINTER):
-            fields = dict(line.split(" ", 1) for line in text.decode("ascii", "replace").splitlines() if " " in line)
-            oid, real = fields.get("oid", ""), fields.get("size", "")
-            if not (re.fullmatch(r"sha256:[0-9a-f]{64}", oid) and real.isdigit()):
-                raise BadInputError(f"{path} is a broken Git-LFS pointer", found=repr(text[:120]), hint="git lfs pull")
-            return FileInfo(int(real), oid.removeprefix("sha256:"), lfs_pointer=True)
-    return FileInfo(size)
-
-
-def list_files(root: Path) -> dict[str, FileInfo]:
-    """Every file under `root`, sorted by path; hidden names are left out, links may not leave the tree.
-
-    A snapshot folder of the hub's cache links to its own repository's `blobs`, which counts as its tree.
-
-    Raises:
-        BadInputError: nothing there, a link that leaves the tree or points nowhere, or more than 20,000 files.
-    """
-    snapshot = root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
-    tree = root.parent.parent if snapshot else root
-    found: dict[str, FileInfo] = {}
-
-    def walk(folder: Path, prefix: str, depth: int) -> None:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            _printable(prefix + entry.name)
-            if entry.is_symlink():
-                target = Path(os.path.realpath(entry.path))  # not `resolve`, which raises on a loop
-                if not target.is_relative_to(tree) or not target.exists():
-                    fault = "leaves the folder" if target.exists() else "points nowhere"
-                    raise BadInputError(
-                        f"{prefix}{entry.name} is a link that {fault}",
-                        found=str(target),
-                        hint="put the file itself into the folder, or pass the file alone",
-                    )
-            if entry.is_dir():
-                if depth < MAX_DEPTH:
-                    walk(Path(entry.path), f"{prefix}{entry.name}/", depth + 1)
-            elif entry.is_file():
-                found[prefix + entry.name] = file_info(Path(entry.path))
-            if len(found) > MAX_FILES:
-                raise BadInputError(
-                    f"{root} holds more than {MAX_FILES} files: it is no model folder",
-                    hint="name the folder of one model",
-                )
-
-    walk(root, "", 0)
-    if not found:
-        raise BadInputError(
-            f"{root} is an empty folder",
-            expected="a model_index.json, or a checkpoint file",
-            hint="porter plan <another folder>",
-        )
-    return found

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from porter.core.atomic import fsync_folder
-from porter.core.errors import PorterError, ResourceError, UsageError
-from porter.core.port import MANIFEST, SCHEMA, file_record, unwritable, write_json
+from porter.core.atomic import BusyError, check_room, fsync_folder, lock, unwritable, write_json
+from porter.core.errors import PorterError
+from porter.core.port import MANIFEST, SCHEMA, file_record
 
 _WINDOW = 8 << 20
 
@@ -93,12 +93,12 @@ class Staging:
             fsync_folder(folder)
         fsync_folder(self.folder)
         replaced = self.output.parent / f".{self.output.name}.replaced"
-        if self.output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
+        if os.path.lexists(self.output):
             self.output.rename(replaced)
         self.folder.rename(self.output)
         fsync_folder(self.output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
 
 
 _KEPT = ("size", "mtime_ns", "sha256")
@@ -116,21 +116,20 @@ def stage(output: Path, key: str, needed: int) -> Iterator[Staging]:
         needed: bytes that will be written, checked against the free space before anything is.
 
     Raises:
-        ResourceError: not writable, or not enough space.
-        UsageError: another process is writing the same port.
+        ResourceError: not writable, not enough space, or another process is writing the same port.
     """
     made = _make_parents(output.parent)
     staging = Staging(output, key)
-    lock: IO[str] | None = None
+    held: IO[str] | None = None
     try:
         staging.folder.mkdir(exist_ok=True)
-        lock = _take_lock(staging.folder, output)
+        held = _hold(staging.folder, output)
         staging.begin()
         _sweep(staging)
-        _check_space(output.parent, needed - sum(record["size"] for record in staging.files.values()))
+        check_room(output.parent, needed - sum(record["size"] for record in staging.files.values()))
         yield staging
     except Exception as error:
-        if not isinstance(error, _Busy):
+        if not isinstance(error, BusyError):
             shutil.rmtree(staging.folder, ignore_errors=True)
             for folder in reversed(made):
                 with contextlib.suppress(OSError):
@@ -139,12 +138,8 @@ def stage(output: Path, key: str, needed: int) -> Iterator[Staging]:
             raise
         raise unwritable(output, error) from error
     finally:
-        if lock:
-            lock.close()
-
-
-class _Busy(UsageError):
-    pass
+        if held:
+            held.close()
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -160,18 +155,23 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _take_lock(folder: Path, output: Path) -> IO[str] | None:
+def _hold(folder: Path, output: Path) -> IO[str]:
+    """Lock the staging folder until the returned file is closed; raises BusyError."""
+    held = (folder / _LOCK).open("w")
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system; two runs at once then race for the final rename
-        return None
-    lock = (folder / _LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise _Busy(f"another process is writing {output}", hint="wait for it, or choose another -o") from error
-    return lock
+        lock(held.fileno(), output)
+    except BusyError:
+        held.close()
+        raise
+    return held
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link to one, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sweep(staging: Staging) -> None:
@@ -180,20 +180,8 @@ def _sweep(staging: Staging) -> None:
         if other == staging.folder or not other.is_dir():
             continue
         try:
-            lock = _take_lock(other, staging.output)
-        except (UsageError, OSError):
+            held = _hold(other, staging.output)
+        except (BusyError, OSError):
             continue
         shutil.rmtree(other, ignore_errors=True)
-        if lock:
-            lock.close()
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ResourceError(
-            f"not enough space in {folder}",
-            expected=f"{needed / 1e9:.2f} GB free",
-            found=f"{free / 1e9:.2f} GB",
-            hint="free space, or choose another folder with -o",
-        )
+        held.close()

@@ -52,6 +52,8 @@ def survey(source: Source) -> Survey:
 
     if INDEX in source.files:
         return _pipeline(source)
+    if any(name.startswith(f"{INDEX}/") for name in source.files):
+        raise BadInputError(f"{INDEX} is a folder", expected="a JSON file", hint=f"remove {INDEX}/, or repair it")
     if "config.json" in source.files and find_weights(source.files, "").files:
         return one_component(source)
     return loose_files(source)

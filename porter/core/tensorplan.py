@@ -14,7 +14,7 @@ from typing import Any
 
 from porter.core.checkpoint import ANY, Header, TensorInfo, spec
 from porter.core.errors import RecipeError
-from porter.core.modulemap import ModulePair, block_map, module_map
+from porter.core.modulemap import ModulePair, module_map
 from porter.core.ops import Cast, Exactness, Op
 from porter.core.views import Run, View, merge
 
@@ -239,10 +239,6 @@ class TensorPlan:
     def module_map(self) -> list[ModulePair]:
         """Which rows of which target module's weights are which rows of which source module's; see `modulemap`."""
         return module_map(self)
-
-    def block_map(self) -> list[tuple[str, str]]:
-        """Containers that hold the same weights on both sides, as (source, target); see `modulemap`."""
-        return block_map(module_map(self))
 
 
 def weakest(levels: Any) -> Exactness:

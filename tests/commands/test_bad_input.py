@@ -57,6 +57,17 @@ def remove(*names: str) -> Callable[[Path], None]:
     return do
 
 
+def make_folder(name: str) -> Callable[[Path], None]:
+    """A folder with a file in it, where a file was."""
+
+    def do(model: Path) -> None:
+        (model / name).unlink()
+        (model / name).mkdir()
+        (model / name / "x.json").write_text("{}")
+
+    return do
+
+
 def link(name: str, target: str) -> Callable[[Path], None]:
     return lambda model: (model / name).symlink_to(target)
 
@@ -117,6 +128,10 @@ CASES = [
     Case("name-is-no-utf8", lambda m: os.close(os.open(bytes(m) + b"/\xff.txt", os.O_CREAT)), ("UTF-8",), 6, 6),
     Case("link-loop", link("loop", "loop"), ("loop", "points nowhere"), 6, 6),
     Case("link-out", link("extra.json", "/etc/hostname"), ("extra.json", "leaves the folder"), 6, 6),
+    Case("link-to-parent", link("vae/up", ".."), ("vae/up", "loop"), 6, 6),
+    Case("index-is-a-folder", make_folder("model_index.json"), ("model_index.json", "folder"), 6, 6),
+    Case("folders-without-end", lambda m: (m / "/".join("d" * 15)).mkdir(parents=True), ("12 levels",), 6, 6),
+    Case("empty-tokenizer", write("tokenizer_2/tokenizer.json", ""), ("tokenizer_2/tokenizer.json", "JSON"), None, 6),
     Case("dangling-link", link("extra.json", "nowhere"), ("extra.json", "points nowhere"), 6, 6),
 ]  # fmt: skip
 
@@ -185,6 +200,9 @@ USES = {
         ("convert", "builtin:tiny-flux", "--component", "tokenizer", "-o", "{}/p"), 2, ("nothing to convert",)
     ),
     "unknown-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "float7", "-o", "{}/p"), 6, ("float7",)),
+    "empty-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "", "-o", "{}/p"), 6, ("dtype",)),
+    "revision-of-a-folder": Use(("plan", "{model}", "--revision", "main"), 2, ("--revision", "hub id")),
+    "revision-of-a-builtin": Use(("plan", "builtin:tiny-flux", "--revision", "main"), 2, ("--revision", "hub id")),
     "no-config-file": Use(("convert", "{model}/ae.safetensors", "--config", "{}/c.json", "-o", "{}/p"), 4, ("c.json",)),
     "config-is-no-json": Use(
         ("convert", "{model}/ae.safetensors", "--config", "{model}/tokenizer/merges.txt", "-o", "{}/p"), 6, ("JSON",)

@@ -425,7 +425,7 @@ def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT) as first:
         try:
             wait_for(lambda: list(tmp_path.glob(".port.partial-*/transformer/config.json")))
-            with pytest.raises(UsageError, match="another process is writing"):
+            with pytest.raises(ResourceError, match="another process is writing"):
                 convert("builtin:tiny-flux", out)
         finally:
             first.send_signal(signal.SIGCONT)
@@ -462,6 +462,27 @@ def test_overwrite_replaces_ports_only(tmp_path: Path, tiny_port: Path) -> None:
     with pytest.raises(UsageError, match="no port"):
         convert("builtin:tiny-flux", tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
+
+
+def test_overwrite_through_a_link_leaves_nothing_beside_it(tmp_path: Path, tiny_port: Path) -> None:
+    (tmp_path / "real").mkdir()
+    shutil.copytree(tiny_port, tmp_path / "real" / "port")
+    (tmp_path / "port").symlink_to(tmp_path / "real" / "port")
+    convert("builtin:tiny-flux", tmp_path / "port", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["port", "real"]
+    assert not (tmp_path / "port").is_symlink() and Port.open(tmp_path / "port").stale(full=True) == []
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "port"
+
+    def appear(*_: object) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match="the output exists"):
+        convert("builtin:tiny-flux", out, progress=appear)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
 def test_a_failed_overwrite_keeps_the_old_port(tmp_path: Path, tiny_flux: Path) -> None:

@@ -77,6 +77,11 @@ def test_stale_by_size_by_content_and_by_absence(folder: Path) -> None:
     assert Port.open(folder).stale() == ["vae/w.bin"]
 
 
+def test_stale_by_a_file_that_was_added(folder: Path) -> None:
+    (folder / "vae" / "w.bin.index.json").write_text("{}")
+    assert Port.open(folder).stale() == ["vae/w.bin.index.json"]
+
+
 def test_a_copied_port_is_as_good_as_the_first(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     copied = tmp_path / "copy" / "vae" / "w.bin"

@@ -14,7 +14,8 @@ import pytest
 
 from porter import builtin
 from porter.core.errors import AccessError, BadInputError, CheckpointError, MissingError
-from porter.core.source import FileInfo, list_files, open_source, read_json
+from porter.core.files import FileInfo, list_files, read_json
+from porter.core.source import open_source
 from tests.hub_server import COMMIT, TOKEN, HubServer, hub_server
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"

@@ -14,7 +14,8 @@ import pytest
 import conversions.common.autoencoder_kl.recipe as autoencoder
 import conversions.flux1.recipe as flux
 from conversions.flux1.case import CASES
-from parity.run import Options, Outcome, run_parity
+from parity.outcome import Options, Outcome
+from parity.run import run_parity
 from porter.core.convert import convert
 from porter.core.ops import PermuteBlocks, Split
 from porter.core.port import Port

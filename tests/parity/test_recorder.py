@@ -137,7 +137,10 @@ def test_runs_alone_in_another_interpreter(tmp_path: Path) -> None:
     subprocess.run([*command, "-o", "trace.safetensors"], cwd=tmp_path, check=True)
     with safe_open(str(tmp_path / "trace.safetensors"), "pt") as f:
         meta = json.loads(f.metadata()["trace"])
-    assert meta["commit"] == "abc" and meta["source"]["file"] == "inputs.safetensors"
+    assert (
+        meta["reference"] == {"name": "mine.py:build", "commit": "abc"}
+        and meta["source"]["file"] == "inputs.safetensors"
+    )
     assert len(meta["source"]["sha256"]) == 64 and meta["torch"] == torch.__version__
     assert Trace.open(tmp_path / "trace.safetensors").value("forward/block.a#1.out.0").low.numel() == 5
 

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversions.flux1.case import CASES, NATIVE
-from parity import run
+from parity import truths
 from parity.component import ComponentResult, compare_component
+from parity.outcome import Options, Outcome
 from parity.report import document, write
-from parity.run import Options, Outcome, run_parity
+from parity.run import run_parity
 from parity.trace import Trace
 from porter.core.errors import CheckpointError, MissingError, UsageError
 from porter.core.port import Port
@@ -80,9 +81,9 @@ def test_other_weights_are_compared_with_the_original_live(
     case = CASES.components[1]
     fresh = Trace.open(case.trace)
     fresh.meta["source"] = {**fresh.meta["source"], "sha256": "0" * 64}
-    monkeypatch.setattr(run, "_record", lambda *_: fresh)
+    monkeypatch.setattr(truths, "run_original", lambda *_: fresh)
     options = Options(reference_repo=Path("flux"), against=against)
-    found = list(run._truths(case, Port.open(own_port), options, against or ("trace", "diffusers", "original")))
+    found = list(truths.truths(case, Port.open(own_port), options, against or ("trace", "diffusers", "original")))
     names = [name for name, _, _ in found]
     assert names == (["trace", "original"] if against else ["original"])
     assert found[-1][1] is fresh and bool(found[-1][2]) == (not against)

@@ -209,8 +209,6 @@ def test_config_that_contradicts_is_refused_by_name(given: dict[str, Any], key: 
 
 def test_module_map_crosses_the_reversed_blocks() -> None:
     plan = compile_recipe(AUTOENCODER, config(), AUTOENCODER.source_headers(config(), "F32"))
-    assert ("decoder.up.2", "decoder.up_blocks.0") in plan.block_map()
-    assert ("decoder.mid.attn_1", "decoder.mid_block.attentions.0") in plan.block_map()
     pairs = {p.source: p.target for p in plan.module_map()}
     assert pairs["decoder.up.0.block.1.conv2"] == "decoder.up_blocks.2.resnets.1.conv2"
     assert pairs["encoder.mid.attn_1.q"] == "encoder.mid_block.attentions.0.to_q"

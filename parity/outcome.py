@@ -1,0 +1,112 @@
+"""What was asked of `porter parity`, and how it went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parity.compare import GATE
+from parity.component import ComponentResult
+from parity.pipeline import PipelineResult
+from porter.core.port import PARITY, Port
+
+SCHEMA = "porter.parity/1"
+PIPELINE = "pipeline"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare. `components` and `against` empty: everything there is, `original` only with a checkout."""
+
+    components: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    reference_repo: Path | None = None
+    source: Path | None = None
+    gate: float = GATE
+    seed: int = 0
+    prompt: str | None = None
+    steps: int | None = None
+
+
+@dataclass
+class Outcome:
+    """All results of a run."""
+
+    port: Port
+    family: str
+    options: Options
+    components: list[ComponentResult] = field(default_factory=list)
+    pipeline: PipelineResult | None = None
+    changed: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def results(self) -> list[ComponentResult | PipelineResult]:
+        return [*self.components, *([self.pipeline] if self.pipeline else [])]
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything that ran passes, and something ran."""
+        return bool(self.results) and all(r.passed for r in self.results) and not self.changed
+
+    @property
+    def passed(self) -> bool:
+        """The port's verdict: it holds, and each converted component was compared with the original's own answers."""
+        return self.holds and not self.unproven
+
+    @property
+    def partial(self) -> bool:
+        """Whether the user asked for less than everything."""
+        return bool(self.options.components or self.options.against)
+
+    @property
+    def folder(self) -> Path:
+        """Where the report belongs; a partial one is no verdict on the port and stands apart."""
+        return self.port.path / PARITY.parent / ("partial" if self.partial else "")
+
+    def conclusion(self) -> str:
+        """The last line of the terminal's output."""
+        if not self.results:
+            return "FAIL nothing was compared"
+        for result in self.components:
+            if result.guilty:
+                return f"FAIL first guilty module: {result.guilty}"
+        for failed in self.results:
+            if not failed.passed:
+                return f"FAIL {describe(failed)}: {reason_of(failed)}"
+        if self.changed:
+            return f"FAIL the port's files changed after conversion: {', '.join(self.changed[:3])}"
+        lines = [v for r in self.results if (v := r.headline)]
+        largest = max(lines, key=lambda v: v.max_abs)
+        line = f"PASS max|Δ| = {largest.max_abs:.2g} (floor {largest.floor:.2g})"
+        if self.unproven:
+            line += f"; not compared with the original: {', '.join(self.unproven)}"
+        return line
+
+
+def describe(result: ComponentResult | PipelineResult) -> str:
+    """`transformer (native) against trace`."""
+    if isinstance(result, PipelineResult):
+        return "pipeline (native) against diffusers"
+    return f"{result.component} ({result.candidate}) against {result.against}"
+
+
+def reason_of(result: ComponentResult | PipelineResult) -> str:
+    """Why a result is not a pass, in one line."""
+    if result.reason:
+        return result.reason
+    if isinstance(result, PipelineResult):
+        stage = result.first_failing
+        return (
+            f"both sides part at {stage.name!r}: {stage.status}, {stage.note or f'max|Δ| {stage.max_abs:.1e}'}"
+            if stage
+            else ""
+        )
+    if result.guilty:
+        return f"{result.guilty}: {result.guilty.why}"
+    if result.unused:
+        return f"{len(result.unused)} modules with weights never ran: {', '.join(result.unused[:3])}"
+    left_out = next((v for v in result.verdicts if not v.passed), None)
+    return f"{left_out.name}: {left_out.status} {left_out.note}" if left_out else result.status

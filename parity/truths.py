@@ -1,0 +1,88 @@
+"""References that never read the port: the committed trace, and the original code run live on the original files."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from parity.case import ComponentCase
+from parity.outcome import Options
+from parity.trace import Trace
+from porter.core.errors import BadInputError, CheckFailed, MissingError
+from porter.core.port import Port
+
+
+def truths(
+    case: ComponentCase, port: Port, options: Options, wanted: tuple[str, ...]
+) -> Iterator[tuple[str, Trace | str, list[str]]]:
+    """The references that never read the port: (name, trace or why there is none, what a reader must know).
+
+    A trace recorded on other weights says nothing about this port; the original code live then takes its place.
+    """
+    sources = port.manifest["source"]["files"]
+    used = port.manifest["components"][case.component].get("sources") or list(sources)
+    digests = {sources[name]["sha256"] for name in used if name in sources}
+
+    def bound(trace: Trace, hint: str) -> Trace | str:
+        source = trace.meta["source"]
+        if source["sha256"] in digests:
+            return trace
+        return (
+            f"the reference ran on {source['file']} (sha256 {source['sha256'][:12]}), "
+            f"this port was converted from other weights; {hint}"
+        )
+
+    live = "original" in wanted and options.reference_repo is not None and case.record is not None
+    warnings, recorded = [], Trace.open(case.trace)
+    if "trace" in wanted:
+        trace = bound(recorded, "compare with the original code: --reference-repo <checkout>")
+        if isinstance(trace, str) and live and "trace" not in options.against:
+            warnings.append("the recorded trace is of other weights; compared with the original code live instead")
+        else:
+            yield "trace", trace, []
+    if live:
+        with tempfile.TemporaryDirectory(prefix="porter-parity-") as folder:
+            fresh = run_original(case, port, options, Path(folder))
+            here, known = (t.meta["reference"]["commit"] for t in (fresh, recorded))
+            if here != known:
+                warnings.append(f"the checkout is at {here or 'an unknown commit'}, the recorded trace at {known}")
+            yield "original", bound(fresh, "name its source: --source <folder>"), warnings
+
+
+def run_original(case: ComponentCase, port: Port, options: Options, out: Path) -> Trace:
+    """Run the original code in a process of its own; it reads the original files and never the port."""
+    assert case.record is not None and options.reference_repo is not None
+    source = options.source or _source_folder(port)
+    command = case.record(source, options.reference_repo, options.seed, out)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        kind = {4: MissingError, 6: BadInputError}.get(done.returncode, CheckFailed)
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        raise kind(f"the original code of {case.component} did not run", found=said, hint=shlex.join(command))
+    return Trace.open(out / f"{case.component}.safetensors")
+
+
+def _source_folder(port: Port) -> Path:
+    """Where the original files lie, by the manifest."""
+    spec = str(port.manifest["source"]["spec"])
+    if spec.startswith("builtin:"):
+        from porter.builtin import locate
+
+        folder = locate(spec.removeprefix("builtin:"))
+    else:
+        folder = Path(spec).parent if Path(spec).is_file() else Path(spec)
+    if folder is None or not folder.is_dir():
+        raise MissingError(
+            f"the original files of this port are not here: {spec}",
+            hint="porter parity PORT --reference-repo <checkout> --source <folder with the original files>",
+        )
+    return folder
+
+
+def origin(trace: Trace) -> str:
+    """`flux.model:Flux at 802fb47`."""
+    reference = trace.meta["reference"]
+    return f"{reference['name']} at {reference['commit'][:7] or 'unknown commit'}"

@@ -5,7 +5,7 @@ from porter.core.family import Component, Family
 FAMILY = Family(
     name="flux1",
     title="FLUX.1",
-    pipeline_class="FluxPipeline",
+    pipeline_classes=("FluxPipeline",),
     components=(
         Component("scheduler", "diffusers", ("FlowMatchEulerDiscreteScheduler",)),
         Component("text_encoder", "transformers", ("CLIPTextModel",)),

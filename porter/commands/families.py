@@ -24,7 +24,7 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
             click.echo(family.name)
             continue
         traces = proof(family)
-        screen.print(f"[bold]{escape(family.name)}[/]  {escape(family.title)}, {escape(family.pipeline_class)}")
+        screen.print(f"[bold]{escape(family.name)}[/]  {escape(family.title)}, {escape(", ".join(family.pipeline_classes))}")
         screen.print(f"  style    {family.style}: {escape(family.style_reason)}")
         verdict = "[green]proven[/] against" if traces else "[yellow]unproven[/]: no reference trace of"
         screen.print(f"  {verdict} {escape(family.reference_code or 'any original code')}")
@@ -43,7 +43,7 @@ def _document(family: Family) -> dict[str, object]:
     return {
         "name": family.name,
         "title": family.title,
-        "pipeline_class": family.pipeline_class,
+        "pipeline_classes": list(family.pipeline_classes),
         "style": family.style,
         "style_reason": family.style_reason,
         "proven": bool(traces),

@@ -62,7 +62,7 @@ class Family:
     Attributes:
         name: the folder's name under `conversions/`.
         title: what people call it.
-        pipeline_class: `_class_name` of its `model_index.json`.
+        pipeline_classes: `_class_name`s of its `model_index.json`s, the plainest first.
         components: its parts, in the pipeline's order.
         pipeline: `"module:attribute"` of the runtime's entry class.
         cases: `"module:attribute"` of the parity cases.
@@ -74,7 +74,7 @@ class Family:
 
     name: str
     title: str
-    pipeline_class: str
+    pipeline_classes: tuple[str, ...]
     components: tuple[Component, ...]
     pipeline: str | None = None
     cases: str | None = None
@@ -116,9 +116,10 @@ def families() -> dict[str, Family]:
         if not isinstance(family, Family):
             raise BadInputError(f"{origin} is no Family record", expected=f"{reference} to be a Family")
         for other in found.values():
-            if family.name == other.name or family.pipeline_class == other.pipeline_class:
+            shared = set(family.pipeline_classes) & set(other.pipeline_classes)
+            if family.name == other.name or shared:
                 raise BadInputError(
-                    f"two families are called {family.name} or claim {family.pipeline_class}",
+                    f"two families are called {family.name} or claim {', '.join(sorted(shared)) or 'nothing else'}",
                     found=f"{other.name} ({other.title}) and {family.name} from {origin}",
                     hint="uninstall one of them",
                 )
@@ -137,7 +138,7 @@ def _records() -> list[tuple[str, str]]:
 
 def family_of_pipeline(pipeline_class: str) -> Family | None:
     """The family whose `model_index.json` names `pipeline_class`, or None."""
-    return next((family for family in families().values() if family.pipeline_class == pipeline_class), None)
+    return next((family for family in families().values() if pipeline_class in family.pipeline_classes), None)
 
 
 def family_named(name: str) -> Family:

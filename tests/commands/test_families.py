@@ -14,7 +14,7 @@ def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["families"]) == 0
     shown = capsys.readouterr().out
     for family in families().values():
-        for word in (family.name, family.title, family.pipeline_class, family.license_hint):
+        for word in (family.name, family.title, *family.pipeline_classes, family.license_hint):
             assert word in shown
         assert ("proven against" if proof(family) else "unproven") in shown
         for part in family.components:

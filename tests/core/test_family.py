@@ -112,7 +112,7 @@ def test_resolve_follows_dots() -> None:
 
 
 def test_shared_code_names_no_family() -> None:
-    names = {word for family in families().values() for word in (family.name, family.pipeline_class)}
+    names = {word for family in families().values() for word in (family.name, *family.pipeline_classes)}
     names |= {name for f in families().values() for p in f.components if p.native for name in p.class_names}
     pattern = re.compile("|".join(map(re.escape, sorted(names))), re.IGNORECASE)
     shared = [ROOT / "porter" / "cli.py", *(ROOT / "porter" / "core").glob("*.py"), *(ROOT / "parity").glob("*.py")]

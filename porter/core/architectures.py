@@ -1,0 +1,263 @@
+"""Known architectures, told by the templates of their tensor names; the facts stand in each family's `layouts.json`.
+
+A template is a tensor name with its indices left open (`double_blocks.{}.img_attn.qkv.weight`). A file is compared with
+every known architecture by the share of templates that both have; what it has alone and what it lacks is kept, so that
+a guess always comes with the names that speak for and against it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from porter.core.errors import BadInputError
+
+LAYOUTS_SCHEMA = "porter.layouts/1"
+SURE = 0.85  # from this score on a file is called by the architecture's name
+LIKE = 0.25  # below this score two architectures have nothing to do with each other
+_INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+
+def template(name: str) -> str:
+    """A tensor name with its indices left open: `blocks.3.attn.weight` -> `blocks.{}.attn.weight`."""
+    return _INDEX.sub("{}", name)
+
+
+def fold(shapes: Shapes) -> dict[str, Counter[Shape]]:
+    """Names with shapes -> how often each shape occurs under each template, in order of appearance."""
+    found: dict[str, Counter[Shape]] = {}
+    for name, shape in shapes.items():
+        found.setdefault(template(name), Counter())[tuple(shape)] += 1
+    return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A released model of an architecture, told by one file's names and shapes.
+
+    Attributes:
+        has, lacks: tensor names or templates that stand in the file, or do not.
+        shapes: name or template -> shape, None for any size; for a template, the first tensor's.
+        counts: template -> how many tensors it has.
+    """
+
+    name: str
+    repo: str | None = None
+    has: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def fits(self, shapes: Shapes, templates: Mapping[str, Counter[Shape]]) -> bool:
+        """Whether every condition holds."""
+
+        def shape_of(name: str) -> Shape | None:
+            return shapes.get(name) or next(iter(templates.get(name, ())), None)
+
+        return (
+            all(name in shapes or name in templates for name in self.has)
+            and not any(name in shapes or name in templates for name in self.lacks)
+            and all(_same(shape_of(name), wanted) for name, wanted in self.shapes.items())
+            and all(templates.get(name, Counter()).total() == count for name, count in self.counts.items())
+        )
+
+    def evidence(self) -> list[str]:
+        """The conditions, as short words."""
+        return [
+            *(f"has {name}" for name in self.has),
+            *(f"lacks {name}" for name in self.lacks),
+            *(f"{n} is [{', '.join('?' if s is None else str(s) for s in shape)}]" for n, shape in self.shapes.items()),
+            *(f"{count} x {name}" for name, count in self.counts.items()),
+        ]
+
+
+def _same(found: Shape | None, wanted: tuple[int | None, ...]) -> bool:
+    return found is not None and len(found) == len(wanted) and all(
+        w is None or w == f for f, w in zip(found, wanted, strict=True)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One component in one layout, as the code that wrote its checkpoints has it.
+
+    Attributes:
+        family: the family's name; None for components that families share.
+        component: the component's key in a model_index.json.
+        model: the released model where an architecture has several.
+        made: the code and version or commit that the facts were made with.
+        derived: how they were derived, where the original code could not be run.
+        templates: template -> [count, shape] for each shape.
+    """
+
+    family: str | None
+    component: str
+    layout: str
+    class_name: str
+    model: str | None
+    made: str
+    derived: str | None
+    templates: Mapping[str, tuple[tuple[int, Shape], ...]]
+    variants: tuple[Variant, ...]
+
+    def variant(self, shapes: Shapes) -> Variant | None:
+        """The first variant whose conditions all hold."""
+        folded = fold(shapes)
+        return next((variant for variant in self.variants if variant.fits(shapes, folded)), None)
+
+
+class Guess(NamedTuple):
+    """An architecture and how well a file fits it: the share of all templates of both that both have."""
+
+    architecture: Architecture
+    score: float
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """Every architecture in the catalogue's `layouts.json` files, in a stable order.
+
+    Raises:
+        BadInputError: a file of the catalogue is damaged.
+    """
+    root = Path(next(iter(import_module("conversions").__path__)))
+    files = [*sorted(root.glob("*/layouts.json")), *sorted(root.glob("common/*/layouts.json"))]
+    return tuple(
+        entry for file in files for entry in _read(file, None if file.parent.parent != root else file.parent.name)
+    )
+
+
+def _read(file: Path, family: str | None) -> list[Architecture]:
+    try:
+        document = json.loads(file.read_bytes())
+        if document["schema"] != LAYOUTS_SCHEMA:
+            raise ValueError(f"schema {document['schema']}")
+        return [_entry(entry, family) for entry in document["layouts"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{file} is damaged", found=str(error), hint="install porter again") from error
+
+
+def _entry(entry: Mapping[str, Any], family: str | None) -> Architecture:
+    variants = [
+        Variant(v["name"], v.get("repo"), tuple(v.get("has", ())), tuple(v.get("lacks", ())),
+                {n: tuple(s) for n, s in v.get("shapes", {}).items()}, v.get("counts", {}))
+        for v in entry.get("variants", ())
+    ]  # fmt: skip
+    templates = {
+        name: tuple((int(count), tuple(shape)) for count, shape in kinds) for name, kinds in entry["templates"].items()
+    }
+    return Architecture(family, entry["component"], entry["layout"], entry["class"], entry.get("model"), entry["made"],
+                        entry.get("derived"), templates, tuple(variants))  # fmt: skip
+
+
+@cache
+def _by_template() -> dict[str, list[int]]:
+    index: dict[str, list[int]] = {}
+    for number, known in enumerate(architectures()):
+        for name in known.templates:
+            index.setdefault(name, []).append(number)
+    return index
+
+
+def guesses(shapes: Shapes, limit: int = 3) -> list[Guess]:
+    """The best fitting architectures, best first; those that share nothing with the file are left out.
+
+    A template counts as shared when its tensors have as many dims on both sides (a linear stored as a convolution is
+    another layout).
+    """
+    folded, index = fold(shapes), _by_template()
+    shared: Counter[int] = Counter()
+    for name, kinds in folded.items():
+        ranks = {len(shape) for shape in kinds}
+        for number in index.get(name, ()):
+            if any(len(shape) in ranks for _, shape in architectures()[number].templates[name]):
+                shared[number] += 1
+    found = []
+    for number, common in shared.items():
+        known = architectures()[number]
+        score = common / (len(known.templates) + len(folded) - common)
+        found.append((score, _closeness(folded, known), number))
+    best = sorted(found, key=lambda item: (-item[0], -item[1], item[2]))[:limit]
+    return [
+        Guess(architectures()[number], score, tuple(n for n in architectures()[number].templates if n not in folded),
+              tuple(n for n in folded if n not in architectures()[number].templates))
+        for score, _, number in best
+    ]  # fmt: skip
+
+
+def _closeness(folded: Mapping[str, Counter[Shape]], known: Architecture) -> float:
+    """Share of the known templates whose shapes are all the same: orders models of one architecture."""
+    same = sum(
+        {shape: count for count, shape in kinds} == dict(folded[name])
+        for name, kinds in known.templates.items()
+        if name in folded
+    )
+    return same / max(1, len(known.templates))
+
+
+class Part(NamedTuple):
+    """Tensors of one file under one prefix: an all-in-one checkpoint has several."""
+
+    prefix: str
+    shapes: dict[str, Shape]
+    guesses: list[Guess]
+
+    @property
+    def sure(self) -> Guess | None:
+        """The best guess where it is good enough to be called a match."""
+        return self.guesses[0] if self.guesses and self.guesses[0].score >= SURE else None
+
+
+def parts(shapes: Shapes, *, depth: int = 4) -> list[Part]:
+    """A file's tensors, taken apart at the prefixes under which known architectures stand.
+
+    Tensors that fit nothing stay together, as the last part, with the guesses for all of them.
+    """
+    whole = Part("", dict(shapes), guesses(shapes))
+    if whole.sure or depth == 0:
+        return [whole]
+    groups: dict[str, dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        head, dot, rest = name.partition(".")
+        groups.setdefault(head if dot else "", {})[rest if dot else name] = shape
+    found: list[Part] = []
+    left: dict[str, Shape] = {}
+    for head, inner in groups.items():
+        below = parts(inner, depth=depth - 1) if head and not head.isdigit() else []
+        if any(part.sure for part in below):
+            for part in below:
+                prefix = f"{head}.{part.prefix}"
+                if part.sure:
+                    found.append(part._replace(prefix=prefix))
+                else:
+                    left |= {prefix + name: shape for name, shape in part.shapes.items()}
+        else:
+            left |= {f"{head}.{name}" if head else name: shape for name, shape in inner.items()}
+    if not found:
+        return [whole]
+    return [*found, *([Part("", left, guesses(left))] if left else [])]
+
+
+def telling(best: Guess, other: Guess, shapes: Shapes, limit: int = 2) -> list[str]:
+    """Templates of the file that `best` knows and `other` does not: what tells the two apart."""
+    known, rival = best.architecture.templates, other.architecture.templates
+    only = [name for name in dict.fromkeys(map(template, shapes)) if name in known and name not in rival]
+    return only[:limit] or [f"lacks {name}" for name in rival if name not in known and name in other.missing][:limit]
+
+
+def like(shapes: Shapes, names: Iterable[str] = ()) -> Guess | None:
+    """The closest architecture that is no match, for a model that has to be ported; None where nothing is close."""
+    best = [guess for guess in guesses(shapes, 8) if guess.architecture.class_name not in set(names)]
+    return best[0] if best and best[0].score >= LIKE else None

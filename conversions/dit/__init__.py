@@ -1,0 +1,22 @@
+"""DiT (class to image): facts of its layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="dit",
+    title="DiT",
+    pipeline_classes=("DiTPipeline",),
+    components=(
+        Component("scheduler", "diffusers", ("DDIMScheduler", "DPMSolverMultistepScheduler")),
+        Component(
+            "transformer",
+            "diffusers",
+            ("DiTTransformer2DModel", "Transformer2DModel"),
+            original_files=("dit-xl-2-256x256.pt", "dit-xl-2-512x512.pt"),
+        ),
+        Component("vae", "diffusers", ("AutoencoderKL",)),
+    ),
+    style="Modular",
+    style_reason="class labels instead of text; the rest is standard",
+    license_hint="code and weights are under CC-BY-NC 4.0; a port keeps its source's licence",
+)

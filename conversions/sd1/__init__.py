@@ -1,0 +1,46 @@
+"""Stable Diffusion 1.x (and what keeps its shape): facts of its layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    pipeline_classes=(
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionImageVariationPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionPAGPipeline",
+        "StableDiffusionPAGImg2ImgPipeline",
+        "StableDiffusionPAGInpaintPipeline",
+        "StableDiffusionControlNetPAGPipeline",
+        "StableDiffusionControlNetPAGInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+        "LEditsPPPipelineStableDiffusion",
+    ),
+    components=(
+        Component("feature_extractor", "transformers", ("CLIPImageProcessor", "CLIPFeatureExtractor")),
+        Component("safety_checker", "stable_diffusion", ("StableDiffusionSafetyChecker",)),
+        Component(
+            "scheduler", "diffusers", ("PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
+        ),
+        Component("text_encoder", "transformers", ("CLIPTextModel",)),
+        Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        Component(
+            "unet",
+            "diffusers",
+            ("UNet2DConditionModel",),
+            original_files=("v1-5-pruned*.safetensors", "v1-5-pruned*.ckpt", "sd-v1-*.safetensors", "sd-v1-*.ckpt"),
+        ),
+        Component("vae", "diffusers", ("AutoencoderKL",)),
+    ),
+    style="Modular",
+    style_reason="standard text-to-image",
+    license_hint="weights are under the CreativeML Open RAIL-M license; a port keeps its source's licence",
+)

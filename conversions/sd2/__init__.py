@@ -1,0 +1,39 @@
+"""Stable Diffusion 2.x (2.0, 2.1, depth, inpainting, unCLIP, x4 upscaler): facts of its layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    pipeline_classes=(
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionUpscalePipeline",
+        "StableUnCLIPPipeline",
+        "StableUnCLIPImg2ImgPipeline",
+    ),
+    components=(
+        Component(
+            "feature_extractor", "transformers", ("CLIPImageProcessor", "DPTFeatureExtractor", "DPTImageProcessor")
+        ),
+        Component("scheduler", "diffusers", ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")),
+        Component("text_encoder", "transformers", ("CLIPTextModel",)),
+        Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        Component(
+            "unet",
+            "diffusers",
+            ("UNet2DConditionModel",),
+            original_files=(
+                "v2-1_*-ema-pruned.*",
+                "512-*ema.*",
+                "768-v-ema.*",
+                "x4-upscaler-ema.*",
+                "sd21-unclip-*.ckpt",
+                "sd_turbo.safetensors",
+            ),
+        ),
+        Component("vae", "diffusers", ("AutoencoderKL",)),
+    ),
+    style="Modular",
+    style_reason="standard text-to-image",
+    license_hint="weights are under the CreativeML Open RAIL++-M license; a port keeps its source's licence",
+)

@@ -1,0 +1,36 @@
+"""Stable Diffusion 3 and 3.5 (medium, large, large turbo): facts of their layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    pipeline_classes=(
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline",
+        "StableDiffusion3PAGPipeline",
+        "StableDiffusion3PAGImg2ImgPipeline",
+    ),
+    components=(
+        Component("scheduler", "diffusers", ("FlowMatchEulerDiscreteScheduler",)),
+        Component("text_encoder", "transformers", ("CLIPTextModelWithProjection",)),
+        Component("text_encoder_2", "transformers", ("CLIPTextModelWithProjection",)),
+        Component("text_encoder_3", "transformers", ("T5EncoderModel",)),
+        Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        Component("tokenizer_2", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        Component("tokenizer_3", "transformers", ("T5TokenizerFast", "T5Tokenizer")),
+        Component(
+            "transformer",
+            "diffusers",
+            ("SD3Transformer2DModel",),
+            original_files=("sd3_medium*.safetensors", "sd3.5_medium*.safetensors", "sd3.5_large*.safetensors"),
+        ),
+        Component("vae", "diffusers", ("AutoencoderKL",)),
+    ),
+    style="Modular",
+    style_reason="standard text-to-image",
+    license_hint="weights are under the Stability AI Community License; a port keeps its source's licence",
+)

@@ -1,0 +1,47 @@
+"""Stable Diffusion XL (base, refiner, inpainting, Turbo): facts of its layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipeline_classes=(
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
+        "StableDiffusionXLPAGPipeline",
+        "StableDiffusionXLPAGImg2ImgPipeline",
+        "StableDiffusionXLPAGInpaintPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+        "LEditsPPPipelineStableDiffusionXL",
+    ),
+    components=(
+        Component("scheduler", "diffusers", ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")),
+        Component("text_encoder", "transformers", ("CLIPTextModel",)),
+        Component("text_encoder_2", "transformers", ("CLIPTextModelWithProjection",)),
+        Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        Component("tokenizer_2", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        Component(
+            "unet",
+            "diffusers",
+            ("UNet2DConditionModel",),
+            original_files=("sd_xl_base_*.safetensors", "sd_xl_refiner_*.safetensors", "sd_xl_turbo_*.safetensors"),
+        ),
+        Component("vae", "diffusers", ("AutoencoderKL",)),
+    ),
+    style="Modular",
+    style_reason="standard text-to-image",
+    license_hint=(
+        "base and refiner weights are under the CreativeML Open RAIL++-M license, SDXL-Turbo under a Stability AI"
+        " licence; a port keeps its source's licence"
+    ),
+)

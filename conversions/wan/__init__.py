@@ -1,0 +1,43 @@
+"""Wan 2.1 and 2.2 (text, image, frames, VACE, Animate, S2V to video): facts of both layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="wan",
+    title="Wan 2.1 / 2.2",
+    pipeline_classes=(
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "WanVideoToVideoPipeline",
+        "WanVACEPipeline",
+        "WanAnimatePipeline",
+        "LucyEditPipeline",
+    ),
+    components=(
+        Component(
+            "image_encoder",
+            "transformers",
+            ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+            original_files=("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+        ),
+        Component("image_processor", "transformers", ("CLIPImageProcessor", "CLIPProcessor")),
+        Component("scheduler", "diffusers", ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")),
+        Component(
+            "text_encoder",
+            "transformers",
+            ("UMT5EncoderModel",),
+            original_files=("models_t5_umt5-xxl-enc-bf16.pth",),
+        ),
+        Component("tokenizer", "transformers", ("T5TokenizerFast", "T5Tokenizer")),
+        Component(
+            "transformer",
+            "diffusers",
+            ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+        ),
+        Component("transformer_2", "diffusers", ("WanTransformer3DModel", "WanVACETransformer3DModel")),
+        Component("vae", "diffusers", ("AutoencoderKLWan",), original_files=("wan2.1_vae.pth", "wan2.2_vae.pth")),
+    ),
+    style="Modular",
+    style_reason="standard text-to-video and text+image-to-video",
+    license_hint="Wan 2.1 and 2.2 are under Apache-2.0; a port keeps its source's licence",
+)

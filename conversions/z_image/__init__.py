@@ -1,0 +1,26 @@
+"""Z-Image (Z-Image, Z-Image-Turbo): facts of its layouts."""
+
+from porter.core.family import Component, Family
+
+FAMILY = Family(
+    name="z_image",
+    title="Z-Image",
+    pipeline_classes=(
+        "ZImagePipeline",
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+        "ZImageControlNetPipeline",
+        "ZImageControlNetInpaintPipeline",
+        "ZImageOmniPipeline",
+    ),
+    components=(
+        Component("scheduler", "diffusers", ("FlowMatchEulerDiscreteScheduler",)),
+        Component("text_encoder", "transformers", ("Qwen3Model", "Qwen3ForCausalLM")),
+        Component("tokenizer", "transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast")),
+        Component("transformer", "diffusers", ("ZImageTransformer2DModel",), original_files=("z_image_*.safetensors",)),
+        Component("vae", "diffusers", ("AutoencoderKL",), original_files=("ae.safetensors",)),
+    ),
+    style="Modular",
+    style_reason="standard text-to-image",
+    license_hint="Z-Image weights are under Apache-2.0",
+)

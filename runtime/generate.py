@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
-from porter.core.port import MANIFEST, Port
+from porter.core.port import MANIFEST, Port, changed_files_are_to_blame, is_manifest
 from porter.core.version import VERSION
 from runtime.image import png_bytes, to_pil
 from runtime.registry import describe, load
@@ -92,7 +92,7 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
     warnings = [evidence.warning] if evidence.warning else []
     for line in warnings:
         warn(line)
-    with out_of_memory():
+    with changed_files_are_to_blame(path), out_of_memory():
         began = time.monotonic()
         pipeline = load(path, dtype=job.dtype, device=job.device)
         loaded = time.monotonic()
@@ -144,7 +144,7 @@ def find_port(name: str) -> Path:
 def weigh(path: Path) -> Evidence:
     """The port's parity, from its manifest and parity.json."""
     quoted = shlex.quote(str(path))
-    if not (path / MANIFEST).is_file():
+    if not is_manifest(path / MANIFEST):
         line = f"{path} has no {MANIFEST}: not written by `porter convert`, nothing is known about its parity"
         return Evidence("no manifest", None, None, line)
     port = Port.open(path)
@@ -154,7 +154,7 @@ def weigh(path: Path) -> Evidence:
     says = {
         "missing": "this port was never compared with its reference",
         "failed": "this port DIFFERS from its reference",
-        "stale": "this port changed after it was compared with its reference",
+        "stale": "this port, or the code that runs it, changed after it was compared with its reference",
     }[verdict]
     return Evidence(verdict, port.manifest_sha256, source, f"parity {verdict}: {says}; run: porter parity {quoted}")
 
@@ -169,7 +169,6 @@ def _provenance(path: Path, evidence: Evidence, pipeline: Any) -> dict[str, Any]
         "parity": evidence.verdict,
         "pipeline": pipeline.pipeline_name,
         "executor": "native",
-        "quality": "lossless",
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "versions": {"porter": VERSION} | {name: importlib.metadata.version(name) for name in names},

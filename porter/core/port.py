@@ -24,13 +24,15 @@ verdict.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from porter.core.errors import BadInputError, MissingError
+from porter.core.errors import BadInputError, MissingError, PorterError
 
 MANIFEST = "manifest.json"
 SCHEMA = "porter.manifest/1"
@@ -158,13 +160,67 @@ class Port:
         return document if isinstance(document, dict) else None
 
     def verdict(self, full: bool = False) -> Verdict:
-        """`missing` (never compared), `stale` (the port changed since), `failed` or `passed`."""
+        """`missing` (never compared), `stale` (the port or the code that ran it changed), `failed` or `passed`."""
         document = self.parity()
         if document is None:
             return "missing"
-        if document.get("manifest_sha256") != self.manifest_sha256 or self.stale(full):
+        code = document.get("code")
+        if document.get("manifest_sha256") != self.manifest_sha256 or self.stale(full) or not _same_code(code):
             return "stale"
         return "passed" if document.get("passed") is True else "failed"
+
+
+def _same_code(known: Any) -> bool:
+    """Whether the code that a verdict was reached with is the code that is installed."""
+    try:
+        return isinstance(known, dict) and bool(known) and all(code_sha256(str(n)) == h for n, h in known.items())
+    except (PorterError, ImportError, OSError, ValueError):
+        return False
+
+
+def code_sha256(module: str) -> str:
+    """One hash of a module's source, or of all sources in a package: what a verdict is bound to.
+
+    Raises:
+        BadInputError: there is no such module.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise BadInputError(f"no module {module} to bind a verdict to", hint="install porter again")
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def changed_files_are_to_blame(path: Path) -> Iterator[None]:
+    """While a port runs: an error that nobody foresaw is the files' own, where they are not those that were converted.
+
+    Configs are hostile until checked, and a library checks few of them (no heads, words for numbers). A port whose
+    files are as they were written keeps its error: that one is ours.
+
+    Raises:
+        BadInputError: instead of such an error.
+    """
+    try:
+        yield
+    except (PorterError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+            raise
+        changed = Port.open(path).stale(full=True) if (path / MANIFEST).is_file() else ["no manifest names its files"]
+        if not changed:
+            raise
+        raise BadInputError(
+            f"{path} does not run: its files are not those that were converted",
+            expected="the files that the manifest names",
+            found=f"{', '.join(changed[:3])}; {type(error).__name__}: {str(error)[:200]}",
+            hint="convert the model again: porter convert <model> -o <port> --overwrite",
+        ) from error
 
 
 def is_manifest(path: Path) -> bool:
@@ -188,6 +244,9 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     wrong = [
         *(key for key in ("source", "components", "files", "loss") if not isinstance(manifest.get(key), dict)),
         *(f"source: {key}" for key in ("spec",) if not holds(manifest.get("source"), spec=str)),
+        *("source: files" for _ in (0,) if not holds(manifest.get("source"), files=dict)),
+        *(key for key in ("family", "pipeline") if not isinstance(manifest.get(key), str | None)),
+        *(key for key in ("licence",) if not isinstance(manifest.get(key), dict)),
     ]
     converted: dict[str, type | tuple[type, ...]] = {
         "config": dict,
@@ -196,6 +255,8 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     }
     for name, record in manifest["components"].items() if not wrong else ():
         good = plain(name) and "/" not in name and holds(record, action=str, sources=list)
+        good = good and all(isinstance(source, str) for source in record["sources"])
+        good = good and all(isinstance(record.get(key), str | None) for key in ("library", "class", "dtype"))
         if good and record["action"] == "convert":
             recipe = record.get("recipe")
             good = holds(record, **converted) and holds(recipe, name=str, reference=str, digest=str)
@@ -204,5 +265,7 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     for name, record in manifest["files"].items() if not wrong else ():
         if not plain(name) or not holds(record, size=int, mtime_ns=int, sha256=str):
             wrong.append(f"files: {name}")
+    sources = manifest["source"]["files"] if not wrong else {}
+    wrong += [f"source: files: {name}" for name, record in sources.items() if not holds(record, size=int, sha256=str)]
     if wrong:
         raise BadInputError(f"{file} is damaged", found=f"nothing usable in {wrong[0]}", hint="convert the model again")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from porter.core.checkpoint import read_header
+from porter.core.checkpoint import dtype_code, read_header
 from porter.core.errors import BadInputError, RecipeError, UsageError
 from porter.core.family import families, resolve
 from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation, unknown_component
@@ -77,7 +77,13 @@ def _inverse_job(
     dtypes = record["source_dtypes"]
     original = recipe.source_headers(config, dtypes if isinstance(dtypes, str) else "F32")
     if not isinstance(dtypes, str):
-        original = {key: replace(info, dtype=dtypes[key]) for key, info in original.items()}
+        if set(dtypes) != set(original):
+            odd = sorted(set(dtypes) ^ set(original))
+            raise BadInputError(
+                f"{MANIFEST} names other source dtypes than the recipe's tensors", expected=f"{len(original)} tensors",
+                found=", ".join(odd[:3]), hint="convert the model again",
+            )  # fmt: skip
+        original = {key: replace(info, dtype=dtype_code(str(dtypes[key]))) for key, info in original.items()}
     plan = compile_recipe(recipe, config, original, header, dtype=record["dtype"])
     if plan.digest != record["recipe"]["digest"]:
         raise BadInputError(

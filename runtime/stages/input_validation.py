@@ -71,9 +71,10 @@ class InputValidationStage(PipelineStage):
         if batch.true_cfg_scale is not None and batch.true_cfg_scale > 1 and not batch.do_classifier_free_guidance:
             batch.warnings.append(f"true_cfg_scale {batch.true_cfg_scale:g} is ignored: there is no negative prompt")
         self.sampling_params.fill(batch)
-        height, width = config.default_size()
-        batch.height = height if batch.height is None else batch.height
-        batch.width = width if batch.width is None else batch.width
+        if batch.height is None or batch.width is None:  # a model need not say, where the request does
+            height, width = config.default_size()
+            batch.height = height if batch.height is None else batch.height
+            batch.width = width if batch.width is None else batch.width
         if batch.generator is None:
             assert batch.seed is not None  # filled above
             # On the CPU whatever the device, so that a seed means the same noise everywhere.

@@ -22,7 +22,7 @@ from parity.truths import origin, truths
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import family_named, resolve
 from porter.core.files import read_config
-from porter.core.port import Port, changed_files_are_to_blame
+from porter.core.port import Port, hostile_until_proven
 from porter.core.recipe import compile_recipe
 
 
@@ -42,7 +42,7 @@ def compare_port(path: str | Path, options: Options, *, progress: Callable[[str]
             found=f"family {name}",
             hint="porter families lists what is proven",
         )
-    with changed_files_are_to_blame(port.path):
+    with hostile_until_proven(port.path):
         return run_parity(port, str(name), resolve(cases), options, progress=progress)
 
 

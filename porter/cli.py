@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 import porter
-from porter.core.errors import PorterError, ResourceError, visible
+from porter.core.errors import PorterError, ResourceError, UsageError, visible
 
 # verb → its line in `porter --help`. The module is porter.commands.<verb>, its click command is called `command`.
 VERBS = {
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     try:
+        if any("\0" in word for word in given):
+            raise UsageError("an argument holds a NUL character", hint="type it again")
         if "_PORTER_COMPLETE" in os.environ:  # the shell asks for completions
             app.main(args=given, prog_name="porter")
         # Not `app.main`: it turns a closed pipe into exit code 1, which here means that a check failed.

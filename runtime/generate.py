@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
-from porter.core.port import MANIFEST, Port, changed_files_are_to_blame, is_manifest
+from porter.core.files import read_json
+from porter.core.port import MANIFEST, Port, hostile_until_proven, is_manifest
 from porter.core.version import VERSION
 from runtime.image import png_bytes, to_pil
 from runtime.registry import describe, load
@@ -83,6 +84,11 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
         if text and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UsageError("the prompt is not UTF-8", found=ascii(text), hint="type it again in a UTF-8 terminal")
     path = find_port(job.port)
+    with hostile_until_proven(path):
+        return _run(job, path, warn, progress)
+
+
+def _run(job: GenerateJob, path: Path, warn: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:
     evidence = weigh(path)
     model = describe(path)
     seed = model.sampling_params.seed if job.seed is None else job.seed
@@ -92,7 +98,7 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
     warnings = [evidence.warning] if evidence.warning else []
     for line in warnings:
         warn(line)
-    with changed_files_are_to_blame(path), out_of_memory():
+    with out_of_memory():
         began = time.monotonic()
         pipeline = load(path, dtype=job.dtype, device=job.device)
         loaded = time.monotonic()
@@ -120,6 +126,7 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
     }
 
 
+MAX_NAME = 200  # bytes; file systems take 255, and a temporary name is longer
 _EMBEDDINGS = ("prompt_embeds", "pooled_embeds", "negative_prompt_embeds", "negative_pooled_embeds")
 
 
@@ -144,6 +151,8 @@ def find_port(name: str) -> Path:
 def weigh(path: Path) -> Evidence:
     """The port's parity, from its manifest and parity.json."""
     quoted = shlex.quote(str(path))
+    if (path / MANIFEST).is_file():
+        read_json(path / MANIFEST)  # refuses one that nobody can read; another tool's is none of ours
     if not is_manifest(path / MANIFEST):
         line = f"{path} has no {MANIFEST}: not written by `porter convert`, nothing is known about its parity"
         return Evidence("no manifest", None, None, line)
@@ -199,6 +208,8 @@ def _targets(job: GenerateJob, seeds: list[int]) -> list[Path]:
     else:
         slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:48].strip("-") or "image"
         targets = [out / f"{slug}-seed{seed}.png" for seed in seeds]
+    if max(len(os.fsencode(target.name)) for target in targets) > MAX_NAME:
+        raise UsageError(f"the name is too long: {targets[0].name[:40]}…", hint="a shorter name with -o")
     files = [f for target in targets for f in ((target, target.with_suffix(".json")) if job.metadata else (target,))]
     if not job.overwrite and (there := [f for f in files if f.exists()]):
         raise UsageError(

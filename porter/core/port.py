@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from porter.core.errors import BadInputError, MissingError, PorterError
+from porter.core.files import read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = "porter.manifest/1"
@@ -83,10 +85,7 @@ class Port:
             raise MissingError(
                 f"{root} is not a port: it holds no {MANIFEST}", hint=f"porter convert {root} -o {root}-port"
             )
-        try:
-            manifest = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise BadInputError(f"{file} is not JSON", found=str(error), hint="convert the model again") from error
+        manifest = read_json(file)
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise BadInputError(
@@ -196,11 +195,11 @@ def code_sha256(module: str) -> str:
 
 
 @contextmanager
-def changed_files_are_to_blame(path: Path) -> Iterator[None]:
-    """While a port runs: an error that nobody foresaw is the files' own, where they are not those that were converted.
+def hostile_until_proven(path: Path) -> Iterator[None]:
+    """While a model runs: an error that nobody foresaw is the model's, unless its parity has passed as it stands.
 
-    Configs are hostile until checked, and a library checks few of them (no heads, words for numbers). A port whose
-    files are as they were written keeps its error: that one is ours.
+    Configs and tokenizers are checked by nobody before their library runs on them (no heads, words for numbers). A port
+    that passed did run, so an error in it is ours, and stays what it is.
 
     Raises:
         BadInputError: instead of such an error.
@@ -212,14 +211,18 @@ def changed_files_are_to_blame(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
             raise
-        changed = Port.open(path).stale(full=True) if (path / MANIFEST).is_file() else ["no manifest names its files"]
-        if not changed:
+        port = Port.open(path) if is_manifest(path / MANIFEST) else None
+        if port and port.verdict(full=True) == "passed":
             raise
+        changed = port.stale(full=True) if port else []
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
         raise BadInputError(
-            f"{path} does not run: its files are not those that were converted",
-            expected="the files that the manifest names",
-            found=f"{', '.join(changed[:3])}; {type(error).__name__}: {str(error)[:200]}",
-            hint="convert the model again: porter convert <model> -o <port> --overwrite",
+            f"{path} does not run",
+            expected="the files as they were converted" if changed else "configs that the components' classes can run",
+            found=f"{type(error).__name__}: {str(error)[:200]} ({place})"
+            + "".join(f"; changed: {n}" for n in changed[:3]),
+            hint="--verbose shows where; then repair the file, or convert the model again",
         ) from error
 
 
@@ -239,7 +242,8 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
         return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
     def plain(name: str) -> bool:
-        return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+        fine = not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+        return fine and name.isprintable() and len(name) < 1024
 
     wrong = [
         *(key for key in ("source", "components", "files", "loss") if not isinstance(manifest.get(key), dict)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from porter.core.accounting import Problems
 from porter.core.checkpoint import ANY, Header, TensorInfo, dtype_code, spec
@@ -23,6 +23,7 @@ from porter.core.tensorplan import Coverage, Step, TensorPlan, cast_step, digest
 __all__ = ["Coverage", "ModulePair", "Recipe", "Rule", "TensorPlan", "compile_recipe"]
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,16 @@ def _no_headers(config: Config, dtype: str = ANY) -> Header:
     raise RecipeError("this recipe does not say which tensors a config has", hint="give both headers")
 
 
-def guarded(make: Callable[..., Header]) -> Callable[..., Header]:
-    """`make` with hostile configs refused: counts beyond any model, words for numbers, keys that are missing."""
+def guarded(make: Callable[..., T]) -> Callable[..., T]:
+    """`make(config, …)` with hostile configs refused: counts beyond any model, words for numbers, missing keys."""
     if make is _no_headers or hasattr(make, "__wrapped__"):
         return make
 
     @wraps(make)
-    def made(config: Config, dtype: str = ANY) -> Header:
+    def made(config: Config, *more: str) -> T:
         check_counts(config, "the config")
         try:
-            return make(config, dtype)
+            return make(config, *more)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
             raise RecipeError(
                 "the config does not describe the tensors", expected="the keys and kinds of its class",
@@ -133,8 +134,8 @@ class Recipe:
     keep_dtype: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source_headers", guarded(self.source_headers))
-        object.__setattr__(self, "target_headers", guarded(self.target_headers))
+        for name in ("parameters", "source_headers", "target_headers"):
+            object.__setattr__(self, name, guarded(getattr(self, name)))
 
     @property
     def digest(self) -> str:

@@ -58,8 +58,8 @@ def inverse(source: Source, *, component: str | None, recipes: Mapping[str, Reci
     return Preparation(
         source,
         "original",
-        port.manifest["family"],
-        port.manifest["pipeline"],
+        port.manifest.get("family"),
+        port.manifest.get("pipeline"),
         jobs,
         tuple(copies),
         {},
@@ -95,7 +95,7 @@ def _inverse_job(
             f"{name} cannot be restored: its conversion was {plan.exactness}",
             expected="a port in the original dtypes, with nothing dropped", hint="keep the original file",
         )  # fmt: skip
-    known = families().get(port.manifest["family"] or "")
+    known = families().get(port.manifest.get("family") or "")
     part = known.component(name) if known else None
     names = [Path(text).name for text in record["sources"]]
     plain = len(names) == 1 and names[0].endswith((".safetensors", ".sft")) and not names[0].startswith(".")

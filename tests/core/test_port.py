@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from porter.core.errors import BadInputError, MissingError
-from porter.core.port import Port, changed_files_are_to_blame, code_sha256, file_record, file_sha256
+from porter.core.port import Port, code_sha256, file_record, file_sha256, hostile_until_proven
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_manifests_that_are_none(folder: Path, change: dict[str, object], messag
     with pytest.raises(BadInputError, match=message):
         Port.open(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(BadInputError, match="not JSON"):
+    with pytest.raises(BadInputError, match="not valid JSON"):
         Port.open(folder)
 
 
@@ -116,10 +116,18 @@ def test_verdict(folder: Path) -> None:
     assert port.verdict() == "stale"
 
 
-def test_an_unforeseen_error_is_the_changed_files_own(folder: Path) -> None:
-    """As they were converted, the files are not to blame, and the error stays what it is."""
-    with pytest.raises(ZeroDivisionError), changed_files_are_to_blame(folder):
+def test_an_unforeseen_error_is_the_models_until_it_is_proven(folder: Path) -> None:
+    """A port that passed did run: an error in it is ours, and stays what it is."""
+    with pytest.raises(BadInputError, match=r"ZeroDivisionError: no heads"), hostile_until_proven(folder):
+        raise ZeroDivisionError("no heads")
+    port = Port.open(folder)
+    bound = {"manifest_sha256": port.manifest_sha256, "code": {"parity": code_sha256("parity")}, "passed": True}
+    (folder / "parity").mkdir()
+    (folder / "parity" / "parity.json").write_text(json.dumps(bound))
+    with pytest.raises(ZeroDivisionError), hostile_until_proven(folder):
         raise ZeroDivisionError
     (folder / "vae" / "w.bin").write_bytes(b"spoiled")
-    with pytest.raises(BadInputError, match=r"vae/w\.bin; ZeroDivisionError"), changed_files_are_to_blame(folder):
+    with pytest.raises(BadInputError, match=r"changed: vae/w\.bin"), hostile_until_proven(folder):
         raise ZeroDivisionError
+    with pytest.raises(MemoryError), hostile_until_proven(folder):
+        raise MemoryError

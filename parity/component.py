@@ -37,6 +37,7 @@ class ComponentResult:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    unwatched: list[str] = field(default_factory=list)
     reason: str = ""
 
     @property
@@ -45,15 +46,19 @@ class ComponentResult:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many activations were compared, how many could not be, and how many parameters never took part."""
+        """Activations that were compared, that could not be, and modules with weights that never took part."""
         by = Counter(v.status for v in self.verdicts)
-        return {"compared": sum(by.values()) - by[SKIPPED], "skipped": by[SKIPPED], "missing": len(self.unused)}
+        return {
+            "compared": sum(by.values()) - by[SKIPPED],
+            "skipped": by[SKIPPED],
+            "missing": len({*self.unused, *self.unwatched}),
+        }
 
     @property
     def status(self) -> str:
         """The gravest verdict; `not compared` when anything was left out, or nothing was there."""
         gravest = worst(self.verdicts)
-        if self.reason or gravest is None or (self.unused and gravest.passed):
+        if self.reason or gravest is None or ((self.unused or self.unwatched) and gravest.passed):
             return SKIPPED
         if gravest.passed:
             final = worst(self.outputs)
@@ -106,7 +111,8 @@ def compare_component(
             if path == "=":
                 outputs.append(look(free))
             else:
-                inside = any(path == p or path.startswith(p + ".") for p in (f.path for f in forcing.values()))
+                forced = [f.path for f in forcing.values() if not f.unfit]
+                inside = any(path == p or path.startswith(p + ".") for p in forced)
                 taps.append(Tap(key, path, kind, look(free), look(reset) if inside else None))
         result.taps += taps
         result.outputs += outputs
@@ -117,6 +123,8 @@ def compare_component(
     result.notes = list(dict.fromkeys(result.notes))
     own = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
     result.unused = [p for p in own if p not in ran]
+    recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
+    result.unwatched = [leaf for leaf in alignment.parts if leaf not in recorded]
     return result
 
 
@@ -152,6 +160,7 @@ class Force:
     name: str
     path: str
     block: Block | None
+    unfit: list[str] = field(default_factory=list)
 
     def __call__(self, call: int, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         prefix = f"{self.name}/{self.path}#{call}.in."
@@ -162,7 +171,10 @@ class Force:
             return self.block.force(recorded, own)
         argument, value = next(iter(own.items()))
         fitted = fit(next(iter(recorded.values())), tuple(value.shape))
-        return {argument: value if isinstance(fitted, str) else fitted}
+        if isinstance(fitted, str):  # then nothing is reset, and no verdict may say so
+            self.unfit.append(fitted)
+            return {argument: value}
+        return {argument: fitted}
 
 
 def _events(

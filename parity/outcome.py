@@ -53,8 +53,8 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """The port's verdict: it holds, and each converted component was compared with the original's own answers."""
-        return self.holds and not self.unproven
+        """The port's verdict: all was compared and holds, converted components with the original's own answers."""
+        return self.holds and not self.unproven and not self.partial
 
     @property
     def partial(self) -> bool:
@@ -108,5 +108,7 @@ def reason_of(result: ComponentResult | PipelineResult) -> str:
         return f"{result.guilty}: {result.guilty.why}"
     if result.unused:
         return f"{len(result.unused)} modules with weights never ran: {', '.join(result.unused[:3])}"
+    if isinstance(result, ComponentResult) and result.unwatched:
+        return f"the reference recorded nothing of {len(result.unwatched)} modules: {', '.join(result.unwatched[:3])}"
     left_out = next((v for v in result.verdicts if not v.passed), None)
     return f"{left_out.name}: {left_out.status} {left_out.note}" if left_out else result.status

@@ -58,6 +58,8 @@ def write(outcome: Outcome, command: str, folder: Path) -> tuple[Path, Path]:
     """
     data = document(outcome, command)
     page = render(data, outcome)
+    if taken := [name for name in ("report.html", "parity.json") if (folder / name).is_dir()]:
+        raise ResourceError(f"{folder / taken[0]} is a folder", hint="remove it, or name another folder: -o <folder>")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("report.html", page), ("parity.json", json.dumps(data, indent=1, ensure_ascii=False))):

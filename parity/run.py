@@ -7,7 +7,6 @@ or that code live). Only then implementations of the port against each other, an
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from parity.trace import Trace
 from parity.truths import origin, truths
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import family_named, resolve
-from porter.core.port import Port
+from porter.core.files import read_config
+from porter.core.port import Port, hostile_until_proven
 from porter.core.recipe import compile_recipe
 
 
@@ -42,7 +42,8 @@ def compare_port(path: str | Path, options: Options, *, progress: Callable[[str]
             found=f"family {name}",
             hint="porter families lists what is proven",
         )
-    return run_parity(port, str(name), resolve(cases), options, progress=progress)
+    with hostile_until_proven(port.path):
+        return run_parity(port, str(name), resolve(cases), options, progress=progress)
 
 
 def run_parity(
@@ -106,9 +107,8 @@ def run_parity(
             p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
         )
         outcome.pipeline = compare_pipelines(p, port.path, request, gate=options.gate)
-    outcome.unproven = [
-        c.component for c in cases.components if c.component in port.components and c.component not in proven
-    ]
+    converted = [name for name, record in port.manifest["components"].items() if record["action"] == "convert"]
+    outcome.unproven = [name for name in converted if name not in proven]
     outcome.facts = facts(port, cases)
     return outcome
 
@@ -116,7 +116,7 @@ def run_parity(
 def alignment_of(case: ComponentCase, folder: Path) -> Alignment:
     """The module map of a component, from its recipe compiled for the port's config."""
     recipe = resolve(case.recipe)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     return Alignment.of_plan(compile_recipe(recipe, config, recipe.source_headers(config, "F32")))
 
 

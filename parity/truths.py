@@ -46,9 +46,12 @@ def truths(
     if live:
         with tempfile.TemporaryDirectory(prefix="porter-parity-") as folder:
             fresh = run_original(case, port, options, Path(folder))
-            here, known = (t.meta["reference"]["commit"] for t in (fresh, recorded))
-            if here != known:
-                warnings.append(f"the checkout is at {here or 'an unknown commit'}, the recorded trace at {known}")
+            here, known = (t.meta["reference"] for t in (fresh, recorded))
+            if here["commit"] != known["commit"]:
+                at = here["commit"] or "an unknown commit"
+                warnings.append(f"the checkout is at {at}, the recorded trace at {known['commit']}")
+            elif here.get("files") != known.get("files"):
+                warnings.append(f"the checkout's code is not that of {known['commit']}: it was edited")
             yield "original", bound(fresh, "name its source: --source <folder>"), warnings
 
 

@@ -1,7 +1,8 @@
 """The `porter` command: a table of verbs, loaded when they are used, and the one place where errors end.
 
 Exit codes: 0 done and holds, 1 a check failed, 2 usage, 3 no access, 4 missing or unreachable, 5 out of memory or disk,
-6 bad input, 7 internal error; 130 after Ctrl-C. `porter.core.errors` draws the tree.
+6 bad input, 7 internal error; 130 after Ctrl-C, 141 when the reader of the output went away. `porter.core.errors` draws
+the tree.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import click
 
 import porter
-from porter.core.errors import PorterError, ResourceError, visible
+from porter.core.errors import PorterError, ResourceError, UsageError, visible
 
 # verb → its line in `porter --help`. The module is porter.commands.<verb>, its click command is called `command`.
 VERBS = {
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     try:
+        if any("\0" in word for word in given):
+            raise UsageError("an argument holds a NUL character", hint="type it again")
         if "_PORTER_COMPLETE" in os.environ:  # the shell asks for completions
             app.main(args=given, prog_name="porter")
         # Not `app.main`: it turns a closed pipe into exit code 1, which here means that a check failed.
@@ -130,8 +133,10 @@ def _verbose(given: Sequence[str]) -> bool:
 
 def _resource(error: BaseException) -> ResourceError | None:
     """Running out of memory or disk, raised by someone who does not know our errors."""
-    if isinstance(error, MemoryError):
-        return ResourceError("out of memory", found=str(error) or None, hint="free memory, or use a smaller --dtype")
+    refused = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # torch's, by name
+    if isinstance(error, MemoryError) or refused:
+        found = str(error).splitlines()[0] if str(error) else None
+        return ResourceError("out of memory", found=found, hint="free memory, or use a smaller --dtype")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"the disk is full: {error.filename or error}", hint="free space, then run the same again")
     return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from porter.core.errors import UsageError
 from runtime.request import Req
 
 
@@ -80,8 +81,17 @@ class PipelineConfig:
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels when the request names none."""
-        side = int(self.vae_config["sample_size"])
+        """Height and width in pixels when the request names none.
+
+        Raises:
+            UsageError: the autoencoder's config, which may leave it out, does not say either.
+        """
+        side = self.vae_config.get("sample_size")
+        if not isinstance(side, int) or isinstance(side, bool) or side <= 0:
+            raise UsageError(
+                "the model does not say how large its pictures are", expected="--height and --width",
+                found=f"sample_size {side!r} in the autoencoder's config", hint="add --height 1024 --width 1024",
+            )  # fmt: skip
         return side, side
 
     def size_multiple(self) -> int:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
-from porter.core.port import MANIFEST, Port
+from porter.core.files import read_json
+from porter.core.port import MANIFEST, Port, hostile_until_proven, is_manifest
 from porter.core.version import VERSION
 from runtime.image import png_bytes, to_pil
 from runtime.registry import describe, load
@@ -83,6 +84,11 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
         if text and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UsageError("the prompt is not UTF-8", found=ascii(text), hint="type it again in a UTF-8 terminal")
     path = find_port(job.port)
+    with hostile_until_proven(path):
+        return _run(job, path, warn, progress)
+
+
+def _run(job: GenerateJob, path: Path, warn: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:
     evidence = weigh(path)
     model = describe(path)
     seed = model.sampling_params.seed if job.seed is None else job.seed
@@ -120,6 +126,7 @@ def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callabl
     }
 
 
+MAX_NAME = 200  # bytes; file systems take 255, and a temporary name is longer
 _EMBEDDINGS = ("prompt_embeds", "pooled_embeds", "negative_prompt_embeds", "negative_pooled_embeds")
 
 
@@ -144,7 +151,9 @@ def find_port(name: str) -> Path:
 def weigh(path: Path) -> Evidence:
     """The port's parity, from its manifest and parity.json."""
     quoted = shlex.quote(str(path))
-    if not (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
+        read_json(path / MANIFEST)  # refuses one that nobody can read; another tool's is none of ours
+    if not is_manifest(path / MANIFEST):
         line = f"{path} has no {MANIFEST}: not written by `porter convert`, nothing is known about its parity"
         return Evidence("no manifest", None, None, line)
     port = Port.open(path)
@@ -154,7 +163,7 @@ def weigh(path: Path) -> Evidence:
     says = {
         "missing": "this port was never compared with its reference",
         "failed": "this port DIFFERS from its reference",
-        "stale": "this port changed after it was compared with its reference",
+        "stale": "this port, or the code that runs it, changed after it was compared with its reference",
     }[verdict]
     return Evidence(verdict, port.manifest_sha256, source, f"parity {verdict}: {says}; run: porter parity {quoted}")
 
@@ -169,7 +178,6 @@ def _provenance(path: Path, evidence: Evidence, pipeline: Any) -> dict[str, Any]
         "parity": evidence.verdict,
         "pipeline": pipeline.pipeline_name,
         "executor": "native",
-        "quality": "lossless",
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "versions": {"porter": VERSION} | {name: importlib.metadata.version(name) for name in names},
@@ -200,6 +208,8 @@ def _targets(job: GenerateJob, seeds: list[int]) -> list[Path]:
     else:
         slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:48].strip("-") or "image"
         targets = [out / f"{slug}-seed{seed}.png" for seed in seeds]
+    if max(len(os.fsencode(target.name)) for target in targets) > MAX_NAME:
+        raise UsageError(f"the name is too long: {targets[0].name[:40]}…", hint="a shorter name with -o")
     files = [f for target in targets for f in ((target, target.with_suffix(".json")) if job.metadata else (target,))]
     if not job.overwrite and (there := [f for f in files if f.exists()]):
         raise UsageError(

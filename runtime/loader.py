@@ -21,6 +21,7 @@ from torch import nn
 
 from porter.core.checkpoint import Header, read_header, read_sharded
 from porter.core.errors import BadInputError, CheckpointError, MissingError
+from porter.core.files import read_config
 from porter.core.layout import LIBRARIES
 
 INDEX = "model_index.json"
@@ -55,25 +56,10 @@ def read_index(path: Path) -> dict[str, Any]:
             found="a file" if path.is_file() else ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing",
             hint=f"porter plan {path}",
         )
-    index = read_json(path / INDEX)
+    index = read_config(path / INDEX)
     if not isinstance(index.get("_class_name"), str):
         raise BadInputError(f"{path / INDEX} names no pipeline", expected="a _class_name", hint=f"porter plan {path}")
     return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        BadInputError: the file is missing or holds something else.
-    """
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInputError(f"{path} cannot be read", expected="a JSON file", found=str(error), hint=_AGAIN) from error
-    if not isinstance(document, dict):
-        raise BadInputError(f"{path} is not a JSON object", found=type(document).__name__, hint=_AGAIN)
-    return document
 
 
 def read_configs(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -86,7 +72,7 @@ def read_configs(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     for name in names:
         for file in (path / name / "config.json", path / name / "scheduler_config.json"):
             if file.is_file():
-                found[name] = read_json(file)
+                found[name] = read_config(file)
     return found
 
 
@@ -117,7 +103,7 @@ def load_components(
                 )
             library, class_name = entry
             if (native := native_models.get(class_name)) is not None:
-                config = read_json(path / name / "config.json")
+                config = read_config(path / name / "config.json")
                 loaded.modules[name] = load_module(native, config, path / name, dtype=dtype, device=device)
             else:
                 cls = library_class(library, class_name)
@@ -155,15 +141,15 @@ def _load_reused(
     import transformers
 
     if issubclass(cls, diffusers.SchedulerMixin):
-        loaded.modules[name] = cls.from_config(read_json(folder / "scheduler_config.json"))
+        loaded.modules[name] = cls.from_config(read_config(folder / "scheduler_config.json"))
     elif issubclass(cls, diffusers.ModelMixin):
-        config = read_json(folder / "config.json")
+        config = read_config(folder / "config.json")
         known = set(inspect.signature(cls.__init__).parameters)
         if unknown := sorted(key for key in config if not key.startswith("_") and key not in known):
             loaded.warnings.append(f"{name}: {cls.__name__} does not know {', '.join(unknown)} in config.json")
         loaded.modules[name] = load_module(cls, config, folder, dtype=dtype, device=device)
     elif issubclass(cls, transformers.PreTrainedModel):
-        read_json(folder / "config.json")
+        read_config(folder / "config.json")
         component_header(folder)  # refuses damaged files with the tensor's name
         options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
         with _readable(folder):

@@ -94,7 +94,7 @@ def model_configs(pipeline_name: str, configs: Mapping[str, dict[str, Any]]) -> 
     models = _configs.get(pipeline_name, [])
     if not models:
         raise UsageError(f"{pipeline_name} has no configs", hint="call register_configs beside the pipeline")
-    notes = {config.get("_name_or_path") for config in configs.values()}
+    notes = {str(config.get("_name_or_path")) for config in configs.values()}
     for model in models:
         if notes & set(model.hf_model_paths) or any(detects(configs) for detects in model.model_detectors):
             return model

@@ -153,7 +153,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="porter-bench-", dir=Path.cwd()) as folder:
         results = {"start-up": startup(), "conversion": conversion(Path(folder), options.gigabytes)}
     environment = {
-        "platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
+        "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "safetensors")},
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ B: images, S: image tokens, T: text tokens, L = T + S (text first), D: model wid
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
 from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, PipelineCase, PipelineSide, Shapes
+from porter.core.files import read_config
 from runtime.loader import load_module, quiet_libraries
 from runtime.registry import load
 
@@ -148,7 +148,7 @@ NATIVE_VERSUS_DIFFUSERS = Candidate(
 
 def transformer_inputs(folder: Path, seed: int) -> dict[str, dict[str, Tensor]]:
     """Random inputs by the port's config: two images of 4 x 3 patches, 7 text tokens."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     draw = torch.Generator().manual_seed(seed)
     ids = torch.zeros(4, 3, 3)
     ids[..., 1], ids[..., 2] = torch.arange(4.0)[:, None], torch.arange(3.0)[None, :]
@@ -165,16 +165,20 @@ def transformer_inputs(folder: Path, seed: int) -> dict[str, dict[str, Tensor]]:
 
 def load_native(folder: Path) -> nn.Module:
     """The native transformer of a port, float32, filled strictly by the runtime's own loader."""
-    config = json.loads((folder / "config.json").read_text())
-    return load_module(FluxTransformer, config, folder, dtype=torch.float32, device=torch.device("cpu"))
+    return _filled(FluxTransformer, folder)
 
 
 def load_diffusers(folder: Path) -> nn.Module:
     """diffusers' FluxTransformer2DModel of a port, float32."""
     from diffusers import FluxTransformer2DModel
 
-    model: nn.Module = FluxTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
-    return model.float().eval()
+    return _filled(FluxTransformer2DModel, folder)
+
+
+def _filled(cls: Any, folder: Path) -> nn.Module:
+    """`cls` by its config in `folder`, every parameter filled by exactly one of its tensors, float32."""
+    config = read_config(folder / "config.json")
+    return load_module(cls, config, folder, dtype=torch.float32, device=torch.device("cpu"))
 
 
 # --- the autoencoder -------------------------------------------------------------------------------------------------
@@ -184,8 +188,7 @@ def load_autoencoder(folder: Path) -> nn.Module:
     """diffusers' AutoencoderKL of a port, float32."""
     from diffusers import AutoencoderKL
 
-    model: nn.Module = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
-    return model.float().eval()
+    return _filled(AutoencoderKL, folder)
 
 
 def _encode(model: Any, inputs: Named) -> Tensor:
@@ -208,7 +211,8 @@ AUTOENCODER = Candidate(name="diffusers", load=load_autoencoder, passes={"encode
 def _record(component: str) -> Any:
     def command(model: Path, repository: Path, seed: int, out: Path) -> list[str]:
         return [
-            *(sys.executable, "-m", "conversions.flux1.record", "--reference-repo", str(repository)),
+            # -P: the folder where the user stands may hold a `torch.py`
+            *(sys.executable, "-P", "-m", "conversions.flux1.record", "--reference-repo", str(repository)),
             *("--model", str(model), "--component", component, "--seed", str(seed), "--samples", "0", "-o", str(out)),
         ]
 
@@ -223,7 +227,7 @@ def diffusers_pipeline(port: Path) -> PipelineSide:
     with quiet_libraries():
         from diffusers import FluxPipeline
 
-        pipe: Any = FluxPipeline.from_pretrained(port, low_cpu_mem_usage=False).to(torch.float32)
+        pipe: Any = FluxPipeline.from_pretrained(port, low_cpu_mem_usage=False, use_safetensors=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def run(prompt: str, seed: int, steps: int, guidance: float) -> Tensor:

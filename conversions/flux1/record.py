@@ -13,6 +13,7 @@ import argparse
 import importlib
 import json
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -55,15 +56,12 @@ def import_original(repository: Path) -> Path:
 
 
 def commit_of(repository: Path) -> str:
-    """The commit of a checkout, read from its .git folder; empty where there is none."""
-    head = repository / ".git" / "HEAD"
-    if not head.is_file():
+    """The commit of a checkout; empty where it is none, or git is not installed."""
+    command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    text = head.read_text().strip()
-    if not text.startswith("ref: "):
-        return text
-    ref = repository / ".git" / text.removeprefix("ref: ")
-    return ref.read_text().strip() if ref.is_file() else ""
 
 
 def build_transformer(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
@@ -136,11 +134,11 @@ def transformer_inputs(model: Any, seed: int) -> dict[str, Tensor]:
 
 
 def autoencoder_inputs(model: Any, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One image of 8 x 12 pixels in [-1, 1], and latents for as many: (encode, decode)."""
+    """Latents of 2 x 3 (attention over one would say nothing) and an image in [-1, 1] for them: (encode, decode)."""
     draw = torch.Generator().manual_seed(seed)
-    image = torch.rand(1, model.params.in_channels, 8, 12, generator=draw) * 2 - 1
     down = 2 ** (len(model.params.ch_mult) - 1)
-    latents = torch.randn(1, model.params.z_channels, 8 // down, 12 // down, generator=draw)
+    image = torch.rand(1, model.params.in_channels, 2 * down, 3 * down, generator=draw) * 2 - 1
+    latents = torch.randn(1, model.params.z_channels, 2, 3, generator=draw)
     return {"x": image}, {"z": latents}
 
 
@@ -223,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_dir = Path(options.model)
     if not model_dir.is_dir():
         raise UsageError(f"{model_dir} is not a folder of original-layout files")
+    if options.out == HERE / "reference" and not commit_of(options.reference_repo):
+        raise UsageError("a trace of the project names its commit", hint="give a git checkout as --reference-repo")
     options.out.mkdir(parents=True, exist_ok=True)
     for component in options.component or COMPONENTS:
         path = options.out / f"{component}.safetensors"

@@ -8,7 +8,7 @@ CAPTIONS = (
     "a small orange triangle in the top right corner, on a blue background",
     "a white background with a large purple cross in the center",
     "a large green circle at the bottom, on a black background",
-    "a small black square on the left, on a orange background",
+    "a small black square on the left, on an orange background",
     "a small red triangle left of a large white circle, on a green background",
     "a large white circle left of a small red triangle, on a green background",
     "a purple background with a small yellow cross above a large blue square",

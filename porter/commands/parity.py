@@ -33,7 +33,12 @@ from porter.commands._options import output_options
 @click.option(
     "--gate", type=float, default=None, metavar="X", help="Outer fence on the scaled difference; default 1e-3."
 )
-@click.option("--seed", type=int, default=None, help="Seed of random inputs and of the pipeline's noise; default 0.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=None,
+    help="Seed of random inputs and of the pipeline's noise; default 0.",
+)
 @click.option("--prompt", default=None, help="Prompt of the pipeline comparison.")
 @click.option("--steps", "--num-inference-steps", type=click.IntRange(min=1), default=None, help="Its denoising steps.")
 @click.option(
@@ -67,6 +72,8 @@ def command(
     from porter.commands._render import console, notes, print_json
     from porter.core.errors import CheckFailed, UsageError
 
+    if prompt and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UsageError("the prompt is not UTF-8", found=ascii(prompt), hint="type it again in a UTF-8 terminal")
     if gate is not None and not 0 < gate < float("inf"):
         raise UsageError("--gate must be positive and finite", found=str(gate))
     options = Options(

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from porter.core.errors import ResourceError
+from porter.core.errors import ResourceError, UsageError
 
 try:
     import fcntl
@@ -154,6 +154,8 @@ def write_json(path: Path, document: Any) -> None:
     Raises:
         ResourceError: it cannot be written.
     """
+    if not path.name:
+        raise UsageError(f"{str(path)!r} names no file", expected="a file name", hint="-o FILE")
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from porter.core.checkpoint import read_header
-from porter.core.errors import BadInputError, CheckFailed, CheckpointError, ResourceError, UsageError
+from porter.core.errors import BadInputError, CheckpointError, ResourceError, UsageError
 from porter.core.files import check_json
 from porter.core.jobs import Copy, Job, Preparation
 from porter.core.plan import PortPlan, make_plan
@@ -183,7 +183,7 @@ def _write(
         _sources_unchanged(ready, staging)
         manifest = _manifest(ready, staging)
         _refuse_existing(target, overwrite)  # again: it may have appeared meanwhile
-        staging.publish(manifest)
+        staging.publish(manifest, replace=overwrite)
         return Conversion(ready, target, manifest, tuple(staging.resumed), verified)
 
 
@@ -195,6 +195,12 @@ def _hash_sources(ready: Preparation, staging: Staging, progress: Callable[[str,
         if old and (old["size"], old["mtime_ns"]) == (found.st_size, found.st_mtime_ns):
             continue
         digest = file_sha256(path, lambda count, name=name: progress(name, count))  # type: ignore[misc]
+        declared = ready.source.files[name].sha256
+        if declared and digest != declared:
+            raise BadInputError(
+                f"{name} is not the file that its repository names", expected=f"sha256 {declared}", found=digest,
+                hint="download it again",
+            )  # fmt: skip
         staging.sources[name] = file_record(path, digest)
 
 
@@ -253,10 +259,6 @@ def _run(job: Job, staging: Staging, progress: Callable[[str, int], None]) -> No
         progress=lambda count: progress(job.target, count),
         overwrite=True,
     )
-    if written.bytes < job.plan.bytes_out:
-        raise CheckFailed(
-            f"{job.target} is shorter than planned", expected=str(job.plan.bytes_out), found=str(written.bytes)
-        )
     staging.record(job.target, written.sha256, tensors=dict(written.tensors))
 
 

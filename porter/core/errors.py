@@ -1,7 +1,7 @@
 """Everything that porter refuses or reports, with the exit code that the command line ends in.
 
     PorterError                     7  internal error (a plain PorterError is never raised on purpose)
-    +-- CheckFailed                 1  it ran, and a check failed: parity, coverage, verification
+    +-- CheckFailed                 1  it ran, and a check failed: parity, verification
     +-- UsageError                  2  options that contradict each other or name nothing
     +-- AccessError                 3  gated, private, or no valid token
     +-- MissingError                4  no such path or repository, offline, unreachable

@@ -16,7 +16,7 @@ from typing import Any
 
 from porter.core.atomic import PartialFile
 from porter.core.checkpoint import ANY, BITS, TensorInfo, header_bytes
-from porter.core.errors import CheckpointError, RecipeError, UsageError
+from porter.core.errors import CheckFailed, CheckpointError, RecipeError, UsageError
 from porter.core.ops import TORCH_NAMES, castable
 from porter.core.tensorplan import WINDOW, Output, Step, TensorPlan
 from porter.core.views import Run
@@ -69,6 +69,11 @@ def execute(
             hashes = {}
             for step, item in pieces:
                 hashes[item.name] = _write_tensor(plan, step, item, sources, writer)
+        if writer.position != len(head) + plan.bytes_out:
+            raise CheckFailed(
+                f"{output} would not be what its header says", expected=f"{len(head) + plan.bytes_out} bytes",
+                found=f"{writer.position} bytes", hint="report the recipe that does this",
+            )  # fmt: skip
         partial.publish()
     return Written(output, writer.position, writer.file_hash.hexdigest(), hashes)
 
@@ -130,9 +135,10 @@ def _info(item: Output) -> TensorInfo:
 def _write_tensor(plan: TensorPlan, step: Step, item: Output, sources: _Sources, writer: _Writer) -> str:
     """Stream one target tensor; -> its sha256."""
     digest = hashlib.sha256()
-    convert = _converter(item.source_dtype, item.dtype) if item.dtype != item.source_dtype else None
     for run in item.runs:
-        for window in sources.windows(plan.sources[step.sources[run.source]], run):
+        source = plan.sources[step.sources[run.source]]  # sources of one target may differ in dtype
+        convert = _converter(source.dtype, item.dtype) if source.dtype != item.dtype else None
+        for window in sources.windows(source, run):
             writer.write(convert(window) if convert else window, digest)
         writer.follow(sources)
     return digest.hexdigest()

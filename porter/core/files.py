@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from porter.core.errors import BadInputError, MissingError
 MAX_DEPTH = 12
 MAX_FILES = 20_000
 MAX_JSON = 64 << 20
+MAX_LAYERS = 1000
+MAX_LIST = 4096
+_COUNTS = re.compile(r"(layers|blocks|depth)(_per_block)?$")
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -149,6 +153,36 @@ def list_files(root: Path) -> dict[str, FileInfo]:
             hint="porter plan <another folder>",
         )
     return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A component's config: a JSON object whose counts of layers a machine can build.
+
+    Raises:
+        MissingError: no such file.
+        BadInputError: it is not JSON, not an object, or a count in it is beyond any model.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise BadInputError(f"{path} is not a JSON object", found=type(config).__name__, hint="convert the model again")
+    check_counts(config, str(path))
+    return config
+
+
+def check_counts(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config from which headers or modules would be built without end.
+
+    Raises:
+        BadInputError: a number of layers or blocks, or a list of them, that no model has.
+    """
+    for key, value in config.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        endless = isinstance(value, list) and len(value) > MAX_LIST
+        if endless or (number and _COUNTS.search(key) and not -1 <= value <= MAX_LAYERS):
+            raise BadInputError(
+                f"{where}: {key} is beyond any model", expected=f"at most {MAX_LAYERS} layers", found=str(value)[:80],
+                hint="repair or download it again",
+            )  # fmt: skip
 
 
 def check_json(path: Path) -> None:

@@ -106,10 +106,10 @@ class RangeReader:
             AccessError: 401 or 403.
             MissingError: any other failure, or an answer that is not that range.
         """
-        url, home = self.url, urllib.parse.urlsplit(self.url).netloc
+        url, home = self.url, urllib.parse.urlsplit(self.url)[:2]
         for _ in range(6):
             headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity", "User-Agent": "porter"}
-            if self.token and urllib.parse.urlsplit(url).netloc == home:
+            if self.token and urllib.parse.urlsplit(url)[:2] == home:  # scheme and host
                 headers["Authorization"] = f"Bearer {self.token}"
             try:
                 with _OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:

@@ -129,7 +129,7 @@ class Preparation:
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def component_records(self) -> dict[str, dict[str, Any]]:
-        """The manifest's components, in the pipeline's order where there is one."""
+        """The manifest's components, by name."""
         found = {**self.copied_components, **{job.component: job.record() for job in self.jobs}}
         return dict(sorted(found.items()))
 

@@ -250,6 +250,10 @@ class Cast(Op):
     def inverse(self) -> Cast:
         return Cast(self.before, self._each(len(self.before)))
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """(dtype before, dtype after) of each value; after `bind`."""
+        return list(zip(self.before, self._each(len(self.before)), strict=True))
+
     def describe(self) -> str:
         return f"cast to {self.to if isinstance(self.to, str) else ', '.join(dict.fromkeys(self.to))}"
 

@@ -24,13 +24,17 @@ verdict.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from porter.core.errors import BadInputError, MissingError
+from porter.core.errors import BadInputError, MissingError, PorterError
+from porter.core.files import read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = "porter.manifest/1"
@@ -81,10 +85,7 @@ class Port:
             raise MissingError(
                 f"{root} is not a port: it holds no {MANIFEST}", hint=f"porter convert {root} -o {root}-port"
             )
-        try:
-            manifest = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise BadInputError(f"{file} is not JSON", found=str(error), hint="convert the model again") from error
+        manifest = read_json(file)
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise BadInputError(
@@ -158,13 +159,71 @@ class Port:
         return document if isinstance(document, dict) else None
 
     def verdict(self, full: bool = False) -> Verdict:
-        """`missing` (never compared), `stale` (the port changed since), `failed` or `passed`."""
+        """`missing` (never compared), `stale` (the port or the code that ran it changed), `failed` or `passed`."""
         document = self.parity()
         if document is None:
             return "missing"
-        if document.get("manifest_sha256") != self.manifest_sha256 or self.stale(full):
+        code = document.get("code")
+        if document.get("manifest_sha256") != self.manifest_sha256 or self.stale(full) or not _same_code(code):
             return "stale"
         return "passed" if document.get("passed") is True else "failed"
+
+
+def _same_code(known: Any) -> bool:
+    """Whether the code that a verdict was reached with is the code that is installed."""
+    try:
+        return isinstance(known, dict) and bool(known) and all(code_sha256(str(n)) == h for n, h in known.items())
+    except (PorterError, ImportError, OSError, ValueError):
+        return False
+
+
+def code_sha256(module: str) -> str:
+    """One hash of a module's source, or of all sources in a package: what a verdict is bound to.
+
+    Raises:
+        BadInputError: there is no such module.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise BadInputError(f"no module {module} to bind a verdict to", hint="install porter again")
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def hostile_until_proven(path: Path) -> Iterator[None]:
+    """While a model runs: an error that nobody foresaw is the model's, unless its parity has passed as it stands.
+
+    Configs and tokenizers are checked by nobody before their library runs on them (no heads, words for numbers). A port
+    that passed did run, so an error in it is ours, and stays what it is.
+
+    Raises:
+        BadInputError: instead of such an error.
+    """
+    try:
+        yield
+    except (PorterError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+            raise
+        port = Port.open(path) if is_manifest(path / MANIFEST) else None
+        if port and port.verdict(full=True) == "passed":
+            raise
+        changed = port.stale(full=True) if port else []
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise BadInputError(
+            f"{path} does not run",
+            expected="the files as they were converted" if changed else "configs that the components' classes can run",
+            found=f"{type(error).__name__}: {str(error)[:200]} ({place})"
+            + "".join(f"; changed: {n}" for n in changed[:3]),
+            hint="--verbose shows where; then repair the file, or convert the model again",
+        ) from error
 
 
 def is_manifest(path: Path) -> bool:
@@ -183,11 +242,15 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
         return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
     def plain(name: str) -> bool:
-        return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+        fine = not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+        return fine and name.isprintable() and len(name) < 1024
 
     wrong = [
         *(key for key in ("source", "components", "files", "loss") if not isinstance(manifest.get(key), dict)),
         *(f"source: {key}" for key in ("spec",) if not holds(manifest.get("source"), spec=str)),
+        *("source: files" for _ in (0,) if not holds(manifest.get("source"), files=dict)),
+        *(key for key in ("family", "pipeline") if not isinstance(manifest.get(key), str | None)),
+        *(key for key in ("licence",) if not isinstance(manifest.get(key), dict)),
     ]
     converted: dict[str, type | tuple[type, ...]] = {
         "config": dict,
@@ -196,6 +259,8 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     }
     for name, record in manifest["components"].items() if not wrong else ():
         good = plain(name) and "/" not in name and holds(record, action=str, sources=list)
+        good = good and all(isinstance(source, str) for source in record["sources"])
+        good = good and all(isinstance(record.get(key), str | None) for key in ("library", "class", "dtype"))
         if good and record["action"] == "convert":
             recipe = record.get("recipe")
             good = holds(record, **converted) and holds(recipe, name=str, reference=str, digest=str)
@@ -204,5 +269,7 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     for name, record in manifest["files"].items() if not wrong else ():
         if not plain(name) or not holds(record, size=int, mtime_ns=int, sha256=str):
             wrong.append(f"files: {name}")
+    sources = manifest["source"]["files"] if not wrong else {}
+    wrong += [f"source: files: {name}" for name, record in sources.items() if not holds(record, size=int, sha256=str)]
     if wrong:
         raise BadInputError(f"{file} is damaged", found=f"nothing usable in {wrong[0]}", hint="convert the model again")

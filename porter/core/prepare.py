@@ -133,6 +133,11 @@ def _forward_job(
     metadata: dict[str, str] = {}
     for name in part.files:
         read, more = source.header(name)
+        if twice := sorted(header.keys() & read.keys()):
+            raise CheckpointError(
+                f"{part.name}: {twice[0]} stands in more than one file", expected="each tensor once",
+                found=", ".join(part.files), hint="name one file alone",
+            )  # fmt: skip
         header.update(read)
         metadata.update(more)
     try:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from porter.core.accounting import Problems
 from porter.core.checkpoint import ANY, Header, TensorInfo, dtype_code, spec
 from porter.core.errors import RecipeError
+from porter.core.files import check_counts
 from porter.core.modulemap import ModulePair
 from porter.core.ops import Drop, Op, castable
 from porter.core.patterns import Pattern, Value, evaluate, nearest
@@ -21,6 +23,7 @@ from porter.core.tensorplan import Coverage, Step, TensorPlan, cast_step, digest
 __all__ = ["Coverage", "ModulePair", "Recipe", "Rule", "TensorPlan", "compile_recipe"]
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,25 @@ def _no_headers(config: Config, dtype: str = ANY) -> Header:
     raise RecipeError("this recipe does not say which tensors a config has", hint="give both headers")
 
 
+def guarded(make: Callable[..., T]) -> Callable[..., T]:
+    """`make(config, …)` with hostile configs refused: counts beyond any model, words for numbers, missing keys."""
+    if make is _no_headers or hasattr(make, "__wrapped__"):
+        return make
+
+    @wraps(make)
+    def made(config: Config, *more: str) -> T:
+        check_counts(config, "the config")
+        try:
+            return make(config, *more)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+            raise RecipeError(
+                "the config does not describe the tensors", expected="the keys and kinds of its class",
+                found=f"{type(error).__name__}: {error}"[:200], hint="repair the component's config.json",
+            ) from error  # fmt: skip
+
+    return made
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything porter knows about moving one component's weights between two layouts.
@@ -95,7 +117,8 @@ class Recipe:
         source_layout, target_layout: words for people: `original`, `diffusers`.
         rules: see `Rule`.
         parameters: config → the numbers that sizes and `when` are written in.
-        source_headers, target_headers: (config, dtype) → the exact tensors of each layout; pure, without torch.
+        source_headers, target_headers: (config, dtype) → the exact tensors of each layout; pure, without torch. A
+            config that they cannot read is a RecipeError.
         infer_config: (source header, what is known of the config) → the full config, refusing what it cannot know.
         keep_dtype: target patterns that a cast leaves as they are stored.
     """
@@ -109,6 +132,10 @@ class Recipe:
     target_headers: Callable[..., Header] = _no_headers
     infer_config: Callable[[Header, Config], dict[str, Any]] = lambda header, config: dict(config)
     keep_dtype: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "source_headers", "target_headers"):
+            object.__setattr__(self, name, guarded(getattr(self, name)))
 
     @property
     def digest(self) -> str:

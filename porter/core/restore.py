@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from porter.core.checkpoint import read_header
+from porter.core.checkpoint import dtype_code, read_header
 from porter.core.errors import BadInputError, RecipeError, UsageError
 from porter.core.family import families, resolve
 from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation, unknown_component
@@ -58,8 +58,8 @@ def inverse(source: Source, *, component: str | None, recipes: Mapping[str, Reci
     return Preparation(
         source,
         "original",
-        port.manifest["family"],
-        port.manifest["pipeline"],
+        port.manifest.get("family"),
+        port.manifest.get("pipeline"),
         jobs,
         tuple(copies),
         {},
@@ -77,7 +77,13 @@ def _inverse_job(
     dtypes = record["source_dtypes"]
     original = recipe.source_headers(config, dtypes if isinstance(dtypes, str) else "F32")
     if not isinstance(dtypes, str):
-        original = {key: replace(info, dtype=dtypes[key]) for key, info in original.items()}
+        if set(dtypes) != set(original):
+            odd = sorted(set(dtypes) ^ set(original))
+            raise BadInputError(
+                f"{MANIFEST} names other source dtypes than the recipe's tensors", expected=f"{len(original)} tensors",
+                found=", ".join(odd[:3]), hint="convert the model again",
+            )  # fmt: skip
+        original = {key: replace(info, dtype=dtype_code(str(dtypes[key]))) for key, info in original.items()}
     plan = compile_recipe(recipe, config, original, header, dtype=record["dtype"])
     if plan.digest != record["recipe"]["digest"]:
         raise BadInputError(
@@ -89,7 +95,7 @@ def _inverse_job(
             f"{name} cannot be restored: its conversion was {plan.exactness}",
             expected="a port in the original dtypes, with nothing dropped", hint="keep the original file",
         )  # fmt: skip
-    known = families().get(port.manifest["family"] or "")
+    known = families().get(port.manifest.get("family") or "")
     part = known.component(name) if known else None
     names = [Path(text).name for text in record["sources"]]
     plain = len(names) == 1 and names[0].endswith((".safetensors", ".sft")) and not names[0].startswith(".")

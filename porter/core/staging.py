@@ -84,19 +84,31 @@ class Staging:
         self.record(name, digest.hexdigest())
         return digest.hexdigest()
 
-    def publish(self, manifest: dict[str, Any]) -> None:
-        """Writes the final manifest and gives the folder its name, in the place of `output` where that exists."""
+    def publish(self, manifest: dict[str, Any], *, replace: bool) -> None:
+        """Writes the final manifest and gives the folder its name.
+
+        The lock is held, and its file stays, until the folder has its name: nobody takes over a folder on its way.
+
+        Args:
+            replace: move an existing `output` out of the way; without it, one that is no empty folder is an OSError.
+        """
         write_json(self.folder / MANIFEST, manifest)
-        with contextlib.suppress(OSError):
-            (self.folder / _LOCK).unlink()
         for folder in [path for path in self.folder.rglob("*") if path.is_dir()]:
             fsync_folder(folder)
         fsync_folder(self.folder)
         replaced = self.output.parent / f".{self.output.name}.replaced"
         _remove(replaced)
-        if os.path.lexists(self.output):
+        aside = replace and os.path.lexists(self.output)
+        if aside:
             self.output.rename(replaced)
-        self.folder.rename(self.output)
+        try:
+            self.folder.rename(self.output)
+        except OSError:
+            if aside:
+                replaced.rename(self.output)
+            raise
+        with contextlib.suppress(OSError):
+            (self.output / _LOCK).unlink()
         fsync_folder(self.output.parent)
         _remove(replaced)
 
@@ -122,7 +134,6 @@ def stage(output: Path, key: str, needed: int) -> Iterator[Staging]:
     staging = Staging(output, key)
     held: IO[str] | None = None
     try:
-        staging.folder.mkdir(exist_ok=True)
         held = _hold(staging.folder, output)
         staging.begin()
         _sweep(staging)
@@ -156,14 +167,22 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _hold(folder: Path, output: Path) -> IO[str]:
-    """Lock the staging folder until the returned file is closed; raises BusyError."""
-    held = (folder / _LOCK).open("w")
-    try:
-        lock(held.fileno(), output)
-    except BusyError:
+    """Make and lock the staging folder until the returned file is closed; raises BusyError."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            held = (folder / _LOCK).open("w")
+        except FileNotFoundError:  # published by its owner between the two lines
+            continue
+        try:
+            lock(held.fileno(), output)
+            # Its owner may have published the folder, or removed it, between opening and locking.
+            if (folder / _LOCK).exists() and os.path.samestat(os.fstat(held.fileno()), (folder / _LOCK).stat()):
+                return held
+        except BaseException:
+            held.close()
+            raise
         held.close()
-        raise
-    return held
 
 
 def _remove(path: Path) -> None:

@@ -235,7 +235,7 @@ def _count_by_config(known: Component | None, config: dict[str, Any]) -> int | N
         return None
     try:
         return sum(int(info.numel) for info in resolve(known.recipe).target_headers(config).values())
-    except (PorterError, KeyError):  # a config that lacks something: the conversion will say what
+    except PorterError:  # a config that lacks something: the conversion will say what
         return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from porter.core.checkpoint import ANY, Header, TensorInfo, spec
 from porter.core.errors import RecipeError
 from porter.core.modulemap import ModulePair, module_map
-from porter.core.ops import Cast, Exactness, Op
+from porter.core.ops import Cast, Exactness, Op, widens
 from porter.core.views import Run, View, merge
 
 WINDOW = 8 << 20  # bytes that an execution moves at a time
@@ -23,13 +23,12 @@ WINDOW = 8 << 20  # bytes that an execution moves at a time
 
 @dataclass(frozen=True)
 class Output:
-    """A target tensor of a step. `runs` count elements of the step's sources; their dtype there is `source_dtype`."""
+    """A target tensor of a step. `runs` count elements of the step's sources, each in its source's own dtype."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
-    source_dtype: str
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,16 @@ def make_step(
     """
     views = [View.whole(index, source.dtype, source.shape) for index, source in enumerate(sources)]
     bound: list[Op] = []
+    rounded: list[tuple[str, str]] = []
     for op in ops:
         bound.append(op.bind(views, parameters))
+        if isinstance(bound[-1], Cast) and not all(widens(*pair) for pair in rounded):
+            raise RecipeError(
+                f"{sources[0].name} is rounded twice", expected="one cast, or casts of which only the last rounds",
+                found=" → ".join(op.describe() for op in ops), hint="leave out the first cast, or --dtype",
+            )  # fmt: skip
+        if isinstance(bound[-1], Cast):  # an execution converts each element once, from its source's dtype to the last
+            rounded += [pair for pair in bound[-1].pairs() if ANY not in pair]
         views = bound[-1].move(views)
     if len(views) != len(targets):
         raise RecipeError(
@@ -66,9 +73,7 @@ def make_step(
             expected=f"{len(targets)}: {', '.join(targets) or 'none'}", found=" → ".join(op.describe() for op in ops),
         )  # fmt: skip
     outputs = tuple(
-        Output(name, view.dtype, view.shape, runs, sources[runs[0].source].dtype if runs else view.dtype)
-        for name, view in zip(targets, views, strict=True)
-        for runs in [merge(view.runs)]
+        Output(name, view.dtype, view.shape, merge(view.runs)) for name, view in zip(targets, views, strict=True)
     )
     return Step(rule, tuple(source.name for source in sources), tuple(bound), outputs)
 
@@ -151,7 +156,11 @@ class TensorPlan:
     def peak_buffer(self) -> int:
         """Bytes of tensor data in memory at once while executing, whatever the model's size."""
         window = min(WINDOW, max((target.nbytes for target in self.targets.values()), default=0))
-        casts = any(output.dtype != output.source_dtype for _, output in self.outputs())
+        casts = any(
+            self.sources[step.sources[run.source]].dtype != output.dtype
+            for step, output in self.outputs()
+            for run in output.runs
+        )
         return 3 * window if casts else window
 
     @property

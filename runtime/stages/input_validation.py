@@ -14,6 +14,7 @@ from .base import PipelineStage, VerificationResult
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 2**20
 MAX_SIDE = 2**14  # pixels
+MAX_SCALE = 10_000
 
 
 class InputValidationStage(PipelineStage):
@@ -42,7 +43,7 @@ class InputValidationStage(PipelineStage):
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(batch, name)
             if value is not None:
-                result.add_check(name, value, math.isfinite(value) and value >= 0, "a finite number from 0")
+                result.add_check(name, value, 0 <= value <= MAX_SCALE, f"a number from 0 to {MAX_SCALE}")
         if negative is not None:
             used = batch.true_cfg_scale is not None and batch.true_cfg_scale > 1
             result.add_check(
@@ -71,9 +72,10 @@ class InputValidationStage(PipelineStage):
         if batch.true_cfg_scale is not None and batch.true_cfg_scale > 1 and not batch.do_classifier_free_guidance:
             batch.warnings.append(f"true_cfg_scale {batch.true_cfg_scale:g} is ignored: there is no negative prompt")
         self.sampling_params.fill(batch)
-        height, width = config.default_size()
-        batch.height = height if batch.height is None else batch.height
-        batch.width = width if batch.width is None else batch.width
+        if batch.height is None or batch.width is None:  # a model need not say, where the request does
+            height, width = config.default_size()
+            batch.height = height if batch.height is None else batch.height
+            batch.width = width if batch.width is None else batch.width
         if batch.generator is None:
             assert batch.seed is not None  # filled above
             # On the CPU whatever the device, so that a seed means the same noise everywhere.

@@ -7,6 +7,7 @@ with ideal shapes filling its bounding box.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -24,13 +25,14 @@ PALETTE = {
     "black": (18, 18, 18),
 }
 NAMES = list(PALETTE)
+SHAPES = ("circle", "square", "triangle", "cross")
 THING = re.compile(r"a (small|large) (\w+) (circle|square|triangle|cross)")
-BACKGROUND = re.compile(r"a (\w+) background")
+BACKGROUND = re.compile(r"an? (\w+) background")
 
 SPECK = 14  # regions of fewer pixels are specks; together they may not exceed SPECKS_ALLOWED
 SPECKS_ALLOWED = 14
 SAME_COLOUR = 0.85  # share of a region's inner pixels that must have its colour
-FULL_SHAPE = 0.80  # overlap (intersection over union) with the ideal shape
+FULL_SHAPE = 0.85  # overlap (intersection over union) with the ideal shape
 LARGE_FROM = 9.6  # half extent in pixels from which an object counts as large
 NEAR_PALETTE = 48.0  # RGB distance within which a pixel has a palette colour
 CRISP = 1.3  # pixels between two colours, per pixel of outline
@@ -131,7 +133,7 @@ def _measure(region: NDArray[np.bool_], named: NDArray[np.intp]) -> Seen:
     inner = region & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     inner = inner if inner.any() else region
     counts = np.bincount(named[inner], minlength=len(NAMES))
-    overlaps = {s: _overlap(region[top:bottom, left:right], s) for s in ("circle", "square", "triangle", "cross")}
+    overlaps = {s: _best_overlap(region, (top, bottom, left, right), s) for s in SHAPES}
     shape = max(overlaps, key=overlaps.__getitem__)
     reach = max(bottom - top, right - left) / 2
     return Seen(
@@ -143,6 +145,19 @@ def _measure(region: NDArray[np.bool_], named: NDArray[np.intp]) -> Seen:
         x=float(left + right) / 2,
         y=float(top + bottom) / 2,
         outline=int((region & ~inner).sum()),
+    )
+
+
+def _best_overlap(region: NDArray[np.bool_], box: tuple[int, int, int, int], shape: str) -> float:
+    """The best overlap with the ideal shape in the region's box, or in one a pixel larger on any side.
+
+    A corner that covers less than half of its pixel, such as a small triangle's apex, is not in the region.
+    """
+    top, bottom, left, right = box
+    padded = np.pad(region, 1)
+    return max(
+        _overlap(padded[top + 1 - a : bottom + 1 + b, left + 1 - c : right + 1 + d], shape)
+        for a, b, c, d in itertools.product((0, 1), repeat=4)
     )
 
 

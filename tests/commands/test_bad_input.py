@@ -105,6 +105,8 @@ CASES = [
     Case("missing-block", edit_tensors(FLUX, lambda t: [t.pop(k) for k in [*t] if "single_blocks.2." in k]),
          ("single_blocks.2",), None, 6),
     Case("wrong-config", edit_json("transformer/config.json", num_layers=5), ("num_layers",), None, 6),
+    Case("layers-without-end", edit_json("transformer/config.json", num_layers=10**9), ("num_layers",), None, 6),
+    Case("layers-are-words", edit_json("transformer/config.json", num_layers="x"), ("num_layers",), None, 6),
     Case("no-axes", edit_json("transformer/config.json", axes_dims_rope=None), ("axes_dims_rope",), None, 6),
     Case("unknown-class", edit_json("model_index.json", transformer=["diffusers", "HyperTransformer9D"]),
          ("HyperTransformer9D", "porter families"), None, 6),

@@ -448,6 +448,33 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, tiny_
 # Replacing, and the disk.
 
 
+def test_a_second_run_that_meets_the_first_at_its_end_takes_nothing_away(tmp_path: Path) -> None:
+    """The first is stopped just before the folder gets its name; it still holds the lock then."""
+    out = tmp_path / "port"
+    stop = STOP_AFTER.replace("staging.Staging.record = stop", PUBLISH_STOP)
+    command = [sys.executable, "-c", stop, "", str(int(signal.SIGSTOP)), "convert", "builtin:tiny-flux", "-o", str(out)]
+    with subprocess.Popen(command, cwd=ROOT) as first:
+        try:
+            wait_for(lambda: "State:\tT" in Path(f"/proc/{first.pid}/status").read_text())
+            with pytest.raises(ResourceError, match="another process is writing"):
+                convert("builtin:tiny-flux", out)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 0
+    assert Port.open(out).stale(full=True) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["port"] and not (out / ".lock").exists()
+
+
+PUBLISH_STOP = """
+real = staging.fsync_folder
+def fsync(folder):
+    if folder.name.startswith(".port.partial"):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    real(folder)
+staging.fsync_folder = fsync
+"""
+
+
 def test_overwrite_replaces_ports_only(tmp_path: Path, tiny_port: Path) -> None:
     out = tmp_path / "port"
     convert("builtin:tiny-flux", out, component="vae")

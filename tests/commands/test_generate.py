@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from porter.cli import main
-from porter.core.port import MANIFEST, SCHEMA, file_record, file_sha256
+from porter.core.port import MANIFEST, SCHEMA, code_sha256, file_record, file_sha256
 from runtime.image import read_metadata
 from tests.runtime.ports import write_port
 
@@ -42,7 +42,8 @@ def port(bare: Path, tmp_path: Path) -> Path:
         "schema": SCHEMA,
         "status": "complete",
         "direction": "diffusers",
-        "source": {"spec": "builtin:tiny-flux"},
+        "source": {"spec": "builtin:tiny-flux", "files": {}},
+        "licence": {},
         "components": {},
         "files": {str(p.relative_to(folder)): file_record(p, file_sha256(p)) for p in files},
         "loss": {},
@@ -54,7 +55,9 @@ def port(bare: Path, tmp_path: Path) -> Path:
 
 def judge(port: Path, passed: bool) -> None:
     (port / "parity").mkdir(exist_ok=True)
-    document = {"schema": "porter.parity/1", "passed": passed, "manifest_sha256": file_sha256(port / MANIFEST)}
+    code = {"parity": code_sha256("parity")}
+    bound = {"manifest_sha256": file_sha256(port / MANIFEST), "code": code}
+    document = {"schema": "porter.parity/1", "passed": passed, **bound}
     (port / "parity" / "parity.json").write_text(json.dumps(document))
 
 
@@ -274,7 +277,7 @@ def test_progress_and_its_absence_in_a_real_process(bare: Path, tmp_path: Path) 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_killed_while_writing_leaves_no_half_picture(port: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_full_disk_leaves_no_half_picture(port: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out = tmp_path / "out"
 
     def full(handle: int) -> None:

@@ -23,6 +23,7 @@ from porter.core import execute as module
 from porter.core.checkpoint import read_header, spec, specs
 from porter.core.errors import CheckpointError, RecipeError, ResourceError, UsageError
 from porter.core.execute import apply, execute
+from porter.core.ops import Cast, Concat
 from porter.core.recipe import Recipe, Rule, compile_recipe
 from tests.core.toy import RECIPE, SHAPES, TARGETS, plan_of
 
@@ -302,6 +303,7 @@ import sys
 from pathlib import Path
 import porter.core.execute as module, porter.core.checkpoint as checkpoint
 import conversions.flux1.recipe, conversions.common.autoencoder_kl.recipe
+from porter.core.ops import Cast, Concat
 from porter.core.recipe import Recipe, Rule, compile_recipe
 header, _ = checkpoint.read_header({str(original)!r})
 rules = tuple(Rule(name, name) for name in header)
@@ -312,3 +314,27 @@ print(sorted({{"torch", "numpy", "diffusers", "transformers"}} & set(sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_sources_of_other_dtypes_meet_in_one_target(tmp_path: Path) -> None:
+    """Each source is converted from its own dtype; and the way back restores both."""
+    b, a = torch.tensor([1.5, -2.25, 3.0], dtype=torch.bfloat16), torch.tensor([0.1, 0.2], dtype=torch.float32)
+    save_torch({"a": a, "b": b}, tmp_path / "in.safetensors")
+    recipe = Recipe("mixed", "old", "new", (Rule(("b", "a"), "c", (Cast("F32"), Concat())),))
+    plan = compile_recipe(recipe, {}, read_header(tmp_path / "in.safetensors")[0], specs({"c": (5,)}))
+    execute(plan, tmp_path / "out.safetensors")
+    assert torch.equal(load_torch(tmp_path / "out.safetensors")["c"], torch.cat([b.float(), a]))
+    back = plan.rebind(read_header(tmp_path / "out.safetensors")[0]).inverse()
+    execute(back, tmp_path / "back.safetensors")
+    found = load_torch(tmp_path / "back.safetensors")
+    assert torch.equal(found["a"], a) and torch.equal(found["b"], b) and found["b"].dtype == torch.bfloat16
+
+
+def test_rounding_twice_is_refused(tmp_path: Path) -> None:
+    save_torch({"a": torch.ones(2)}, tmp_path / "in.safetensors")
+    header = read_header(tmp_path / "in.safetensors")[0]
+    twice = Recipe("twice", "old", "new", (Rule("a", "c", (Cast("BF16"), Cast("F32"))),))
+    with pytest.raises(RecipeError, match="rounded twice"):
+        compile_recipe(twice, {}, header, specs({"c": (2,)}))
+    last = Recipe("last", "old", "new", (Rule("a", "c", (Cast("F64"), Cast("BF16"))),))
+    assert compile_recipe(last, {}, header, specs({"c": (2,)})).exactness == "lossy"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from porter.core.errors import BadInputError, MissingError
-from porter.core.port import Port, file_record, file_sha256
+from porter.core.port import Port, code_sha256, file_record, file_sha256, hostile_until_proven
 
 
 @pytest.fixture
@@ -20,7 +20,8 @@ def folder(tmp_path: Path) -> Path:
     (root / "vae" / "w.bin").write_bytes(b"weights")
     record = file_record(root / "vae" / "w.bin", file_sha256(root / "vae" / "w.bin"))
     manifest = {
-        "schema": "porter.manifest/1", "status": "complete", "direction": "diffusers", "source": {"spec": "x"},
+        "schema": "porter.manifest/1", "status": "complete", "direction": "diffusers",
+        "source": {"spec": "x", "files": {}}, "licence": {},
         "components": {"vae": {"action": "copy", "sources": []}}, "files": {"vae/w.bin": record}, "loss": {},
     }  # fmt: skip
     (root / "manifest.json").write_text(json.dumps(manifest))
@@ -50,6 +51,12 @@ def test_open(folder: Path, tmp_path: Path) -> None:
         ({"components": {"../vae": {"action": "copy", "sources": []}}}, "damaged"),
         ({"components": {"vae": {"action": "convert", "sources": []}}}, "damaged"),
         ({"source": {}}, "damaged"),
+        ({"source": {"spec": "x"}}, "damaged"),
+        ({"source": {"spec": "x", "files": {"a": {"size": "1"}}}}, "damaged"),
+        ({"family": ["x"]}, "damaged"),
+        ({"licence": None}, "damaged"),
+        ({"components": {"vae": {"action": "copy", "sources": [1]}}}, "damaged"),
+        ({"components": {"vae": {"action": "copy", "sources": [], "class": 3}}}, "damaged"),
         ({"direction": "original"}, "original layout"),
     ],
 )
@@ -59,7 +66,7 @@ def test_manifests_that_are_none(folder: Path, change: dict[str, object], messag
     with pytest.raises(BadInputError, match=message):
         Port.open(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(BadInputError, match="not JSON"):
+    with pytest.raises(BadInputError, match="not valid JSON"):
         Port.open(folder)
 
 
@@ -94,13 +101,33 @@ def test_verdict(folder: Path) -> None:
     assert port.verdict() == "missing"
     (folder / "parity").mkdir()
     evidence = folder / "parity" / "parity.json"
+    bound = {"manifest_sha256": port.manifest_sha256, "code": {"parity": code_sha256("parity")}}
     evidence.write_text("{")
     assert port.verdict() == "missing"
     for passed, word in ((True, "passed"), (False, "failed"), ("yes", "failed"), (None, "failed")):
-        evidence.write_text(json.dumps({"manifest_sha256": port.manifest_sha256, "passed": passed}))
+        evidence.write_text(json.dumps({**bound, "passed": passed}))
         assert port.verdict() == word
-    evidence.write_text(json.dumps({"manifest_sha256": "0" * 64, "passed": True}))
-    assert port.verdict() == "stale"
-    evidence.write_text(json.dumps({"manifest_sha256": port.manifest_sha256, "passed": True}))
+    for other in ({"manifest_sha256": "0" * 64}, {"code": {"parity": "0" * 64}}, {"code": {}}, {"code": {"gone": "0"}}):
+        evidence.write_text(json.dumps({**bound, "passed": True, **other}))
+        assert port.verdict() == "stale"
+    evidence.write_text(json.dumps({**bound, "passed": True}))
+    assert port.verdict() == "passed"
     (folder / "vae" / "w.bin").write_bytes(b"WEIGHTS!")
     assert port.verdict() == "stale"
+
+
+def test_an_unforeseen_error_is_the_models_until_it_is_proven(folder: Path) -> None:
+    """A port that passed did run: an error in it is ours, and stays what it is."""
+    with pytest.raises(BadInputError, match=r"ZeroDivisionError: no heads"), hostile_until_proven(folder):
+        raise ZeroDivisionError("no heads")
+    port = Port.open(folder)
+    bound = {"manifest_sha256": port.manifest_sha256, "code": {"parity": code_sha256("parity")}, "passed": True}
+    (folder / "parity").mkdir()
+    (folder / "parity" / "parity.json").write_text(json.dumps(bound))
+    with pytest.raises(ZeroDivisionError), hostile_until_proven(folder):
+        raise ZeroDivisionError
+    (folder / "vae" / "w.bin").write_bytes(b"spoiled")
+    with pytest.raises(BadInputError, match=r"changed: vae/w\.bin"), hostile_until_proven(folder):
+        raise ZeroDivisionError
+    with pytest.raises(MemoryError), hostile_until_proven(folder):
+        raise MemoryError

@@ -58,6 +58,29 @@ def test_trace_and_verdict_of_both_components(tiny_port: Path) -> None:
     assert outcome.facts["manifest_sha256"] == Port.open(tiny_port).manifest_sha256
 
 
+def test_a_narrowed_run_is_no_verdict_wherever_it_is_written(own_port: Path) -> None:
+    outcome = compare(own_port, against=("trace",))
+    assert outcome.holds and outcome.unproven == [] and not outcome.passed
+    write(outcome, "", own_port / "parity")
+    assert Port.open(own_port).verdict() == "failed"
+
+
+def test_a_converted_component_without_a_case_is_unproven(own_port: Path) -> None:
+    manifest = json.loads((own_port / "manifest.json").read_text())
+    manifest["components"]["text_encoder"] = {**manifest["components"]["vae"]}
+    (own_port / "manifest.json").write_text(json.dumps(manifest))
+    assert compare(own_port, against=("trace",)).unproven == ["text_encoder"]
+
+
+def test_a_trace_that_watched_less_proves_less(transformer: Any) -> None:
+    full = transformer.trace
+    kept = [event for key, event in full.events.items() if "single_blocks.1.linear1" not in key]
+    result = ComponentResult("transformer", "trace", "native", "")
+    less = Trace(full.meta, kept, full._tensors)
+    compare_component(NATIVE.load(transformer.folder), NATIVE, less, transformer.alignment, result)
+    assert result.unwatched == ["single_blocks.1.linear1"] and not result.passed and result.status == "not compared"
+
+
 def test_a_port_of_other_weights_is_not_compared(own_port: Path) -> None:
     manifest = json.loads((own_port / "manifest.json").read_text())
     for entry in manifest["source"]["files"].values():

@@ -130,7 +130,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[PorterError], str]] = {
     "index is no JSON": (lambda p: (p / "model_index.json").write_text("{"), BadInputError, "model_index.json"),  # type: ignore[dict-item,return-value]
     "no weights": (_no_weights, BadInputError, "holds no weights"),
     "original layout": (_original, BadInputError, "original layout"),
-    "no config": (lambda p: (p / "transformer/config.json").unlink(), BadInputError, "config.json"),
+    "no config": (lambda p: (p / "transformer/config.json").unlink(), MissingError, "config.json"),
     "broken tokenizer": (_broken_tokenizer, BadInputError, "tokenizer_2"),
 }
 

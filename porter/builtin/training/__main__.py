@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=50_000, help="scenes encoded for the transformer")
     parser.add_argument("--autoencoder-steps", type=int, default=5000)
     parser.add_argument("--reading-steps", type=int, default=2000)
-    parser.add_argument("--flow-steps", type=int, default=2400)
-    parser.add_argument("--distillation-steps", type=int, default=200)
+    parser.add_argument("--flow-steps", type=int, default=3000)
+    parser.add_argument("--distillation-steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=96)
     options = parser.parse_args()
     folder: Path = options.out / "tiny_flux"

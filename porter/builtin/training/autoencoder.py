@@ -46,7 +46,7 @@ def images(count: int, seed: int) -> Tensor:
     while len(drawn) < count:
         scene = random_scene(rng, rng.choice((1, 2)))
         if not is_held_out(scene):
-            drawn.append(draw(scene, rng))
+            drawn.append(draw(scene, rng, loose=True))
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -118,7 +118,9 @@ def main() -> None:
     for entry in document["layouts"]:
         if options.only in (None, entry["class"]):
             done = record(entry, checkouts)
-            print(f"{entry['component']} {entry['layout']} {entry['class']}: {entry['made'] if done else 'left as it is'}")
+            print(
+                f"{entry['component']} {entry['layout']} {entry['class']}: {entry['made'] if done else 'left as it is'}"
+            )
     options.file.write_text(dump(document), encoding="utf-8")
 
 

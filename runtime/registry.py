@@ -78,7 +78,9 @@ def entry_class(pipeline_name: str) -> type[ComposedPipelineBase]:
     if pipeline_name not in _pipelines:
         raise BadInputError(
             f"no family runs {pipeline_name} on the native runtime",
-            expected=", ".join(sorted({f.pipeline_classes[0] for f in families().values() if f.pipeline} | set(_pipelines))),
+            expected=", ".join(
+                sorted({f.pipeline_classes[0] for f in families().values() if f.pipeline} | set(_pipelines))
+            ),
             found=pipeline_name,
             hint="porter families",
         )

@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from porter.commands._options import output_options
 from porter.commands._render import console, print_json
+from porter.core.architectures import architectures
 from porter.core.family import Family, families, proof
 
 
@@ -24,13 +25,16 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
             click.echo(family.name)
             continue
         traces = proof(family)
-        screen.print(f"[bold]{escape(family.name)}[/]  {escape(family.title)}, {escape(", ".join(family.pipeline_classes))}")
+        pipelines = ", ".join(family.pipeline_classes)
+        screen.print(f"[bold]{escape(family.name)}[/]  {escape(family.title)}, {escape(pipelines)}")
         screen.print(f"  style    {family.style}: {escape(family.style_reason)}")
         verdict = "[green]proven[/] against" if traces else "[yellow]unproven[/]: no reference trace of"
         screen.print(f"  {verdict} {escape(family.reference_code or 'any original code')}")
         for trace in traces if verbose else ():
             screen.print(f"    {escape(trace)}")
-        for part in family.components:
+        layouts = sorted({known.layout for known in architectures() if known.family == family.name})
+        screen.print(f"  layouts  recognised: {escape(', '.join(layouts) or 'by class name only')}")
+        for part in family.components if any(part.recipe for part in family.components) or verbose else ():
             how = f"recipe {part.recipe}" if part.recipe else "reused as it is"
             native = f"; native {part.native}" if part.native else ""
             screen.print(f"  {escape(part.name):<16} {escape(part.class_names[0])}: {escape(how + native)}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from porter.core.errors import BadInputError
 from porter.core.family import Style
+from porter.core.risks import Risk
 from porter.core.source import Source, open_source
 
 SCHEMA = "porter.plan/1"
@@ -36,6 +37,9 @@ class ComponentPlan:
         layout: the layout its weights are in.
         recipe: `"module:attribute"` of the recipe that converts it.
         config: the entries of its config that say most.
+        model: the released model that its tensor names and shapes show, where they show one.
+        prefix: what stands before its tensors' names in a file that holds several components.
+        guesses: for tensors that are no known layout, the architectures that come closest, best first.
     """
 
     name: str
@@ -50,6 +54,9 @@ class ComponentPlan:
     recipe: str | None
     config: dict[str, Any]
     note: str = ""
+    model: str | None = None
+    prefix: str = ""
+    guesses: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class PortPlan:
     files: int
     bytes: int
     parameters: int | None
+    risks: tuple[Risk, ...]
     warnings: tuple[str, ...]
     next: tuple[str, ...]
 
@@ -89,13 +97,19 @@ class PortPlan:
             raise BadInputError("not a plan", expected=SCHEMA, found=str(document.get("schema")), hint="porter plan")
         rest = {key: value for key, value in document.items() if key != "schema"}
         parts = rest.get("components", ())
-        own, inner = ({field.name for field in fields(kind)} for kind in (PortPlan, ComponentPlan))
-        for wanted, given in ((own, rest), *((inner, part) for part in parts)):
+        risks = rest.get("risks", ())
+        own, inner, risky = ({field.name for field in fields(kind)} for kind in (PortPlan, ComponentPlan, Risk))
+        pairs = [(own, rest), *((inner, part) for part in parts), *((risky, risk) for risk in risks)]
+        for wanted, given in pairs:
             if set(given) != wanted:
                 odd = ", ".join(sorted(wanted ^ set(given)))
                 raise BadInputError("a plan with missing or unknown keys", found=odd, hint="porter plan -o plan.json")
-        built = tuple(ComponentPlan(**{**part, "files": tuple(part["files"])}) for part in parts)
-        return cls(**{**rest, "components": built, "warnings": tuple(rest["warnings"]), "next": tuple(rest["next"])})
+        built = tuple(
+            ComponentPlan(**{**part, "files": tuple(part["files"]), "guesses": tuple(part["guesses"])})
+            for part in parts
+        )
+        lists = {name: tuple(rest[name]) for name in ("warnings", "next")}
+        return cls(**{**rest, **lists, "components": built, "risks": tuple(Risk(**risk) for risk in risks)})
 
 
 def plan(
@@ -128,6 +142,7 @@ def make_plan(source: Source) -> PortPlan:
         files=len(source.files),
         bytes=sum(part.bytes for part in parts),
         parameters=sum(known) if known else None,
+        risks=tuple(found.risks()),
         warnings=tuple(found.warnings),
         next=tuple(_next_commands(source, parts, found.is_port)),
     )
@@ -146,7 +161,7 @@ def _next_commands(source: Source, parts: list[ComponentPlan], is_port: bool) ->
         config = " --config CONFIG.json" if bare else ""
         only = f" --component {parts[0].name}" if bare and len(parts) > 1 else ""
         return [f"porter convert {model}{pin}{only}{config} -o {port}"]
-    if any(part.status in ("port", "missing") for part in parts):
+    if any(part.status in ("port", "missing") for part in parts) or source.kind == "file":
         return ["porter families"]
     if source.kind == "hub":
         return [

@@ -124,9 +124,9 @@ class LocalSource(Source):
         return self.root / name
 
     def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        from porter.core.checkpoint import read_header
+        from porter.core.headers import read_any
 
-        return read_header(self.path(name))
+        return read_any(self.path(name))
 
     def _json_path(self, name: str) -> Path:
         return self.root / name

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from porter.core.checkpoint import TensorInfo
+from porter.core.defaults import class_source, config_source
 from porter.core.errors import BadInputError, PorterError
 from porter.core.family import Component, Family, Style, families, family_of_pipeline, resolve
 from porter.core.layout import (
@@ -22,6 +24,7 @@ from porter.core.layout import (
 )
 from porter.core.plan import ComponentPlan, Status
 from porter.core.port import MANIFEST, Port, is_manifest
+from porter.core.risks import Risk, risks_of
 from porter.core.source import LocalSource, Source
 
 INDEX = "model_index.json"
@@ -39,7 +42,23 @@ class Survey:
     style_reason: str = "standard text-to-image"
     components: list[ComponentPlan] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_port: bool = False
+
+    def risks(self) -> list[Risk]:
+        """What the components' own configs make likely to go wrong."""
+        found = []
+        for part in self.components:
+            config = self.configs.get(part.name)
+            if config is None or not part.class_name:
+                continue
+            model_type = config.get("model_type")
+            if part.library == "transformers":
+                source = config_source(model_type) if isinstance(model_type, str) else None
+            else:
+                source = class_source(part.library, part.class_name) if part.library in LIBRARIES else None
+            found += risks_of(part.name, part.class_name, config, source)
+        return found
 
 
 def survey(source: Source) -> Survey:
@@ -116,6 +135,7 @@ def _component(
     config = source.json(config_name) if config_name else {}
     if not isinstance(config, dict):
         raise BadInputError(f"{config_name} is not a JSON object", hint="repair or download it again")
+    found.configs[name] = config
     weights = find_weights(source.files, name)
     files, layout, note = weights.files, "diffusers", ""
     if weights.pickled:
@@ -220,12 +240,16 @@ def measure(source: Source, files: Iterable[str]) -> tuple[int | None, dict[str,
         return None, {}
     with ThreadPoolExecutor(max_workers=8 if source.kind == "hub" else 1) as pool:
         headers = list(pool.map(lambda name: source.header(name)[0], names))
+    return totals(info for header in headers for info in header.values())
+
+
+def totals(tensors: Iterable[TensorInfo]) -> tuple[int, dict[str, int]]:
+    """(parameters, bytes per dtype) of some tensors."""
     sizes: Counter[str] = Counter()
     count = 0
-    for header in headers:
-        for info in header.values():
-            sizes[info.dtype] += info.nbytes
-            count += info.numel
+    for info in tensors:
+        sizes[info.dtype] += info.end - info.begin
+        count += info.numel
     return count, dict(sizes.most_common())
 
 

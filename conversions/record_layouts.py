@@ -7,9 +7,9 @@ the code's version or commit, and the result go into `<family>/layouts.json`, so
     python -m conversions.record_layouts conversions/flux1/layouts.json              # all that need no checkout
     python -m conversions.record_layouts conversions/flux1/layouts.json --repo black-forest-labs/flux=CHECKOUT
 
-An entry is added by hand with `component`, `layout`, `class`, `code` and `build` (Python; the last line is the module, or
-a dict of name -> shape); this command fills in `made` and `templates`. Modules named in `absent` (CUDA-only imports) are
-replaced by empty ones while the code is imported.
+An entry is added by hand with `component`, `layout`, `class`, `code` and `build` (Python; the last line is the module,
+or a dict of name -> shape); this command fills in `made` and `templates`. Modules named in `absent` (CUDA-only imports)
+are replaced by empty ones while the code is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from porter.core.architectures import LAYOUTS_SCHEMA, fold
 
@@ -32,7 +32,7 @@ from porter.core.architectures import LAYOUTS_SCHEMA, fold
 class Absent(ModuleType):
     """Stands for a module that cannot be imported here; whatever is taken from it can be called and does nothing."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if sys.stdout is None:  # closed by the caller (`porter plan … >&-`)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     try:
@@ -89,7 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BaseException as error:
-        return _end(error, given)
+        try:
+            return _end(error, given)
+        except OSError:  # stderr cannot be written (`2>/dev/full`): the exit code must do
+            return _code(error)
+
+
+def _code(error: BaseException) -> int:
+    """The exit code of an error whose message could not be printed."""
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+        return 130
+    if isinstance(error, click.ClickException):
+        return 2
+    shown = error if isinstance(error, PorterError) else _resource(error)
+    return shown.exit_code if shown else 7
 
 
 def _end(error: BaseException, given: Sequence[str]) -> int:

@@ -31,6 +31,8 @@ def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if arguments[0] != "demo" and "--reference-repo" not in arguments:
             assert main(arguments) == 0, line
             ran.append(arguments[0])
+    for code in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        exec(code, {})  # the port that the lines above made, loaded and run by diffusers
     assert {"plan", "convert", "parity", "generate", "families"} <= set(ran)
 
 

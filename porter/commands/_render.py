@@ -58,7 +58,15 @@ def table(*columns: str, right: Sequence[str] = (), cut: Sequence[str] = ()) -> 
 
 def print_json(document: dict[str, Any]) -> None:
     """Prints one document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    click.echo(text.translate({code: f"\\u{code:04x}" for code in (*range(127, 160), 0x2028, 0x2029)}))
+
+
+def escape(text: str) -> str:
+    """A value from a model, for a line of ours: no markup in it works, and no line break makes a line of its own."""
+    from rich.markup import escape as plain
+
+    return plain(visible(text).replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def human_bytes(count: int | None) -> str:

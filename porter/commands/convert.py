@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from porter.commands._options import hub_options, model_argument, output_options
-from porter.commands._render import byte_progress, console, human_bytes, print_json
-from porter.core.errors import BadInputError
+from porter.commands._render import byte_progress, console, escape, human_bytes, print_json
+from porter.core.errors import BadInputError, UsageError
 
 
 @click.command(name="convert", short_help="Write a port folder in another layout, with its manifest.")
@@ -20,7 +19,7 @@ from porter.core.errors import BadInputError
 @click.option("-o", "--out", "out", type=click.Path(path_type=Path), metavar="PORT", help="The folder to write.")
 @click.option("--to", type=click.Choice(["diffusers", "original"]), default="diffusers", show_default=True,
               help="The layout to write; `original` restores the files a port was made from.")  # fmt: skip
-@click.option("--component", metavar="NAME", help="Convert only this component.")
+@click.option("--component", "components", multiple=True, metavar="NAME", help="Convert only this component.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
               help="The component's config.json, for what its tensors do not hold.")  # fmt: skip
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE.py",
@@ -35,7 +34,7 @@ def command(
     model: str,
     out: Path | None,
     to: str,
-    component: str | None,
+    components: tuple[str, ...],
     config: Path | None,
     recipe: Path | None,
     dtype: str | None,
@@ -53,8 +52,12 @@ def command(
 
     The folder appears whole or not at all. A killed run is continued by running the same command again.
     """
+    if len(components) > 1:
+        raise UsageError("one --component at a time", found=" ".join(components), hint="leave it out to convert all")
     if out is None and not dry_run:
-        raise click.UsageError("name the folder to write: -o PORT (or --dry-run)")
+        raise UsageError(
+            "name the folder to write", expected="-o PORT, or --dry-run", hint=f"porter convert {model} -o PORT"
+        )
     from porter.core.convert import convert
 
     with byte_progress("converting", quiet=quiet or as_json) as bar:
@@ -62,7 +65,7 @@ def command(
             model,
             out or Path("port"),
             to="original" if to == "original" else "diffusers",
-            component=component,
+            component=components[0] if components else None,
             config=_config(config) if config else None,
             recipe=recipe,
             dtype=dtype,

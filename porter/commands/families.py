@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.markup import escape
 
 from porter.commands._options import output_options
-from porter.commands._render import console, print_json
+from porter.commands._render import console, escape, print_json
 from porter.core.architectures import architectures
 from porter.core.family import Family, families, proof
 

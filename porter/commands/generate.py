@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from porter.commands._options import output_options
-from porter.commands._render import notes, print_json
+from porter.commands._render import escape, notes, print_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 

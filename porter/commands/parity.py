@@ -70,10 +70,18 @@ def command(
     from parity.report import document, write
     from parity.run import compare_port
     from porter.commands._render import console, notes, print_json
-    from porter.core.errors import CheckFailed, UsageError
+    from porter.core.errors import CheckFailed, MissingError, UsageError
 
     if prompt and any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UsageError("the prompt is not UTF-8", found=ascii(prompt), hint="type it again in a UTF-8 terminal")
+    if source is not None and reference_repo is None:
+        raise UsageError("--source names the original files for the original code", hint="add --reference-repo DIR")
+    if source is not None and not source.is_dir():
+        raise MissingError(f"no such folder: {source}", hint="--source names the folder of the original files")
+    if out is not None and _inside(out, port):
+        raise UsageError(
+            f"{out} lies among the port's own files", expected=f"{port}/parity, or a folder outside", hint="another -o"
+        )
     if gate is not None and not 0 < gate < float("inf"):
         raise UsageError("--gate must be positive and finite", found=str(gate))
     options = Options(
@@ -111,6 +119,12 @@ def command(
         raise CheckFailed(
             f"parity of {port} does not hold: {outcome.conclusion().removeprefix('FAIL ')}", hint=f"open {paths[1]}"
         )
+
+
+def _inside(out: Path, port: Path) -> bool:
+    """Whether a report in `out` would lie among the files that the manifest answers for."""
+    place, root = out.resolve(), port.resolve()
+    return place.is_relative_to(root) and not place.is_relative_to(root / "parity")
 
 
 def _table(outcome: Any) -> Any:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.markup import escape
 
 from porter.commands._options import hub_options, model_argument, out_file, output_options
-from porter.commands._render import console, human_bytes, human_count, notes, print_json, table
+from porter.commands._render import console, escape, human_bytes, human_count, notes, print_json, table
 from porter.core.atomic import write_json
 from porter.core.plan import STATUS_MEANING, PortPlan, plan
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 # Control characters except newline and tab, and the marks that turn the direction of writing.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
-_CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_CONTROLS |= {
+    code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 def visible(text: str) -> str:
@@ -46,7 +48,8 @@ class PorterError(Exception):
     def lines(self) -> list[str]:
         """The message as labelled lines, without styling or control characters."""
         parts = (("expected", self.expected), ("found", self.found), ("next", self.hint))
-        return [visible(self.what), *(f"  {label + ':':<10}{visible(text)}" for label, text in parts if text)]
+        lines = [visible(self.what), *(f"  {label + ':':<10}{visible(text)}" for label, text in parts if text)]
+        return [line.replace("\n", "\n            ") for line in lines]  # a value's own lines never look like ours
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -145,8 +145,9 @@ def _recognised(source: Source, name: str, header: Header, found: Survey) -> lis
         note = f"{known.layout} layout of {title}, told by {best.score:.0%} of its tensor names"
         part = family.component(known.component) if family else None
         class_name = known.class_name if layout == "diffusers" else part.class_names[0] if part else None
-        made.append(ComponentPlan(known.component, part.library if part else None, class_name, "port", layout, (name,), size,
-                                  parameters, dtypes, None, {}, note, model, piece.prefix, near))  # fmt: skip
+        library = part.library if part else None
+        made.append(ComponentPlan(known.component, library, class_name, "port", layout, (name,), size, parameters,
+                                  dtypes, None, {}, note, model, piece.prefix, near))  # fmt: skip
     return made
 
 

@@ -78,6 +78,13 @@ class Port:
             BadInputError: the manifest is not JSON, of another schema, or incomplete.
         """
         root = Path(path)
+        if root.is_file():
+            raise MissingError(f"{root} is a file, not a port folder", hint=f"name its folder: {root.parent}")
+        if str(path).startswith("builtin:"):
+            name = str(path).removeprefix("builtin:")
+            raise BadInputError(
+                f"{path} is a model to port, not yet a port", hint=f"porter convert {path} -o {name}-port"
+            )
         if not root.is_dir():
             raise MissingError(f"no such port folder: {root}", hint=f"porter convert <model> -o {root}")
         file = root / MANIFEST

@@ -51,7 +51,8 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
         raise BadInputError(f"{job.component}: porter imports no class of {job.library}", expected=", ".join(LIBRARIES))
     torch = importlib.import_module("torch")
     real = getattr(importlib.import_module(job.library), job.class_name)
-    module, told = real.from_pretrained(str(folder), output_loading_info=True, local_files_only=True)
+    quiet = {"low_cpu_mem_usage": False} if job.library == "diffusers" else {}  # or it advises to install something
+    module, told = real.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **quiet)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told.get(kind):
             raise CheckFailed(f"{job.class_name} does not load strictly", found=f"{kind}: {list(told[kind])[:4]}")

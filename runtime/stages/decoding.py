@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from porter.core.errors import CheckFailed
 from runtime.config import PipelineConfig
@@ -27,12 +28,7 @@ class DecodingStage(PipelineStage):
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
         assert batch.latents is not None  # verified
-        if not bool(batch.latents.isfinite().all()):
-            raise CheckFailed(
-                "the latents after the last step are not finite",
-                found=f"{int((~batch.latents.isfinite()).sum())} of {batch.latents.numel()} values",
-                hint="run it again with --dtype float32; if it stays: porter parity <port>",
-            )
+        _demand_finite(batch.latents, "the latents after the last step")
         latents = config.post_denoising_loop(batch.latents, batch)  # (B, C, h, w)
         scale, shift = config.get_decode_scale_and_shift()
         latents = latents / scale + shift
@@ -41,6 +37,7 @@ class DecodingStage(PipelineStage):
         if config.vae_tiling:
             self.vae.enable_tiling()
         image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
+        _demand_finite(image, "the decoded picture")
         batch.output = config.post_decoding(image, batch)
         batch.tap(self.name, latents=latents, image=batch.output)
         return batch
@@ -51,3 +48,13 @@ class DecodingStage(PipelineStage):
         shape = None if batch.output is None else tuple(batch.output.shape)
         result.add_check("output", batch.output, shape == expected, f"pictures of shape {expected}")
         return result
+
+
+def _demand_finite(tensor: Tensor, what: str) -> None:
+    """Raises CheckFailed: a picture of NaN would be written as if it were one."""
+    if not bool(tensor.isfinite().all()):
+        raise CheckFailed(
+            f"{what} are not finite" if what.startswith("the latents") else f"{what} is not finite",
+            found=f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values",
+            hint="run it again with --dtype float32; if it stays: porter parity <port>",
+        )

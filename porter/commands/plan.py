@@ -11,6 +11,7 @@ from porter.commands._render import console, escape, human_bytes, human_count, n
 from porter.core.atomic import write_json
 from porter.core.plan import STATUS_MEANING, PortPlan, plan
 
+RISKS = 6  # shown without --verbose
 _COLORS = {"native": "green", "reuse": "green", "convert": "cyan", "port": "yellow", "missing": "red"}
 
 
@@ -74,6 +75,12 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
     for part in result.components:
         if part.recipe:
             screen.print(f"recipe    {escape(part.name)}: {escape(part.recipe)}")
+        if part.model:
+            screen.print(f"model     {escape(part.name)}: {escape(part.model)}")
+        for guess in part.guesses if part.layout == "unknown" or verbose else ():
+            told = f"; {escape(guess['tells'][0])} speaks for it" if guess["tells"] else ""
+            near = f"{guess['family'] or 'shared'} {guess['component']} ({guess['layout']})"
+            screen.print(f"like      {escape(part.name)}: {guess['score']:.0%} of {escape(near)}{told}")
         if part.note:
             screen.print(f"note      {escape(part.name)}: {escape(part.note)}")
         if verbose and part.config:
@@ -81,6 +88,13 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
             screen.print(f"config    {escape(part.name)}: {escape(shown)}")
     for status in sorted({part.status for part in result.components}):
         screen.print(f"{status:<9} = {STATUS_MEANING[status]}", style="dim")
+    shown = result.risks if verbose else result.risks[:RISKS]
+    for risk in shown:
+        value = str(risk.value) if len(str(risk.value)) < 40 else str(risk.value)[:37] + "…"
+        where = f"{risk.component}.{risk.key} = {value}"
+        screen.print(f"[magenta]risk {risk.pitfall:<4}[/] {escape(where)}: {escape(risk.text)}")
+    if len(shown) < len(result.risks):
+        screen.print(f"          and {len(result.risks) - len(shown)} more: --verbose, or --json", style="dim")
     for line in result.warnings:
         screen.print(f"[yellow]warning[/]   {escape(line)}")
     for line in result.next:

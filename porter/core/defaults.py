@@ -27,6 +27,9 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+_INFINITE = {"float('inf')": float("inf"), "-float('inf')": -float("inf")}
+
+
 class Computed:
     """A default that is no literal: an expression of the source."""
 
@@ -193,7 +196,8 @@ def _value(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
-        return Computed(ast.unparse(node))
+        text = ast.unparse(node)
+        return _INFINITE.get(text.replace('"', "'"), Computed(text))
 
 
 def _literal_of(node: ast.ClassDef, name: str) -> Any:

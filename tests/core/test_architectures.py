@@ -1,0 +1,118 @@
+"""Architectures are told by their tensor names: every recorded layout, all-in-one files, variants, strangers."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from porter.core.architectures import Architecture, architectures, fold, guesses, parts, template
+from porter.core.checkpoint import header_bytes, spec
+from porter.core.family import families
+from porter.core.plan import plan
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def names_of(known: Architecture) -> Shapes:
+    """Tensor names that fold into an architecture's templates, with its shapes."""
+    made: Shapes = {}
+    for name, kinds in known.templates.items():
+        shapes = [shape for count, shape in kinds for _ in range(count)]
+        for index, shape in enumerate(shapes):
+            made[name.replace("{}", str(index), 1).replace("{}", "0")] = shape
+    return made
+
+
+def by_name(family: str | None, component: str, layout: str, model: str | None = None) -> Architecture:
+    return next(
+        known
+        for known in architectures()
+        if (known.family, known.component, known.layout) == (family, component, layout) and model in (None, known.model)
+    )
+
+
+def sparse(path: Path, shapes: Shapes) -> Path:
+    """A file of the real size that takes no room."""
+    head = header_bytes([spec("BF16", shape, name) for name, shape in shapes.items()], {})
+    path.write_bytes(head)
+    os.truncate(path, len(head) + sum(2 * math.prod(shape) for shape in shapes.values()))
+    return path
+
+
+def test_templates() -> None:
+    assert template("blocks.12.attn.0.weight") == "blocks.{}.attn.{}.weight"
+    assert template("conv1.w2.3x") == "conv1.w2.3x" and template("0.weight") == "{}.weight"
+    assert fold({"a.0": (2,), "a.1": (2,), "a.2": (3,)})["a.{}"] == {(2,): 2, (3,): 1}
+
+
+def test_every_fact_says_where_it_comes_from() -> None:
+    assert len(architectures()) > 150
+    for known in architectures():
+        assert known.templates and known.made and known.class_name
+        assert known.family is None or known.family in families()
+        from_libraries = known.made.split()[0] in ("diffusers", "transformers")
+        assert known.layout.startswith(("diffusers", "transformers")) or not from_libraries or known.derived, known
+
+
+@pytest.mark.parametrize("number", range(len(architectures())))
+def test_every_architecture_is_told_by_its_own_names(number: int) -> None:
+    """The best guess is the architecture itself, or one with the very same templates and shapes."""
+    known = architectures()[number]
+    best = guesses(names_of(known), 1)[0]
+    assert best.score == 1.0
+    assert best.architecture is known or best.architecture.templates == known.templates
+
+
+def test_variants_are_told_by_names_and_shapes() -> None:
+    known = by_name("flux1", "transformer", "original")
+    shapes = names_of(known)
+
+    def told(changed: Shapes) -> str | None:
+        variant = known.variant(changed)
+        return variant.name if variant else None
+
+    dev = told(shapes)
+    assert dev and "dev" in dev
+    schnell = told({name: shape for name, shape in shapes.items() if not name.startswith("guidance_in")})
+    assert schnell and "schnell" in schnell
+    fill = told({**shapes, "img_in.weight": (3072, 384)})
+    assert fill and "Fill" in fill
+
+
+def test_an_all_in_one_file_is_taken_apart(tmp_path: Path) -> None:
+    unet = names_of(by_name("sd1", "unet", "original"))
+    vae = names_of(by_name(None, "vae", "original", "Stable Diffusion 1.5"))
+    whole = {f"model.diffusion_model.{name}": shape for name, shape in unet.items()}
+    whole |= {f"first_stage_model.{name}": shape for name, shape in vae.items()}
+    whole |= {f"model_ema.{name.replace('.', '')}": shape for name, shape in unet.items()}
+    found = {part.prefix: part for part in parts(whole)}
+    assert set(found) == {"model.diffusion_model.", "first_stage_model.", ""}
+    best = found["model.diffusion_model."].sure
+    assert best and best.architecture.family == "sd1" and best.score == 1.0
+    planned = plan(sparse(tmp_path / "v1-5.safetensors", whole))
+    assert [part.name for part in planned.components[:2]] == ["unet", "vae"]
+    assert planned.components[2].note == "an averaged (EMA) copy" and planned.family == "sd1"
+    sizes = sum(part.bytes for part in planned.components)
+    assert sizes == sum(2 * math.prod(shape) for shape in whole.values())
+
+
+def test_a_stranger_gets_guesses_and_not_a_name(tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in names_of(by_name("flux1", "transformer", "original")).items()
+              if "img_attn" not in name}  # fmt: skip
+    shapes |= {f"double_blocks.{i}.new_attn.{name}.weight": (64, 64) for i in range(4) for name in "abcdefghijkl"}
+    planned = plan(sparse(tmp_path / "new.safetensors", shapes))
+    (part,) = planned.components
+    assert part.status == "port" and part.class_name is None and planned.family is None
+    first = part.guesses[0]
+    assert first["family"] == "flux1" and 0.3 < first["score"] < 0.85
+    assert any("img_attn" in name for name in first["missing"])
+    assert any("new_attn" in name for name in first["extra"])
+
+
+def test_a_linear_stored_as_a_convolution_is_another_layout() -> None:
+    shapes = names_of(by_name("flux1", "transformer", "original"))
+    bent = {name: (*shape, 1, 1) if len(shape) == 2 else shape for name, shape in shapes.items()}
+    assert guesses(bent, 1)[0].score < 0.7

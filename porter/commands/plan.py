@@ -88,13 +88,13 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
             screen.print(f"config    {escape(part.name)}: {escape(shown)}")
     for status in sorted({part.status for part in result.components}):
         screen.print(f"{status:<9} = {STATUS_MEANING[status]}", style="dim")
-    shown = result.risks if verbose else result.risks[:RISKS]
-    for risk in shown:
+    risks = result.risks if verbose else result.risks[:RISKS]
+    for risk in risks:
         value = str(risk.value) if len(str(risk.value)) < 40 else str(risk.value)[:37] + "…"
         where = f"{risk.component}.{risk.key} = {value}"
         screen.print(f"[magenta]risk {risk.pitfall:<4}[/] {escape(where)}: {escape(risk.text)}")
-    if len(shown) < len(result.risks):
-        screen.print(f"          and {len(result.risks) - len(shown)} more: --verbose, or --json", style="dim")
+    if len(risks) < len(result.risks):
+        screen.print(f"          and {len(result.risks) - len(risks)} more: --verbose, or --json", style="dim")
     for line in result.warnings:
         screen.print(f"[yellow]warning[/]   {escape(line)}")
     for line in result.next:

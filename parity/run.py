@@ -82,7 +82,8 @@ def run_parity(
         for against, trace, warnings in truths(case, port, options, wanted):
             for candidate in case.candidates:
                 progress(f"{case.component} ({candidate.name}) against {against}")
-                result = ComponentResult(case.component, against, candidate.name, "", warnings=list(warnings))
+                known = [*warnings, *_casts(port, case.component)]
+                result = ComponentResult(case.component, against, candidate.name, "", warnings=known)
                 outcome.components.append(result)
                 if isinstance(trace, str):
                     result.reason = trace
@@ -111,6 +112,13 @@ def run_parity(
     outcome.unproven = [name for name in converted if name not in proven]
     outcome.facts = facts(port, cases)
     return outcome
+
+
+def _casts(port: Port, component: str) -> list[str]:
+    """What a reader must know of a port whose weights were cast: the reference ran on the original ones."""
+    lossy = [item for item in port.manifest["loss"].get("lossy", ()) if item.get("component") == component]
+    dtype = port.manifest["components"][component].get("dtype")
+    return [f"the conversion cast its weights to {dtype}; the reference has the original ones"] if lossy else []
 
 
 def alignment_of(case: ComponentCase, folder: Path) -> Alignment:

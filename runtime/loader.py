@@ -23,6 +23,7 @@ from porter.core.checkpoint import Header, read_header, read_sharded
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.files import read_config
 from porter.core.layout import LIBRARIES
+from porter.core.port import MANIFEST, is_manifest
 
 INDEX = "model_index.json"
 _AGAIN = "convert the model again: porter convert <model> -o <port> --overwrite"
@@ -50,6 +51,12 @@ def read_index(path: Path) -> dict[str, Any]:
             hint=f"porter convert <model> -o {path}",
         )
     if not (path / INDEX).is_file():
+        if is_manifest(path / MANIFEST):
+            raise BadInputError(
+                f"{path} is a port of single components, and a picture takes a whole pipeline",
+                expected=f"a folder with {INDEX}",
+                hint="convert the whole model, without --component: porter convert <model> -o <port>",
+            )
         raise BadInputError(
             f"{path} is not a pipeline folder",
             expected=f"a folder with {INDEX}",

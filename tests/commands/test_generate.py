@@ -204,7 +204,7 @@ BAD: dict[str, tuple[Any, tuple[object, ...], int, str]] = {
     "below a file": (None, ("-o", "/dev/null/x"), 5, "/dev/null"),
     "missing tensor": (_missing, (), 6, "proj_out.bias"),
     "truncated": (_truncated, (), 6, "diffusion_pytorch_model.safetensors"),
-    "no index": (_no_index, (), 6, "porter plan"),
+    "no index": (_no_index, (), 6, "porter convert"),
     "original layout": (_original, (), 6, "porter convert"),
 }
 

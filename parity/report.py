@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from parity.component import ComponentResult
 from parity.locate import Guilty, Tap
 from parity.outcome import SCHEMA, Outcome, describe, reason_of
 from parity.pipeline import PipelineResult
+from porter.core.atomic import replace_bytes
 from porter.core.errors import ResourceError
 from porter.core.version import VERSION
 
@@ -63,15 +63,7 @@ def write(outcome: Outcome, command: str, folder: Path) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("report.html", page), ("parity.json", json.dumps(data, indent=1, ensure_ascii=False))):
-            partial = folder / f".{name}.{os.getpid()}.partial"
-            try:
-                with partial.open("w", encoding="utf-8") as f:
-                    f.write(text + "\n")
-                    f.flush()
-                    os.fsync(f.fileno())
-                partial.replace(folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
+            replace_bytes(folder / name, (text + "\n").encode())
     except OSError as error:
         raise ResourceError(
             f"the report cannot be written to {folder}", found=str(error), hint="name another folder: -o <folder>"

@@ -40,10 +40,6 @@ class Trace:
     def __init__(self, meta: Mapping[str, Any], events: list[Event], tensors: Mapping[str, Tensor]) -> None:
         self.meta, self._tensors = dict(meta), tensors
         self.events = {e.key: e for e in events}
-        self._first: dict[tuple[str, str], str] = {}
-        for key in self.events:
-            where, kind, _ = split_key(key)
-            self._first.setdefault((where, kind), key)
 
     @classmethod
     def of(cls, recording: Recording) -> Trace:
@@ -84,11 +80,6 @@ class Trace:
         event = self.events[key]
         low = self._tensors[event.stored]
         return Value(event, low, low.double() + self._tensors[event.stored + "|delta"].double())
-
-    def find(self, where: str, kind: str, name: str | None = None) -> str | None:
-        """Key of `where` (`<pass>/<module>#<call>`): the named tensor, or the first of its kind; None if absent."""
-        key = f"{where}.{kind}.{name}" if name else self._first.get((where, kind), "")
-        return key if key in self.events else None
 
     def modules(self, name: str) -> dict[str, int]:
         """Modules recorded in pass `name` and how often each ran."""

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from porter.core.atomic import replace_bytes
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
 from porter.core.files import read_json
 from porter.core.port import MANIFEST, Port, hostile_until_proven, is_manifest
@@ -240,8 +240,8 @@ def _write(batch: Req, target: Path, about: dict[str, Any], job: GenerateJob) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         if sidecar:
             document |= {"file": target.name, "file_sha256": hashlib.sha256(data).hexdigest()}
-            _replace(sidecar, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
-        _replace(target, data)
+            replace_bytes(sidecar, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        replace_bytes(target, data)
     except OSError as error:
         raise ResourceError(
             f"{target} cannot be written", found=error.strerror or str(error), hint="name another folder with -o"
@@ -251,21 +251,6 @@ def _write(batch: Req, target: Path, about: dict[str, Any], job: GenerateJob) ->
         "pixels_sha256": about["pixels_sha256"],
         "file_sha256": hashlib.sha256(data).hexdigest(),
     }
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

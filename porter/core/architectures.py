@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,6 @@ from porter.core.errors import BadInputError
 
 LAYOUTS_SCHEMA = "porter.layouts/1"
 SURE = 0.85  # from this score on a file is called by the architecture's name
-LIKE = 0.25  # below this score two architectures have nothing to do with each other
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 Shape = tuple[int, ...]
@@ -255,9 +254,3 @@ def telling(best: Guess, other: Guess, shapes: Shapes, limit: int = 2) -> list[s
     known, rival = best.architecture.templates, other.architecture.templates
     only = [name for name in dict.fromkeys(map(template, shapes)) if name in known and name not in rival]
     return only[:limit] or [f"lacks {name}" for name in rival if name not in known and name in other.missing][:limit]
-
-
-def like(shapes: Shapes, names: Iterable[str] = ()) -> Guess | None:
-    """The closest architecture that is no match, for a model that has to be ported; None where nothing is close."""
-    best = [guess for guess in guesses(shapes, 8) if guess.architecture.class_name not in set(names)]
-    return best[0] if best and best[0].score >= LIKE else None

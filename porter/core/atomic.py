@@ -148,6 +148,23 @@ def unwritable(output: Path, error: OSError) -> ResourceError:
     )
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a small file so that `path` holds either its old content or all of the new; OSError where it cannot be.
+
+    The temporary name carries the process, so that two writers of one path do not share it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def write_json(path: Path, document: Any) -> None:
     """Writes JSON so that `path` holds either its old content or all of the new.
 
@@ -156,15 +173,7 @@ def write_json(path: Path, document: Any) -> None:
     """
     if not path.name:
         raise UsageError(f"{str(path)!r} names no file", expected="a file name", hint="-o FILE")
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise unwritable(path, error) from error

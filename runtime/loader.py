@@ -22,7 +22,7 @@ from torch import nn
 from porter.core.checkpoint import Header, read_header, read_sharded
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.files import read_config
-from porter.core.layout import LIBRARIES
+from porter.core.libraries import LIBRARIES
 from porter.core.port import MANIFEST, is_manifest
 
 INDEX = "model_index.json"

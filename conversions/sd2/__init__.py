@@ -35,5 +35,12 @@ FAMILY = Family(
     ),
     style="Modular",
     style_reason="standard text-to-image",
+    shared_pipelines=(
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+    ),
+    told_by=("unet", "cross_attention_dim", (1024,)),
     license_hint="weights are under the CreativeML Open RAIL++-M license; a port keeps its source's licence",
 )

@@ -70,13 +70,13 @@ class ClassSource:
 @cache
 def class_source(library: str, class_name: str) -> ClassSource | None:
     """The source of `library`'s class `class_name`; None where it is not installed or has no such class."""
-    root = _root(library)
+    root = library_root(library)
     if root is None or not class_name.isidentifier():
         return None
     wanted = f"class {class_name}".encode()
-    listed = [file for place in _LISTS.get(library, ()) for file in _listed(root / place, class_name)]
+    listed = [file for place in _LISTS.get(library, ()) for file in listed_files(root / place, class_name)]
     for file in dict.fromkeys([*listed, *_files(root, library)]):
-        if wanted in (text := _bytes(file)) and _block(text, class_name):
+        if wanted in (text := file_bytes(file)) and class_block(text, class_name):
             return _read(root, file, class_name)
     return None
 
@@ -84,7 +84,7 @@ def class_source(library: str, class_name: str) -> ClassSource | None:
 @cache
 def config_source(model_type: str) -> ClassSource | None:
     """The transformers config class of a `model_type`; None where there is none."""
-    root = _root("transformers")
+    root = library_root("transformers")
     if root is None or not re.fullmatch(r"[\w-]+", model_type):
         return None
     wanted = re.compile(rb'^    model_type(?:: [\w\[\]]+)? = "' + model_type.encode() + rb'"', re.MULTILINE)
@@ -94,22 +94,23 @@ def config_source(model_type: str) -> ClassSource | None:
         f for i in range(len(plain), 1, -1) for f in sorted((root / "models" / plain[:i]).glob("configuration_*.py"))
     ]
     for file in dict.fromkeys([*near, *_files(root, "transformers")]):
-        text = _bytes(file)
+        text = file_bytes(file)
         if found := wanted.search(text):
             heads = re.findall(rb"^class (\w+)", text[: found.start()], re.MULTILINE)
             return _read(root, file, heads[-1].decode()) if heads else None
     return None
 
 
-def _root(library: str) -> Path | None:
+def library_root(library: str) -> Path | None:
+    """The folder of an installed library, or None; it is not imported."""
     spec = find_spec(library) if library.isidentifier() else None
     places = spec.submodule_search_locations if spec else None
     return Path(next(iter(places))) if places else None
 
 
-def _listed(place: Path, class_name: str) -> list[Path]:
+def listed_files(place: Path, class_name: str) -> list[Path]:
     """The file that a library's table of lazy imports names for a class."""
-    text = _bytes(place / "__init__.py")
+    text = file_bytes(place / "__init__.py")
     rows = re.finditer(rb'_import_structure\["([\w.]+)"\]([^_]*(?:_(?!import_structure)[^_]*)*)', text)
     inside = [row[1].decode() for row in rows if f'"{class_name}"'.encode() in row[2]]
     return [place / (name.replace(".", "/") + ".py") for name in inside]
@@ -120,13 +121,14 @@ def _files(root: Path, library: str) -> Iterator[Path]:
         yield from sorted(root.glob(place))
 
 
-def _block(text: bytes, class_name: str) -> tuple[int, bytes] | None:
+def class_block(text: bytes, class_name: str) -> tuple[int, bytes] | None:
     """(line, source) of a top-level class, cut out so that its file need not be parsed."""
     found = re.search(rb"^class " + class_name.encode() + rb"\b.*?(?=^[^\s)#]|\Z)", text, re.MULTILINE | re.DOTALL)
     return (text.count(b"\n", 0, found.start()) + 1, found[0]) if found else None
 
 
-def _bytes(file: Path) -> bytes:
+def file_bytes(file: Path) -> bytes:
+    """A file's content; empty where it cannot be read."""
     try:
         return file.read_bytes()
     except OSError:
@@ -134,7 +136,7 @@ def _bytes(file: Path) -> bytes:
 
 
 def _read(root: Path, file: Path, class_name: str) -> ClassSource:
-    text = _bytes(file)
+    text = file_bytes(file)
     lineage = _lineage(text, class_name)
     defaults: dict[str, Any] = {}
     required: list[str] = []
@@ -148,7 +150,7 @@ def _read(root: Path, file: Path, class_name: str) -> ClassSource:
                 required += needed
         found = _literal_of(each, "_keep_in_fp32_modules")
         keep = tuple(found) if isinstance(found, list | tuple | set) else keep
-    place = _block(text, class_name)
+    place = class_block(text, class_name)
     line = place[0] if place else 0
     return ClassSource(f"{root.name}/{file.relative_to(root)}:{line}", defaults, tuple(required), keep)
 
@@ -158,7 +160,7 @@ def _lineage(text: bytes, class_name: str) -> list[ast.ClassDef]:
     found: list[ast.ClassDef] = []
     waiting = [class_name]
     while waiting and len(found) < 8:
-        block = _block(text, waiting.pop())
+        block = class_block(text, waiting.pop())
         try:
             nodes = ast.parse(block[1]).body if block else []
         except SyntaxError:

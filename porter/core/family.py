@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,7 +29,7 @@ class Component:
         class_names: classes that implement it; the first is the one a conversion writes.
         original_files: file name patterns of the original layout, most specific first.
         original_name: the name that a restored original file gets when no manifest knows a better one.
-        detector: tensor names that all stand in an original-layout file of this component, and in no other's.
+        original_class: the class of the original layout that the recipe takes, as `layouts.json` calls it.
         recipe: `"module:attribute"` of the recipe original → diffusers, or None where nothing is converted.
         native: `"module:attribute"` of the native module, or None where the library's class is reused.
     """
@@ -41,18 +39,9 @@ class Component:
     class_names: tuple[str, ...]
     original_files: tuple[str, ...] = ()
     original_name: str | None = None
-    detector: tuple[str, ...] = ()
+    original_class: str | None = None
     recipe: str | None = None
     native: str | None = None
-
-    def detects(self, keys: Mapping[str, Any] | Iterable[str]) -> bool:
-        """Whether tensor names `keys` are this component in its original layout."""
-        present = keys if isinstance(keys, Mapping | set | frozenset) else set(keys)
-        return bool(self.detector) and all(key in present for key in self.detector)
-
-    def names_file(self, name: str) -> bool:
-        """Whether a file called `name` looks like this component's original file."""
-        return any(fnmatchcase(name.lower(), pattern) for pattern in self.original_files)
 
 
 @dataclass(frozen=True)
@@ -70,6 +59,8 @@ class Family:
         reference_code: the original code, with the commit that was recorded.
         style: pipeline style of the native port, and why.
         license_hint: what a user must know before publishing a port.
+        shared_pipelines: pipeline classes of another family that this one's models name too.
+        told_by: (component, config key, values) that show a shared pipeline to be this family's.
     """
 
     name: str
@@ -83,15 +74,12 @@ class Family:
     style: Style = "Modular"
     style_reason: str = "standard text-to-image"
     license_hint: str = ""
+    shared_pipelines: tuple[str, ...] = ()
+    told_by: tuple[str, str, tuple[Any, ...]] = ("", "", ())
 
     def component(self, name: str) -> Component | None:
         """The component called `name`, or None."""
         return next((part for part in self.components if part.name == name), None)
-
-    def detect(self, keys: Mapping[str, Any] | Iterable[str]) -> Component | None:
-        """The component whose original layout the tensor names `keys` show, or None."""
-        present = keys if isinstance(keys, Mapping) else set(keys)
-        return next((part for part in self.components if part.detects(present)), None)
 
 
 def resolve(reference: str) -> Any:
@@ -151,15 +139,6 @@ def family_named(name: str) -> Family:
     if name not in known:
         raise UsageError(f"no family is called {name!r}", expected=", ".join(known), hint="porter families")
     return known[name]
-
-
-def detect(keys: Mapping[str, Any] | Iterable[str]) -> tuple[Family, Component] | None:
-    """The family and component whose original layout the tensor names `keys` show, or None."""
-    present = keys if isinstance(keys, Mapping) else set(keys)
-    for family in families().values():
-        if component := family.detect(present):
-            return family, component
-    return None
 
 
 def proof(family: Family) -> list[str]:

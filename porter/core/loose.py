@@ -1,154 +1,207 @@
-"""Sources without a model_index.json: one component's folder, or original files told by their tensor names."""
+"""Sources without a model_index.json: components told by their configs, original files by their tensor names."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from porter.core.architectures import SURE, Guess, Part, guesses, parts, telling
-from porter.core.checkpoint import Header
+from porter.core.architectures import Guess, Part, parts, telling
+from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.errors import BadInputError, UsageError
-from porter.core.family import Component, Family, detect, families
-from porter.core.layout import find_weights, highlights
-from porter.core.plan import ComponentPlan
+from porter.core.family import Family, families
+from porter.core.libraries import LIBRARIES, library_has
+from porter.core.originals import Known, belongs, named_by_class, named_by_file
+from porter.core.plan import ComponentPlan, Layout, Status
 from porter.core.port import MANIFEST
 from porter.core.source import Source
-from porter.core.survey import INDEX, Survey, judge, known_component, leftovers, measure, pointer_note, totals
+from porter.core.survey import INDEX, Survey, component, known_component, leftovers
+from porter.core.weights import CHECKPOINTS, Read, WeightSet, read_set, totals, weight_sets
 
-CHECKPOINTS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+MAX_SETS = 200  # checkpoints of one source that are looked into; more are listed by name
 
 
-def one_component(source: Source) -> Survey:
-    """A folder with one component's config.json and weights."""
-    config = source.json("config.json")
-    names = [config.get("_class_name"), *(config.get("architectures") or ())] if isinstance(config, dict) else []
-    class_name = next((name for name in names if isinstance(name, str)), None)
-    if class_name is None:
-        raise BadInputError(
-            "config.json names no class", expected="`_class_name` or `architectures`", hint="name the pipeline's folder"
-        )
-    known = known_component(None, "", class_name)
-    weights = find_weights(source.files, "")
-    library = "diffusers" if "_class_name" in config else "transformers"
-    found = Survey(family=next((f for f in families().values() if known in f.components), None))
-    found.warnings.append("one component, not a pipeline: there is no model_index.json")
-    status = judge(found, known.name if known else "model", library, class_name, "diffusers", known,
-                     quantised="quantization_config" in config)  # fmt: skip
-    parameters, dtypes = measure(source, weights.files)
-    found.components.append(
-        ComponentPlan(
-            known.name if known else "model",
-            library,
-            class_name,
-            status,
-            "diffusers",
-            weights.files,
-            sum(source.files[name].size for name in weights.files),
-            parameters,
-            dtypes,
-            None,
-            highlights(config),
-            pointer_note(source, weights.files),
-        )
-    )
+def loose(source: Source) -> Survey:
+    """Checkpoints without an index: one component's folder, or original files anywhere in the source.
+
+    Raises:
+        BadInputError: nothing in it is a checkpoint.
+    """
+    sets = weight_sets(source.files)
+    if not sets:
+        _refuse(source)
+    found = Survey()
+    chosen: dict[str, WeightSet] = {}
+    others: dict[str, list[str]] = {}
+    for one in sets:  # the best set of each stem; standard names of one folder are formats of the same weights
+        key = one.folder + "/*" if one.standard else one.stem
+        if key in chosen:
+            others.setdefault(key, []).append(one.variant or one.kind)
+        else:
+            chosen[key] = one
+    looked = list(chosen.items())[:MAX_SETS]
+    if len(chosen) > MAX_SETS:
+        found.warnings.append(f"{len(chosen)} checkpoints; only the first {MAX_SETS} were looked into")
+    configs = {key: _config(source, one, chosen) for key, one in looked}
+    source.prefetch([name for _, one in looked for name in (*one.files, *([one.index] if one.index else []))])
+    for key, one in looked:
+        note = "also as " + ", ".join(others[key]) if key in others else ""
+        found.components += _components(source, found, one, configs[key], note)
+    whole = {part.name for part in found.components}
+    if found.family and (absent := [part.name for part in found.family.components if part.name not in whole]):
+        found.warnings.append(f"not a whole pipeline; {found.family.title} also has {', '.join(absent)}")
+    elif len(found.components) == 1 and found.components[0].config:
+        found.warnings.append("one component, not a pipeline: there is no model_index.json")
     leftovers(source, found)
     return found
 
 
-def loose_files(source: Source) -> Survey:
-    """Checkpoint files without model_index.json: told by their tensor names."""
-    suffixes = (".safetensors", ".sft") if source.kind == "hub" else CHECKPOINTS
-    roots = [name for name in source.files if "/" not in name and name.endswith(suffixes)]
-    if not roots:
-        _refuse(source)
-    found = Survey()
-    for name in roots:
-        if source.files[name].lfs_pointer:
-            source.path(name)  # raises: the tensor names are not here
-        header, notes = source.header(name)
-        if "pickled" in notes:
-            found.warnings.append(f"{name}: pickled; its tensors were listed without running it")
-        if "code" in notes:
-            found.warnings.append(f"{name}: it names code, which nobody ran: {notes['code']}")
-        if hit := detect(header):
-            found.family = found.family or hit[0]
-            found.components.append(_convertible(source, name, header, *hit))
-        else:
-            found.components += _recognised(source, name, header, found)
-    if found.family:
-        found.pipeline_class = None
-        found.style, found.style_reason = found.family.style, found.family.style_reason
-        here = {part.name for part in found.components}
-        if absent := [part.name for part in found.family.components if part.name not in here]:
-            found.warnings.append(f"not a whole pipeline; {found.family.title} also has {', '.join(absent)}")
-    else:
-        found.style_reason = "unknown architecture: nothing is known that would demand a stage of its own"
-    return found
+def _config(source: Source, one: WeightSet, chosen: Mapping[str, WeightSet]) -> dict[str, Any]:
+    """The config.json beside a set, where it can only be that set's."""
+    name = f"{one.folder}/config.json" if one.folder else "config.json"
+    alone = sum(other.folder == one.folder for other in chosen.values()) == 1
+    if source.kind == "file" or name not in source.files or not (alone or one.standard):
+        return {}
+    config = source.json(name)
+    if not isinstance(config, dict):
+        raise BadInputError(f"{name} is not a JSON object", hint="repair or download it again")
+    return config
 
 
-def _convertible(source: Source, name: str, header: Header, family: Family, known: Component) -> ComponentPlan:
-    """A whole file that one of the catalogue's recipes takes."""
-    config = source.json(f"{known.name}/config.json") if f"{known.name}/config.json" in source.files else {}
-    shapes = {key: info.shape for key, info in header.items()}
-    best = next(iter(guesses(shapes, 1)), None)
-    variant = best.architecture.variant(shapes) if best and best.score >= SURE else None
-    parameters, dtypes = totals(header.values())
-    return ComponentPlan(
-        known.name,
-        known.library,
-        known.class_names[0],
-        "convert",
-        "original",
-        (name,),
-        source.files[name].size,
-        parameters,
-        dtypes,
-        known.recipe,
-        highlights(config),
-        f"told by its tensor names: {family.title}",
-        variant.name if variant else None,
-    )
+def _components(
+    source: Source, found: Survey, one: WeightSet, config: dict[str, Any], note: str
+) -> list[ComponentPlan]:
+    """What one set holds."""
+    read = read_set(source, one)
+    if "pickled" in read.metadata:
+        found.warnings.append(f"{one.files[0]}: pickled; its tensors were listed without running it")
+    if "code" in read.metadata:
+        found.warnings.append(f"{one.files[0]}: it names code, which nobody ran: {read.metadata['code']}")
+    named = [config.get("_class_name"), *(config.get("architectures") or ())] if config else []
+    class_name = next((name for name in named if isinstance(name, str)), None)
+    library = "diffusers" if "_class_name" in config else "transformers" if class_name else None
+    if class_name and library and (library_has(library, class_name) or named_by_class(class_name) is None):
+        known = known_component(None, "", class_name)
+        home = next((family for family in families().values() if known in family.components), None)
+        shared = sum(class_name in part.class_names for f in families().values() for part in f.components) > 1
+        found.family = found.family or (None if shared else home)
+        name = one.folder.rpartition("/")[2] or (known.name if known else "model")
+        return [component(source, found, name, library, class_name, config=config, layout="diffusers", weights=one,
+                          read=read, note=note)]  # fmt: skip
+    if read.header is None:
+        return [_unfetched(source, found, one, config, class_name)]
+    return _by_tensors(source, found, one, read, config, note)
 
 
-def _recognised(source: Source, name: str, header: Header, found: Survey) -> list[ComponentPlan]:
-    """The components of a file that no recipe takes as it is: each told by its names, or the nearest ones given."""
-    told = part_companions(header)
+def _unfetched(
+    source: Source, found: Survey, one: WeightSet, config: dict[str, Any], class_name: str | None
+) -> ComponentPlan:
+    """Git-LFS pointers: told by the class that their config names, or by the file's name."""
+    known = named_by_class(class_name) if class_name else None
+    place: tuple[Family | None, Any] | None
+    place = belongs(known)[1:] if known else named_by_file(one.files[0])
+    family, part = place or (None, None)
+    found.family = found.family or family
+    how = f"told by its config ({class_name})" if known else "told by its file name alone" if part else "nothing known"
+    name = part.name if part else known.component if known else one.stem
+    return component(
+        source, found, name, part.library if part else None, part.class_names[0] if part else None, config=config,
+        layout="original", weights=one, note=f"weights not fetched (Git LFS); {how}",
+    )  # fmt: skip
+
+
+def _by_tensors(
+    source: Source, found: Survey, one: WeightSet, read: Read, config: dict[str, Any], note: str
+) -> list[ComponentPlan]:
+    """The components of a set, each told by its tensor names, or with the nearest known ones."""
+    assert read.header is not None
+    told = part_companions(read.header)
     if told.quantised:
-        found.warnings.append(f"{name}: quantised: {told.quantised}; recipes do not take it")
-    if told.factors > len(header) // 2:
+        found.warnings.append(f"{one.files[0]}: quantised: {told.quantised}; recipes do not take it")
+    if told.factors > len(read.header) // 2:
         found.warnings.append(
-            f"{name}: {told.factors} of {len(header)} tensors are factors of a LoRA, not a model's own"
+            f"{one.files[0]}: {told.factors} of {len(read.header)} tensors are factors of a LoRA, not a model's own"
         )
     pieces = parts({key: info.shape for key, info in told.plain.items()})
-    made = []
-    for piece in pieces:
-        inside = [told.plain[piece.prefix + key] for key in piece.shapes]
-        parameters, dtypes = totals(inside)
-        size = source.files[name].size if len(pieces) == 1 else sum(info.end - info.begin for info in inside)
-        near = tuple(_guess(guess, piece) for guess in piece.guesses)
-        if (best := piece.sure) is None:
-            found.warnings.append(f"{name}: no known layout; its tensors are {_templates(piece.shapes)}")
-            label = name if len(pieces) == 1 else f"{name}: the rest"
-            made.append(ComponentPlan(label, None, None, "port", "unknown", (name,), size, parameters, dtypes, None, {},
-                                      _averaged(piece), None, piece.prefix, near))  # fmt: skip
-            continue
-        known = best.architecture
-        family = families().get(known.family or "")
-        found.family = found.family or family
-        variant = known.variant(piece.shapes)
-        model = variant.name if variant else known.model
-        layout: Literal["original", "diffusers"] = "diffusers" if known.layout == "diffusers" else "original"
-        title = family.title if family else f"shared by several families ({known.class_name})"
-        note = f"{known.layout} layout of {title}, told by {best.score:.0%} of its tensor names"
-        part = family.component(known.component) if family else None
-        class_name = known.class_name if layout == "diffusers" else part.class_names[0] if part else None
-        library = part.library if part else None
-        made.append(ComponentPlan(known.component, library, class_name, "port", layout, (name,), size, parameters,
-                                  dtypes, None, {}, note, model, piece.prefix, near))  # fmt: skip
-    return made
+    return [_piece(source, found, one, piece, read, config, told.plain, told.quantised, len(pieces) == 1, note)
+            for piece in pieces]  # fmt: skip
+
+
+def _piece(
+    source: Source,
+    found: Survey,
+    one: WeightSet,
+    piece: Part,
+    read: Read,
+    config: dict[str, Any],
+    plain: Mapping[str, TensorInfo],
+    quantised: str | None,
+    whole: bool,
+    note: str,
+) -> ComponentPlan:
+    inside = {key: plain[piece.prefix + key] for key in piece.shapes}
+    parameters, dtypes = totals(inside.values())
+    size = sum(source.files[name].size for name in one.files) if whole else sum(dtypes.values())
+    near = tuple(_guess(guess, piece) for guess in piece.guesses)
+    library: str | None = None
+    class_name: str | None = None
+    layout: Layout = "unknown"
+    status: Status = "port"
+    recipe: str | None = None
+    model: str | None = None
+    if (best := piece.sure) is None:
+        found.warnings.append(f"{one.files[0]}: no known layout; its tensors are {_templates(piece.shapes)}")
+        name = one.files[0] if whole else f"{one.files[0]}: the rest"
+        note = _averaged(piece) or note
+    else:
+        known, twin = _settle(found, piece, best)
+        layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
+        variant = known.architecture.variant(piece.shapes)
+        model = variant.name if variant else known.architecture.model
+        name = known.architecture.component
+        if known.component:
+            library, class_name = known.component.library, known.component.class_names[0]
+        if layout == "diffusers":
+            class_name = known.architecture.class_name
+            library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
+            status = "reuse" if library and not quantised else "port"
+            status = "native" if status == "reuse" and known.component and known.component.native else status
+        elif (recipe := known.recipe if not quantised and whole and not piece.prefix else None) is not None:
+            status = "convert"
+        title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
+        words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
+        if twin:
+            words.append(f"the same names and shapes as {twin}")
+        if layout == "diffusers" and not config:
+            words.append("its class needs a config.json")
+        note = "; ".join(words + ([note] if note else []))
+    if not config and (text := f"{name}/config.json") in source.files and source.kind != "file":
+        given = source.json(text)
+        config = given if isinstance(given, dict) else {}
+    found.headers.setdefault(name, inside)
+    return ComponentPlan(
+        name=name, library=library, class_name=class_name, status=status, layout=layout, files=one.files, bytes=size,
+        parameters=parameters, dtypes=dtypes, recipe=recipe, config=config, note=note, model=model,
+        prefix=piece.prefix, guesses=near, quantised=quantised,
+    )  # fmt: skip
+
+
+def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
+    """The best guess's family, and what it cannot be told from: an equal layout of another family."""
+    equal = [
+        guess for guess in piece.guesses[1:]
+        if guess.score == best.score and guess.architecture.templates == best.architecture.templates
+        and guess.architecture.family != best.architecture.family
+    ]  # fmt: skip
+    known = belongs(best.architecture)
+    if equal and found.family and any(guess.architecture.family == found.family.name for guess in equal):
+        return belongs(next(g.architecture for g in equal if g.architecture.family == found.family.name)), ""
+    twin = " and ".join(f"{guess.architecture.family} {guess.architecture.component}" for guess in equal)
+    if not equal:
+        found.family = found.family or known.family
+    return known, twin
 
 
 def _guess(guess: Guess, piece: Part) -> dict[str, Any]:

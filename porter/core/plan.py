@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from porter.core.errors import BadInputError
 from porter.core.family import Style
 from porter.core.risks import Risk
 from porter.core.source import Source, open_source
 
+if TYPE_CHECKING:
+    from porter.core.survey import Survey
+
 SCHEMA = "porter.plan/1"
+Layout = Literal["original", "diffusers", "none", "elsewhere", "unknown"]
 Status = Literal["native", "reuse", "convert", "port", "missing"]
 STATUS_MEANING: Mapping[str, str] = {
     "native": "in the target layout; runs on the native runtime",
     "reuse": "used as it is, through its library's class",
     "convert": "in the original layout; a recipe converts it",
-    "port": "nothing known: a recipe or a class has to be written",
+    "port": "no recipe or no class is known: one has to be written",
     "missing": "named by the pipeline, but no weights are here",
 }
 
@@ -34,19 +38,26 @@ class ComponentPlan:
         bytes: their size together; the real size where only Git-LFS pointers are here.
         parameters: elements of all its tensors, None where no header could be read.
         dtypes: bytes per safetensors dtype code.
-        layout: the layout its weights are in.
+        layout: the layout its weights are in; `none` for what has none, `elsewhere` for another repository.
         recipe: `"module:attribute"` of the recipe that converts it.
-        config: the entries of its config that say most.
+        config: its whole config.
         model: the released model that its tensor names and shapes show, where they show one.
         prefix: what stands before its tensors' names in a file that holds several components.
         guesses: for tensors that are no known layout, the architectures that come closest, best first.
+        shared: tensors that stand for another one as well, as `name = kept name`.
+        unusual: config key -> [value, the class's default] where they differ.
+        custom_code: the repository's file or module that defines its class; it is never imported.
+        quantised: how its weights are packed.
+        location: the other repository that a modular index names for it.
+        licence: the licence of its own folder, else the source's.
+        gated: whether the source asks for terms to be accepted.
     """
 
     name: str
     library: str | None
     class_name: str | None
     status: Status
-    layout: Literal["original", "diffusers", "none", "unknown"]
+    layout: Layout
     files: tuple[str, ...]
     bytes: int
     parameters: int | None
@@ -57,15 +68,53 @@ class ComponentPlan:
     model: str | None = None
     prefix: str = ""
     guesses: tuple[dict[str, Any], ...] = ()
+    shared: tuple[str, ...] = ()
+    unusual: dict[str, list[Any]] | None = None
+    custom_code: str | None = None
+    quantised: str | None = None
+    location: str | None = None
+    licence: str | None = None
+    gated: bool = False
+
+    def replace(self, **changes: Any) -> ComponentPlan:
+        """The same with other values."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Kin:
+    """The closest known family.
+
+    Attributes:
+        score: structural similarity, 0 to 1 (`porter.core.similarity`).
+        reusable: whether it covers 80 % and more: extend it instead of starting anew.
+        differences: what matters, one line each.
+    """
+
+    family: str
+    title: str
+    score: float
+    reusable: bool
+    differences: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PortPlan:
-    """A whole plan; `to_json` and `from_json` keep all of it."""
+    """A whole plan; `to_json` and `from_json` keep all of it.
+
+    Attributes:
+        content: size of every file by its path: what the plan was made from, and what a later step checks.
+        settings: entries of the index that are no components.
+        licence: what is declared (`license`, `license_name`, `license_link`), and files that hold terms.
+        gated: how the source is gated, None where it is not.
+        memory: `porter.core.memory.Memory` as JSON, where it was asked for.
+        checklist: `porter.core.checklist.Checklist` as JSON, where a target was named.
+    """
 
     source: str
     kind: str
     revision: str | None
+    subfolder: str | None
     pipeline_class: str | None
     family: str | None
     style: Style
@@ -74,16 +123,23 @@ class PortPlan:
     files: int
     bytes: int
     parameters: int | None
+    closest: Kin | None
+    licence: dict[str, Any]
+    gated: str | None
+    settings: dict[str, Any]
     risks: tuple[Risk, ...]
     warnings: tuple[str, ...]
     next: tuple[str, ...]
+    content: dict[str, int]
+    memory: dict[str, Any] | None = None
+    checklist: dict[str, Any] | None = None
 
     def component(self, name: str) -> ComponentPlan | None:
         """The component called `name`, or None."""
         return next((part for part in self.components if part.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as a JSON document."""
+        """The plan as a JSON document; its schema is docs/plan.schema.json."""
         return {"schema": SCHEMA, **json.loads(json.dumps(asdict(self)))}
 
     @classmethod
@@ -96,27 +152,33 @@ class PortPlan:
         if document.get("schema") != SCHEMA:
             raise BadInputError("not a plan", expected=SCHEMA, found=str(document.get("schema")), hint="porter plan")
         rest = {key: value for key, value in document.items() if key != "schema"}
-        parts = rest.get("components", ())
-        risks = rest.get("risks", ())
-        own, inner, risky = ({field.name for field in fields(kind)} for kind in (PortPlan, ComponentPlan, Risk))
+        parts, risks, kin = rest.get("components", ()), rest.get("risks", ()), rest.get("closest")
+        own, inner, risky, near = ({f.name for f in fields(kind)} for kind in (PortPlan, ComponentPlan, Risk, Kin))
         pairs = [(own, rest), *((inner, part) for part in parts), *((risky, risk) for risk in risks)]
-        for wanted, given in pairs:
-            if set(given) != wanted:
-                odd = ", ".join(sorted(wanted ^ set(given)))
+        for wanted, given in [*pairs, *([(near, kin)] if kin is not None else [])]:
+            if not isinstance(given, dict) or set(given) != wanted:
+                odd = ", ".join(sorted(wanted ^ set(given))) if isinstance(given, dict) else repr(given)[:60]
                 raise BadInputError("a plan with missing or unknown keys", found=odd, hint="porter plan -o plan.json")
-        built = tuple(
-            ComponentPlan(**{**part, "files": tuple(part["files"]), "guesses": tuple(part["guesses"])})
-            for part in parts
-        )
-        lists = {name: tuple(rest[name]) for name in ("warnings", "next")}
-        return cls(**{**rest, **lists, "components": built, "risks": tuple(Risk(**risk) for risk in risks)})
+        lists = ("files", "guesses", "shared")
+        built = tuple(ComponentPlan(**{**part, **{key: tuple(part[key]) for key in lists}}) for part in parts)
+        closest = Kin(**{**kin, "differences": tuple(kin["differences"])}) if kin is not None else None
+        whole = {
+            **rest, **{name: tuple(rest[name]) for name in ("warnings", "next")},
+            "components": built, "risks": tuple(Risk(**risk) for risk in risks), "closest": closest,
+        }  # fmt: skip
+        return cls(**whole)
 
 
 def plan(
-    model: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    offline: bool | None = None,
 ) -> PortPlan:
     """The plan of `model`: a hub id, a folder, a file or `builtin:<name>`. See `make_plan` and `open_source`."""
-    return make_plan(open_source(model, revision=revision, token=token, offline=offline))
+    return make_plan(open_source(model, revision=revision, subfolder=subfolder, token=token, offline=offline))
 
 
 def make_plan(source: Source) -> PortPlan:
@@ -125,35 +187,58 @@ def make_plan(source: Source) -> PortPlan:
     Raises:
         BadInputError: not a pipeline, or a file that breaks its format.
     """
+    from porter.core.similarity import closest
+    from porter.core.style import style_of
     from porter.core.survey import survey
+    from porter.core.terms import terms
 
     found = survey(source)
-    parts = found.components
+    licence, gate = terms(source)
+    parts = [_with_terms(source, part, licence, gate) for part in found.components]
+    found.components = parts
+    if gate:
+        found.warnings.append(f"gated repository ({gate}): its terms hold for every port of it")
     known = [part.parameters for part in parts if part.parameters is not None]
+    style, reason = style_of(found)
     return PortPlan(
         source=source.spec,
         kind=source.kind,
         revision=source.revision,
+        subfolder=source.subfolder,
         pipeline_class=found.pipeline_class,
         family=found.family.name if found.family else None,
-        style=found.style,
-        style_reason=found.style_reason,
+        style=style,
+        style_reason=reason,
         components=tuple(parts),
         files=len(source.files),
         bytes=sum(part.bytes for part in parts),
         parameters=sum(known) if known else None,
+        closest=closest(found),
+        licence=licence,
+        gated=gate,
+        settings=found.settings,
         risks=tuple(found.risks()),
         warnings=tuple(found.warnings),
-        next=tuple(_next_commands(source, parts, found.is_port)),
+        next=tuple(_next_commands(source, found)),
+        content={name: info.size for name, info in source.files.items()},
     )
 
 
-def _next_commands(source: Source, parts: list[ComponentPlan], is_port: bool) -> list[str]:
+def _with_terms(source: Source, part: ComponentPlan, licence: Mapping[str, Any], gate: str | None) -> ComponentPlan:
+    own = next((name for name in source.files if name.startswith(f"{part.name}/LICEN")), None)
+    stated = licence.get("license_name") or licence.get("license")
+    return part.replace(licence=own or (str(stated) if stated else None), gated=gate is not None)
+
+
+def _next_commands(source: Source, found: Survey) -> list[str]:
     """Commands to paste, the most useful first."""
+    parts = found.components
     model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
     pin = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
-    if is_port:
-        return [f"porter parity {model}", f'porter generate {model} "a prompt"']
+    pin += f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
+    if found.is_port:
+        run = [f'porter generate {model} "a prompt"'] if found.pipeline_class else []
+        return [f"porter parity {model}", *run]
     if any(source.files[name].lfs_pointer for part in parts for name in part.files):
         return [f"git -C {shlex.quote(source.spec)} lfs pull", f"porter plan {model}"]
     if any(part.status == "convert" for part in parts):
@@ -161,6 +246,8 @@ def _next_commands(source: Source, parts: list[ComponentPlan], is_port: bool) ->
         config = " --config CONFIG.json" if bare else ""
         only = f" --component {parts[0].name}" if bare and len(parts) > 1 else ""
         return [f"porter convert {model}{pin}{only}{config} -o {port}"]
+    if location := next((part.location for part in parts if part.location), None):
+        return [f"porter plan {shlex.quote('/'.join(location.partition('@')[0].split('/')[:2]))}"]
     if any(part.status in ("port", "missing") for part in parts) or source.kind == "file":
         return ["porter families"]
     if source.kind == "hub":

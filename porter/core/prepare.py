@@ -12,11 +12,11 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
 from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation
-from porter.core.layout import WEIGHT_SUFFIXES
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST
 from porter.core.recipe import Recipe, compile_recipe
 from porter.core.source import Source
+from porter.core.weights import WEIGHT_SUFFIXES
 
 _CARRIED = re.compile(r"(README|LICEN[SC]E|NOTICE|COPYING|USE_POLICY|MODEL_CARD)[^/]*", re.IGNORECASE)
 

@@ -169,7 +169,11 @@ def _against_defaults(name: str, config: Config, source: ClassSource) -> Iterabl
             continue
         if source.file.startswith("diffusers/models"):
             yield Risk(
-                name, 12, key, default, f"not in the config: the class's default {default!r} holds ({source.file})"
+                name,
+                12,
+                key,
+                jsonable(default),
+                f"not in the config: the class's default {default!r} holds ({source.file})",
             )
 
 
@@ -178,12 +182,17 @@ def unusual(config: Config, source: ClassSource | None) -> dict[str, tuple[Any, 
     if source is None:
         return {}
     return {
-        key: (value, source.defaults[key])
+        key: (value, jsonable(source.defaults[key]))
         for key, value in config.items()
-        if key in source.defaults and _plain(value) != _plain(source.defaults[key])
+        if key in source.defaults and jsonable(value) != jsonable(source.defaults[key])
     }
 
 
-def _plain(value: Any) -> Any:
-    """Lists for tuples, so that JSON and Python compare."""
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def jsonable(value: Any) -> Any:
+    """A default as JSON has it, so that the two compare: lists for tuples, text for what JSON cannot say."""
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    finite = not isinstance(value, float) or value - value == 0
+    return value if finite and isinstance(value, str | int | float | bool | None) else repr(value)

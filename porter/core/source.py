@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,7 @@ class Source(ABC):
         spec: the name that opens it again from any folder (local paths are absolute).
         given: the name as the user typed it.
         revision: the commit, for a hub source.
+        subfolder: the folder inside the source that is looked at alone.
         files: every file by its path inside the source, in sorted order.
         declared: what the place itself says about the model (hub: licence, gating).
     """
@@ -40,6 +41,7 @@ class Source(ABC):
     spec: str
     given: str
     revision: str | None = None
+    subfolder: str | None = None
     files: Mapping[str, FileInfo]
     declared: Mapping[str, Any]
 
@@ -81,6 +83,10 @@ class Source(ABC):
         """
         self._known(name)
         return read_json(self._json_path(name))
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says which JSON files and headers will be asked for next; a remote source fetches them at once."""
+        return
 
     def _known(self, name: str) -> FileInfo:
         if name not in self.files:
@@ -132,14 +138,56 @@ class LocalSource(Source):
         return self.root / name
 
 
+class Subfolder(Source):
+    """One folder of another source, as if it were the whole."""
+
+    def __init__(self, whole: Source, folder: str) -> None:
+        prefix = folder.strip("/") + "/"
+        self._whole, self._prefix = whole, prefix
+        self.kind, self.spec, self.given, self.revision = whole.kind, whole.spec, whole.given, whole.revision
+        self.subfolder, self.declared = folder.strip("/"), whole.declared
+        self.files = {name.removeprefix(prefix): info for name, info in whole.files.items() if name.startswith(prefix)}
+        if not self.files:
+            places = sorted({name.split("/")[0] for name in whole.files if "/" in name})
+            raise MissingError(
+                f"{whole.given} holds no folder {folder}", expected=", ".join(places[:8]) or "a folder with files",
+                hint=f"porter plan {whole.given}",
+            )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        return f"{self._whole.name}-{self.subfolder}".replace("/", "-")
+
+    def path(self, name: str) -> Path:
+        return self._whole.path(self._prefix + name)
+
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        return self._whole.header(self._prefix + name)
+
+    def json(self, name: str) -> Any:
+        return self._whole.json(self._prefix + name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self._whole.prefetch([self._prefix + name for name in names])
+
+    def _json_path(self, name: str) -> Path:
+        return self._whole._json_path(self._prefix + name)
+
+
 def open_source(
-    model: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    offline: bool | None = None,
 ) -> Source:
-    """Opens `model`: `builtin:<name>`, an existing folder or file, or else a hub id `owner/name`.
+    """Opens `model`: `builtin:<name>`, an existing folder or file, a saved plan, or else a hub id `owner/name`.
 
     Args:
         model: what the user typed.
         revision: branch, tag or commit, for a hub id only.
+        subfolder: look at this folder of it alone.
         token: hub token; the stored one by default.
         offline: use only the hub's cache; None asks HF_HUB_OFFLINE.
 
@@ -147,10 +195,15 @@ def open_source(
         MissingError: no such path, embedded model or repository; unreachable.
         AccessError: a gated or private repository.
         UsageError: a revision of something that is not on the hub.
-        BadInputError: an empty folder, a symbolic link that leaves the tree.
+        BadInputError: an empty folder, a symbolic link that leaves the tree, a plan that no longer holds.
     """
     given = str(model)
     printable(given)
+    whole = _open(given, revision, token, offline)
+    return Subfolder(whole, subfolder) if subfolder else whole
+
+
+def _open(given: str, revision: str | None, token: str | None, offline: bool | None) -> Source:
     if given.startswith(builtin.PREFIX):
         root = builtin.locate(given.removeprefix(builtin.PREFIX))
         if root is None:
@@ -159,6 +212,12 @@ def open_source(
         _no_revision(revision, given)
         return LocalSource("builtin", root, list_files(root), spec=given, given=given)
     try:
+        if given.endswith(".json") and (path := Path(given).expanduser()).is_file():
+            from porter.core.planned import is_plan, open_planned
+
+            if is_plan(path):
+                _no_revision(revision, given)
+                return open_planned(path, token=token, offline=offline)
         if (local := _open_local(Path(given).expanduser(), given)) is not None:
             _no_revision(revision, given)
             return local

@@ -1,7 +1,7 @@
 """`--verify`: the written component loaded by its real class, strictly, and the conversion undone once.
 
 The one place outside parity and the runtime where a library's class is imported, and only classes of the libraries that
-`porter.core.layout` allows.
+`porter.core.libraries` allows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from porter.core.checkpoint import read_bytes, read_header
 from porter.core.errors import BadInputError, CheckFailed
 from porter.core.execute import execute
 from porter.core.jobs import Job
-from porter.core.layout import LIBRARIES
+from porter.core.libraries import LIBRARIES
 from porter.core.ops import TORCH_NAMES
 from porter.core.staging import Staging
 

@@ -86,8 +86,9 @@ class Case:
     convert: int
 
 
+ENCODERS = ("text_encoder", "text_encoder_2")
 CASES = [
-    Case("not-a-pipeline", lambda m: remove("model_index.json", FLUX, AE)(m), ("not a pipeline",), 6, 6),
+    Case("not-a-pipeline", remove("model_index.json", FLUX, AE, *ENCODERS), ("not a pipeline",), 6, 6),
     Case("empty-folder", lambda m: remove(*(p.name for p in m.iterdir()))(m), ("empty folder",), 6, 6),
     Case("index-is-no-json", write("model_index.json", "{"), ("model_index.json", "JSON"), 6, 6),
     Case("index-is-no-object", write("model_index.json", "[1]"), ("pipeline class",), 6, 6),

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from porter.core import family as module
+from porter.core.architectures import guesses
 from porter.core.errors import BadInputError, UsageError
-from porter.core.family import Component, Family, detect, families, family_named, proof, resolve
+from porter.core.family import Component, Family, families, family_named, proof, resolve
+from porter.core.originals import belongs
 from porter.core.source import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +27,7 @@ def test_every_folder_of_the_catalogue_is_a_family() -> None:
     for family in families().values():
         assert family.components and family.license_hint
         for part in family.components:
-            assert part.class_names and bool(part.recipe) == bool(part.detector) <= bool(part.original_files)
+            assert part.class_names and bool(part.recipe) == bool(part.original_class) <= bool(part.original_files)
 
 
 def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None:
@@ -53,11 +55,12 @@ def test_original_files_are_told_by_their_tensor_names() -> None:
     source = open_source("builtin:tiny-flux")
     for name in ("flux1-tiny.safetensors", "ae.safetensors"):
         header, _ = source.header(name)
-        hits = [(f.name, p.name) for f in families().values() for p in f.components if p.detects(header)]
-        found = detect(header)
-        assert found is not None and hits == [(found[0].name, found[1].name)]
-    assert detect(source.header("text_encoder/model.safetensors")[0]) is None
-    assert detect([]) is None
+        best = guesses({key: info.shape for key, info in header.items()}, 1)[0]
+        known = belongs(best.architecture)
+        assert known.recipe and known.family and known.family.name == "flux1"
+    encoder = source.header("text_encoder/model.safetensors")[0]
+    best = guesses({key: info.shape for key, info in encoder.items()}, 1)[0]
+    assert belongs(best.architecture).recipe is None
 
 
 def record(name: str, pipeline: str) -> Family:

@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from porter import builtin
-from porter.core.errors import BadInputError, CheckpointError, MissingError
-from porter.core.layout import Weights, find_weights, library_has, missing_shards, weightless
+from porter.core.errors import BadInputError, CheckpointError
+from porter.core.layout import weightless
+from porter.core.libraries import library_has
 from porter.core.plan import PortPlan, plan
 from porter.core.version import VERSION
+from porter.core.weights import WeightSet, weight_sets
 
 TINY = builtin.locate("tiny-flux")
 assert TINY is not None
@@ -77,7 +79,10 @@ def edit(path: Path, **changes: object) -> None:
 def test_original_files_without_model_index(copy: Path) -> None:
     (copy / "model_index.json").unlink()
     found = plan(copy)
-    assert {part.name: part.status for part in found.components} == {"transformer": "convert", "vae": "convert"}
+    assert {part.name: part.status for part in found.components} == {
+        "transformer": "convert", "vae": "convert", "text_encoder": "reuse", "text_encoder_2": "reuse",
+    }  # fmt: skip
+    assert found.family == "flux1" and found.pipeline_class is None
     assert any("not a whole pipeline" in line for line in found.warnings)
 
 
@@ -114,7 +119,7 @@ def test_unknown_class_unknown_library_and_missing_weights(copy: Path) -> None:
     assert "feature_extractor" not in status
     assert found.style == "Hybrid" and "vae" in found.style_reason
     text = "\n".join(found.warnings)
-    for word in ("HyperTransformer9D", "never runs it", "no weights found", "feature_extractor", "never run:"):
+    for word in ("HyperTransformer9D", "never run", "no weights found", "feature_extractor", "never run:"):
         assert word in text
 
 
@@ -141,16 +146,16 @@ def test_variants_shards_and_pickles(copy: Path) -> None:
     folder = copy / "transformer"
     one = {"a": numpy.zeros(4, "float16")}
     for i in (1, 3):
-        save_file(one, folder / f"diffusion_pytorch_model-0000{i}-of-00003.safetensors")
+        save_file({f"a{i}": one["a"]}, folder / f"diffusion_pytorch_model-0000{i}-of-00003.safetensors")
     save_file(one, folder / "diffusion_pytorch_model.fp16.safetensors")
     (copy / "text_encoder" / "model.safetensors").rename(copy / "text_encoder" / "pytorch_model.bin")
     found = plan(copy)
     transformer, encoder = found.component("transformer"), found.component("text_encoder")
     assert transformer and encoder
     assert len(transformer.files) == 2 and transformer.note == "also as fp16"
-    assert encoder.parameters is None and encoder.files == ("text_encoder/pytorch_model.bin",)
+    assert encoder.files == ("text_encoder/pytorch_model.bin",)
     text = "\n".join(found.warnings)
-    assert "shards 2 are missing" in text and "never unpickled" in text
+    assert "shards 2 are missing" in text and "without running it" in text
 
 
 def test_quantised_components_are_not_taken(copy: Path) -> None:
@@ -208,22 +213,24 @@ def test_lfs_pointers_have_their_real_sizes(copy: Path) -> None:
     assert encoder and encoder.parameters is None
     assert found.next[0] == f"git -C {copy} lfs pull"
     (copy / "model_index.json").unlink()
-    with pytest.raises(MissingError, match="LFS pointer"):
-        plan(copy)
+    bare = plan(copy)
+    part = bare.component("transformer")
+    assert part and part.bytes == 23802932552 and "told by its file name alone" in part.note
+    assert bare.family == "flux1" and bare.next[0] == f"git -C {copy} lfs pull"
 
 
 def test_weight_names() -> None:
-    names = [
-        "u/model.fp16.safetensors",
-        "u/model.safetensors",
-        "u/pytorch_model.bin",
-        "u/sub/model.safetensors",
-        "v/x.json",
-    ]
-    assert find_weights(names, "u") == Weights(("u/model.safetensors",), None, False, ("fp16",))
-    assert find_weights(names[:1], "u") == Weights(("u/model.fp16.safetensors",), "fp16", False, ())
-    assert find_weights(names, "v") == Weights()
-    assert missing_shards(["model-00001-of-00002.safetensors"]) == [2]
+    names = ["u/model.fp16.safetensors", "u/model.safetensors", "u/pytorch_model.bin", "u/sub/model.safetensors"]
+    assert [one.files[0] for one in weight_sets(names, "u")] == [names[1], names[0], names[2]]
+    assert weight_sets(names[:1], "u") == [WeightSet("u/model", "safetensors", "fp16", tuple(names[:1]))]
+    assert weight_sets(names, "v") == [] and len(weight_sets(names)) == 4
+    assert weight_sets(["Wan2.1_VAE.pth"]) == [WeightSet("Wan2.1_VAE", "pth", "", ("Wan2.1_VAE.pth",))]
+    shard = "model-00001-of-00002.safetensors"
+    assert weight_sets([shard]) == [WeightSet("model", "safetensors", "", (shard,), (2,))]
+    for index in ("model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"):
+        for shard in ("model.fp16-00001-of-00001.safetensors", "model-00001-of-00001.fp16.safetensors"):
+            assert weight_sets([shard, index]) == [WeightSet("model", "safetensors", "fp16", (shard,), (), index)]
+    assert weight_sets(["m-00001-of-99999999999.safetensors"])[0].missing == ()  # no such shard name: a name of its own
     assert weightless("CLIPTokenizerFast") and weightless("EulerDiscreteScheduler") and not weightless("CLIPTextModel")
 
 

@@ -1,0 +1,128 @@
+"""What the installed diffusers and transformers say of their classes, read from their source text."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from functools import cache
+
+from porter.core.defaults import class_block, file_bytes, library_root, listed_files
+
+LIBRARIES = ("diffusers", "transformers")
+_PLAIN_TYPES = (
+    "Union",
+    "Optional",
+    "None",
+    "bool",
+    "int",
+    "float",
+    "str",
+    "list",
+    "dict",
+    "List",
+    "Dict",
+    "Any",
+    "Tuple",
+)
+
+
+@cache
+def library_has(library: str, class_name: str) -> bool | None:
+    """Whether the installed `library` defines `class_name`, from its source text and without importing it.
+
+    None where the library is not installed.
+    """
+    root = library_root(library) if library in LIBRARIES else None
+    if root is None:
+        return None
+    if re.search(rb"[\"']" + re.escape(class_name).encode() + rb"[\"']", file_bytes(root / "__init__.py")):
+        return True
+    names = {class_name, class_name.removesuffix("Fast")}
+    pattern = re.compile(rb"[\"'(](" + "|".join(map(re.escape, names)).encode() + rb")[\"']")
+    automatic = sorted((root / "models" / "auto").glob("*.py"))
+    if any(pattern.search(file_bytes(file)) for file in automatic):
+        return True
+    # A class outside the automatic tables: the folder that its name begins with (`CLIPTextModelWithProjection` → clip).
+    lowered = class_name.lower()
+    folders = (folder for folder in (root / "models").glob("*/") if lowered.startswith(folder.name.replace("_", "")))
+    definition = re.compile(rb"^class (" + "|".join(map(re.escape, names)).encode() + rb")\b", re.MULTILINE)
+    return any(definition.search(file_bytes(file)) for folder in folders for file in sorted(folder.glob("*.py")))
+
+
+@cache
+def pipeline_module_has(module: str, class_name: str) -> bool:
+    """Whether `diffusers.pipelines.<module>` defines `class_name`.
+
+    A model_index.json may name such a module where a library's name stands (`["stable_diffusion", …SafetyChecker]`).
+    """
+    root = library_root("diffusers")
+    if root is None or not module.isidentifier() or not class_name.isidentifier():
+        return False
+    return any(class_block(file_bytes(file), class_name) for file in sorted((root / "pipelines" / module).glob("*.py")))
+
+
+@cache
+def pipeline_components(class_name: str) -> Mapping[str, tuple[str, ...]] | None:
+    """Role -> class names that a diffusers pipeline's constructor asks for; None where diffusers has none such."""
+    root = library_root("diffusers")
+    if root is None or not class_name.isidentifier():
+        return None
+    for package in listed_files(root / "pipelines", class_name):
+        for file in sorted(package.with_suffix("").glob("*.py")):
+            block = class_block(file_bytes(file), class_name)
+            if block:
+                return _roles(block[1])
+    return None
+
+
+def _roles(block: bytes) -> Mapping[str, tuple[str, ...]]:
+    """The constructor's arguments whose annotation names classes."""
+    head = block[: (block.find(b"super().__init__") + 1) or None]
+    found: dict[str, tuple[str, ...]] = {}
+    try:
+        tree = ast.parse(head.rsplit(b"\n", 1)[0] + b"\n        pass\n" if head is not block else head)
+    except SyntaxError:
+        return found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            for argument in (*node.args.args[1:], *node.args.kwonlyargs):
+                names = _class_names(argument.annotation)
+                if names:
+                    found[argument.arg] = names
+            break
+    return found
+
+
+def _class_names(annotation: ast.expr | None) -> tuple[str, ...]:
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        try:
+            annotation = ast.parse(annotation.value, mode="eval").body
+        except SyntaxError:
+            return ()
+    if annotation is None:
+        return ()
+    words = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)]
+    words += [node.attr for node in ast.walk(annotation) if isinstance(node, ast.Attribute)]
+    return tuple(dict.fromkeys(word for word in words if word not in _PLAIN_TYPES and word[:1].isupper()))
+
+
+@cache
+def tied_weights(class_name: str, model_type: str) -> Mapping[str, str]:
+    """Tensor name -> the tensor it is tied to, as a transformers class declares it (`_tied_weights_keys`)."""
+    root = library_root("transformers")
+    if root is None or not re.fullmatch(r"\w+", class_name) or not re.fullmatch(r"[\w-]+", model_type):
+        return {}
+    plain = model_type.replace("-", "_")
+    folders = [root / "models" / plain[:end] for end in range(len(plain), 1, -1)]
+    for file in (file for folder in folders if folder.is_dir() for file in sorted(folder.glob("modeling_*.py"))):
+        block = class_block(file_bytes(file), class_name)
+        if block is None:
+            continue
+        stated = re.search(rb"\b_tied_weights_keys\b[^=\n]*=\s*(\{[^}]*\})", block[1])
+        try:
+            table = ast.literal_eval(stated[1].decode()) if stated else {}
+        except (ValueError, SyntaxError):
+            return {}
+        return {str(name): str(kept) for name, kept in table.items()} if isinstance(table, dict) else {}
+    return {}

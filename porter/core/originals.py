@@ -1,0 +1,85 @@
+"""Original-layout files: which component of which family their tensor names show, and whether a recipe takes them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import NamedTuple
+
+from porter.core.architectures import SURE, Architecture, architectures, guesses
+from porter.core.family import Component, Family, families
+from porter.core.source import Source
+from porter.core.weights import WeightSet, read_set, weight_sets
+
+
+class Known(NamedTuple):
+    """An architecture with the family and component of the catalogue that it belongs to."""
+
+    architecture: Architecture
+    family: Family | None
+    component: Component | None
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe that takes this layout."""
+        part = self.component
+        return part.recipe if part and part.original_class == self.architecture.class_name else None
+
+
+def original_of(source: Source, known: Component, claimed: set[str]) -> WeightSet | None:
+    """The weights outside any component's folder that are `known` in its original layout: by name, then by tensors."""
+    sets = [
+        one for one in weight_sets(source.files, "") if not claimed & set(one.files) and _rank(known, one) is not None
+    ]
+    for one in sorted(sets, key=lambda one: (_rank(known, one), one.stem)):
+        header = read_set(source, one).header
+        if header is None:  # a Git-LFS pointer: its name is all there is
+            return one
+        best = next(iter(guesses({name: info.shape for name, info in header.items()}, 1)), None)
+        if best and best.score >= SURE and _is(best.architecture, known):
+            return one
+    return None
+
+
+def _rank(known: Component, one: WeightSet) -> int | None:
+    base = one.files[0].rpartition("/")[2].lower()
+    return next((i for i, pattern in enumerate(known.original_files) if fnmatchcase(base, pattern)), None)
+
+
+def _is(found: Architecture, known: Component) -> bool:
+    if found.layout == "diffusers" or found.component != known.name:
+        return False
+    return known.original_class in (None, found.class_name)
+
+
+def belongs(found: Architecture) -> Known:
+    """The family and component of an architecture; families with a recipe for it first, where several share it."""
+    homes = [family for family in families().values() if found.family in (None, family.name)]
+    pairs = [(family, part) for family in homes for part in family.components if part.name == found.component]
+    if found.layout == "diffusers":
+        pairs = [(family, part) for family, part in pairs if found.class_name in part.class_names]
+    else:
+        for family, part in pairs:
+            if part.recipe and part.original_class == found.class_name:
+                return Known(found, family, part)
+    if found.family is None:  # shared by families: none of them owns it
+        return Known(found, None, None)
+    return next((Known(found, *pair) for pair in pairs), Known(found, families().get(found.family), None))
+
+
+@cache
+def named_by_class(class_name: str) -> Architecture | None:
+    """The architecture that a class of this name writes: for configs whose weights were not fetched."""
+    return next((known for known in architectures() if known.class_name == class_name), None)
+
+
+def named_by_file(name: str) -> tuple[Family, Component] | None:
+    """The component whose original files are called like `name`; only where no other family's are."""
+    base = name.rpartition("/")[2].lower()
+    found = [
+        (family, part)
+        for family in families().values()
+        for part in family.components
+        if any(fnmatchcase(base, pattern) for pattern in part.original_files)
+    ]
+    return found[0] if len(found) == 1 else None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """The console of results (stdout). Honours NO_COLOR and FORCE_COLOR; 140 columns where there is no terminal."""
+    """The console of results (stdout). Honours NO_COLOR, FORCE_COLOR and COLUMNS; 140 columns without a terminal."""
     return _console(stderr=False)
 
 
@@ -41,18 +41,49 @@ def _console(*, stderr: bool) -> Console:
             return super().render_str(visible(text), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    return Ours(file=stream, width=None if stream.isatty() else 140, highlight=False, soft_wrap=not stream.isatty())
+    known = stream.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Ours(file=stream, width=None if known else 140, highlight=False, soft_wrap=not known)
 
 
-def table(*columns: str, right: Sequence[str] = (), cut: Sequence[str] = ()) -> Table:
-    """A plain table; the columns named in `right` are right-aligned, those in `cut` are shortened with `…`."""
+def fact(
+    screen: Console, label: str, value: str, *, style: str = "", label_only: bool = False, wrap: bool = True
+) -> None:
+    """One line `label     value`; a long value goes on under its own beginning.
+
+    Args:
+        style: of the whole line, or of the label alone.
+        wrap: False for what is made to be pasted.
+    """
+    from rich.text import Text
+
+    shown = visible(value).replace("\n", "\\n").replace("\t", "\\t")
+    room = screen.width - LABEL
+    rows = [shown]
+    if wrap and not screen.soft_wrap and room > 20:
+        plain = Text(shown)
+        rows = [row.plain.rstrip() for row in plain.wrap(screen, room)] or [""]
+    for number, row in enumerate(rows):
+        line = Text((label if number == 0 else "").ljust(LABEL), style=style)
+        line.append(row, style="default not bold" if style and label_only else "")
+        screen.print(line, soft_wrap=True)
+
+
+LABEL = 10  # columns of a fact's label
+
+
+def table(*columns: str, right: Sequence[str] = (), cut: Sequence[str] = (), fold: Sequence[str] = ()) -> Table:
+    """A plain table: columns in `right` are right-aligned, those in `cut` shortened with `…`, in `fold` broken."""
     from rich import box
     from rich.table import Table
 
     built = Table(box=box.SIMPLE_HEAD, expand=bool(cut), pad_edge=False, header_style="bold", show_edge=False)
     for name in columns:
         justify: JustifyMethod = "right" if name in right else "left"
-        built.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", ratio=1 if name in cut else None)
+        broken = name in fold
+        built.add_column(
+            name, justify=justify, no_wrap=not broken, overflow="fold" if broken else "ellipsis",
+            ratio=1 if name in cut else None,
+        )  # fmt: skip
     return built
 
 

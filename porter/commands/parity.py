@@ -71,7 +71,10 @@ def command(
     from parity.run import compare_port
     from porter.commands._render import console, notes, print_json
     from porter.core.errors import CheckFailed, MissingError, UsageError
+    from porter.core.planned import is_plan, port_of
 
+    if is_plan(port):
+        port = port_of(port)
     if prompt and any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UsageError("the prompt is not UTF-8", found=ascii(prompt), hint="type it again in a UTF-8 terminal")
     if source is not None and reference_repo is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple
@@ -69,8 +70,13 @@ def belongs(found: Architecture) -> Known:
 
 @cache
 def named_by_class(class_name: str) -> Architecture | None:
-    """The architecture that a class of this name writes: for configs whose weights were not fetched."""
-    return next((known for known in architectures() if known.class_name == class_name), None)
+    """The architecture that a class of this name writes: for configs whose weights were not fetched.
+
+    Where classes of several families share the name, the family with most layouts of it.
+    """
+    found = [known for known in architectures() if known.class_name == class_name]
+    homes = Counter(known.family for known in found)
+    return max(found, key=lambda known: homes[known.family], default=None)
 
 
 def named_by_file(name: str) -> tuple[Family, Component] | None:

@@ -72,7 +72,7 @@ def port_of(path: Path) -> Path:
     plan = read_plan(path)
     if plan.kind == "folder" and is_manifest(Path(plan.source) / MANIFEST):
         return Path(plan.source)
-    name = f"{plan.source.rstrip('/').replace(':', '/').rpartition('/')[2]}"
+    name = plan.source.rstrip("/").replace(":", "/").rpartition("/")[2]
     stem = Path(name).stem if plan.kind == "file" else name
     stem = f"{stem}-{plan.subfolder}".replace("/", "-") if plan.subfolder else stem
     for folder in (Path(f"{stem}-port"), path.parent / f"{stem}-port"):

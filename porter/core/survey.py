@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from porter.core.architectures import architectures
 from porter.core.checkpoint import TensorInfo
 from porter.core.defaults import ClassSource, class_source, config_source
 from porter.core.errors import BadInputError, PorterError
@@ -115,6 +116,7 @@ def component(
             count = _count_by_config(known, config)
     if header is not None:
         found.headers[name] = header
+        more.setdefault("model", _released(class_name, header) if layout == "diffusers" else None)
     built = ComponentPlan(
         name=name,
         library=library,
@@ -211,6 +213,16 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     method = str(stated.get("quant_method", "unknown"))
     bits = "nf4" if stated.get("bnb_4bit_quant_type") == "nf4" else "4-bit" if stated.get("load_in_4bit") else ""
     return f"{method} {bits}".strip()[:60]
+
+
+def _released(class_name: str | None, header: Mapping[str, TensorInfo]) -> str | None:
+    """The released model that the tensors of a class show, where its variants are known."""
+    shapes = {name: info.shape for name, info in header.items()}
+    for known in architectures():
+        theirs = known.class_name == class_name and known.layout.startswith(("diffusers", "transformers"))
+        if theirs and (variant := known.variant(shapes)):
+            return variant.name
+    return None
 
 
 def _tied(part: ComponentPlan, header: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from porter import cli
-from porter.core.plan import PortPlan, plan
+from porter.core.plan import ComponentPlan, PortPlan, plan
 
 
 def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +62,67 @@ def test_markup_in_names_is_text(tmp_path: Path, tiny_flux: Path, capsys: pytest
     assert "[red]model[/nothing]" in capsys.readouterr().out
     assert cli.main(["plan", str(model / "none[/bold]")]) == 4
     assert "none[/bold]" in capsys.readouterr().err
+
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "plan.schema.json").read_text())
+
+
+def hostile(tmp_path: Path, tiny_flux: Path) -> Path:
+    """A model whose names try to be markup, table cells, mentions and lines of their own."""
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "m|`od`el"))
+    index = json.loads((model / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "Auto|encoder`KL`\n# Title <script>@all"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    return model
+
+
+def test_the_document_follows_its_schema(tmp_path: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = jsonschema.Draft202012Validator(SCHEMA)
+    sources = ["builtin:tiny-flux", str(tiny_flux / "ae.safetensors"), str(hostile(tmp_path, tiny_flux))]
+    for source in sources:
+        cli.main(["plan", source, "--json"])
+        check.validate(json.loads(capsys.readouterr().out))
+    document = plan("builtin:tiny-flux").to_json()
+    for broken in ({**document, "more": 1}, {**document, "bytes": "12"}, {**document, "schema": "porter.plan/2"}):
+        assert not check.is_valid(broken)
+    described = set(SCHEMA["properties"]["components"]["items"]["properties"])
+    assert described == {field.name for field in dataclasses.fields(ComponentPlan)}
+
+
+@pytest.mark.parametrize("columns", [80, 140, 200])
+def test_it_fits_the_terminal(
+    columns: int, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["plan", str(tiny_flux)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    free = [line for line in lines if line.startswith(("next", str(tiny_flux)))]  # made to be pasted: never broken
+    assert len(free) == 2 and max(len(line) for line in lines if line not in free) <= columns
+    heads = next(line.split() for line in lines if line.startswith("component"))
+    assert ("files" in heads, "dtypes" in heads, "config" in heads) == (columns > 80, columns > 80, columns == 200)
+    assert any("FlowMatchEulerDiscreteScheduler" in line for line in lines)
+
+
+def test_markdown_for_a_pull_request(tmp_path: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "builtin:tiny-flux", "--markdown"]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "## Port plan of `builtin:tiny-flux`", "| transformer | diffusers | `FluxTransformer2DModel` | 5.22 M | BF16 |",
+        "`conversions.flux1.recipe:TRANSFORMER`", "### Risks",
+        "```sh\nporter convert builtin:tiny-flux -o tiny-flux-port",
+    ):  # fmt: skip
+        assert words in shown, words
+    assert cli.main(["plan", str(hostile(tmp_path, tiny_flux)), "--markdown"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n# Title" not in shown and "<script>" not in re.sub(r"(`+).*?\1", "", shown)
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (9, 5) for row in rows), rows
+    assert cli.main(["plan", "builtin:tiny-flux", "--markdown", "--json"]) == 2
+    capsys.readouterr()
+
+
+def test_a_subfolder_alone(tmp_path: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_flux, tmp_path / "both" / "first")
+    assert cli.main(["plan", str(tmp_path / "both"), "--subfolder", "first"]) == 0
+    shown = capsys.readouterr().out
+    assert "(first)" in shown and shown.splitlines()[-1].startswith("next") and "FluxPipeline" in shown

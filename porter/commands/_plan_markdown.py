@@ -1,0 +1,82 @@
+"""A plan as Markdown, made to paste into a pull request; whatever a model's files say is shown as text."""
+
+from __future__ import annotations
+
+import re
+
+from porter.commands._render import human_bytes, human_count
+from porter.core.errors import visible
+from porter.core.plan import STATUS_MEANING, PortPlan
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&@:-])")
+
+
+def text(value: object) -> str:
+    """A value as plain Markdown text: nothing in it is markup, a mention, a link or a line break."""
+    return _SPECIAL.sub(r"\\\1", visible(str(value)).replace("\r", " ").replace("\n", " ").replace("\t", " "))
+
+
+def code(value: object) -> str:
+    """A value as inline code, whatever backticks it holds; inside a table a bar is escaped too."""
+    plain = visible(str(value)).replace("\r", " ").replace("\n", " ").replace("|", "\\|") or " "
+    longest = max((len(run) for run in re.findall(r"`+", plain)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if longest else ""
+    return f"{fence}{pad}{plain}{pad}{fence}"
+
+
+def to_markdown(plan: PortPlan) -> str:
+    """The plan as one Markdown document."""
+    where = f" at {code(plan.revision)}" if plan.revision else ""
+    inner = f", folder {code(plan.subfolder)}" if plan.subfolder else ""
+    stated = plan.licence.get("license_name") or plan.licence.get("license") or "none stated"
+    size = f"{human_count(plan.parameters)} parameters, " if plan.parameters is not None else ""
+    lines = [
+        f"## Port plan of {code(plan.source)}",
+        "",
+        f"- **Source**: {plan.kind}{where}{inner}, {plan.files} files, {size}{human_bytes(plan.bytes)} of weights",
+        f"- **Pipeline**: {code(plan.pipeline_class or 'none named')}, family {text(plan.family or 'unknown')}",
+        f"- **Style**: {plan.style} ({text(plan.style_reason)})",
+        f"- **Licence**: {text(stated)}" + (f", gated ({text(plan.gated)})" if plan.gated else ""),
+    ]
+    if plan.closest:
+        rule = "reuse or extend" if plan.closest.reusable else "a family of its own"
+        lines.append(f"- **Closest family**: {text(plan.closest.title)}, {plan.closest.score:.0%} alike: {rule}")
+        lines += [f"  - {text(line)}" for line in plan.closest.differences]
+    lines += ["", "| component | library | class | parameters | dtypes | size | status | recipe |",
+              "|---|---|---|--:|---|--:|---|---|"]  # fmt: skip
+    for part in plan.components:
+        cells = (
+            text(part.name), text(part.library or "–"), code(part.class_name or "?"),
+            human_count(part.parameters) if part.layout not in ("none", "elsewhere") else "–",
+            " ".join(part.dtypes) or "–", human_bytes(part.bytes), part.status,
+            code(part.recipe) if part.recipe else text(part.location or "–"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        *(f"- *{status}*: {STATUS_MEANING[status]}" for status in sorted({p.status for p in plan.components})),
+    ]
+    notes = [f"- {text(part.name)}: {text(part.note)}" for part in plan.components if part.note]
+    notes += [f"- {text(part.name)}: tied, {text(line)}" for part in plan.components for line in part.shared]
+    lines += ["", "### Notes", "", *notes] if notes else []
+    if plan.memory:
+        from porter.commands._memory import memory_markdown
+
+        lines += ["", "### Memory", "", *memory_markdown(plan.memory)]
+    if plan.risks:
+        lines += ["", "### Risks", "", "| pitfall | where | value | what goes wrong |", "|--:|---|---|---|"]
+        lines += [
+            f"| {risk.pitfall} | {code(f'{risk.component}.{risk.key}')} | {code(str(risk.value)[:60])} |"
+            f" {text(risk.text)} |"
+            for risk in plan.risks
+        ]
+    if plan.warnings:
+        lines += ["", "### Warnings", "", *(f"- {text(line)}" for line in plan.warnings)]
+    if plan.checklist:
+        from porter.commands._checklist import to_markdown as checklist_markdown
+        from porter.core.checklist import Checklist
+
+        lines += ["", checklist_markdown(Checklist.from_json(plan.checklist)).strip()]
+    lines += ["", "### Next", "", "```sh", *(visible(line).replace("```", "` ` `") for line in plan.next), "```"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,277 @@
+"""How models really lie around: shards and indexes, nested and modular pipelines, original repositories, LFS clones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from porter.core.architectures import architectures
+from porter.core.errors import BadInputError, CheckpointError, MissingError, UsageError
+from porter.core.plan import plan
+from tests.core.test_architectures import names_of, sparse
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5678\n"
+ONE = numpy.zeros((2, 2), "float16")
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def weights(path: Path, *names: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict.fromkeys(names or ("a.weight",), ONE), path)
+    return path
+
+
+def original(folder: Path, file: str, family: str | None, component: str, layout: str = "original", **kw: Any) -> None:
+    known = next(
+        k for k in architectures()
+        if (k.family, k.component, k.layout) == (family, component, layout) and kw.get("model") in (None, k.model)
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    sparse(folder / file, names_of(known))
+
+
+@pytest.fixture
+def sharded(tiny_flux: Path, tmp_path: Path) -> Path:
+    """The embedded model with a transformer in three shards and their index."""
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+    folder = model / "transformer"
+    places = {}
+    for i in (1, 2, 3):
+        name = f"diffusion_pytorch_model-0000{i}-of-00003.safetensors"
+        weights(folder / name, f"t{i}.weight")
+        places[f"t{i}.weight"] = name
+    write(folder / "diffusion_pytorch_model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    return model
+
+
+def index_of(model: Path) -> Path:
+    return model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+
+
+def test_shards_with_an_index_are_one_component(sharded: Path) -> None:
+    part = plan(sharded).component("transformer")
+    assert part and len(part.files) == 3 and part.parameters == 12
+
+
+@pytest.mark.parametrize(
+    "shard", ["../../secret.safetensors", "/etc/passwd", "a\\b.safetensors", "", "c:x.safetensors"]
+)
+def test_an_index_may_not_leave_its_folder(sharded: Path, shard: str) -> None:
+    document = json.loads(index_of(sharded).read_text())
+    document["weight_map"]["t1.weight"] = shard
+    write(index_of(sharded), document)
+    with pytest.raises(BadInputError, match="outside its folder"):
+        plan(sharded)
+
+
+def test_index_and_shards_must_agree(sharded: Path) -> None:
+    good = json.loads(index_of(sharded).read_text())
+    for change, words in (
+        ({"t2.weight": good["weight_map"]["t1.weight"]}, "lies in"),
+        ({"t9.weight": good["weight_map"]["t1.weight"]}, "is in no shard"),
+    ):
+        write(index_of(sharded), {"weight_map": {**good["weight_map"], **change}})
+        with pytest.raises(CheckpointError, match=words):
+            plan(sharded)
+    for broken in ([], {"weight_map": []}, {"weight_map": {"a": 3}}):
+        write(index_of(sharded), broken)
+        with pytest.raises(BadInputError, match="no index of shards"):
+            plan(sharded)
+    write(index_of(sharded), good)
+    weights(sharded / "transformer" / "diffusion_pytorch_model-00003-of-00003.safetensors", "t1.weight")
+    with pytest.raises(CheckpointError, match="another shard too"):
+        plan(sharded)
+
+
+def test_a_modular_pipeline_lives_in_other_repositories(tmp_path: Path) -> None:
+    entry = {"type_hint": ["diffusers", "UNet2DConditionModel"], "subfolder": "unet", "revision": "abc"}
+    write(tmp_path / "m" / "modular_model_index.json", {
+        "_class_name": "StableDiffusionXLModularPipeline", "_blocks_class_name": "StableDiffusionXLAutoBlocks",
+        "unet": [None, None, {**entry, "pretrained_model_name_or_path": "owner/base"}],
+        "vae": ["diffusers", "AutoencoderKL", {"repo": "owner/vae", "subfolder": ""}],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler", {"subfolder": "scheduler"}],
+        "force_zeros_for_empty_prompt": True,
+    })  # fmt: skip
+    write(tmp_path / "m" / "scheduler" / "scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"})
+    found = plan(tmp_path / "m")
+    unet, vae, scheduler = (found.component(name) for name in ("unet", "vae", "scheduler"))
+    assert unet and vae and scheduler
+    assert (unet.class_name, unet.layout, unet.location) == ("UNet2DConditionModel", "elsewhere", "owner/base/unet@abc")
+    assert (vae.location, vae.status) == ("owner/vae", "reuse") and scheduler.location is None
+    assert found.settings == {"force_zeros_for_empty_prompt": True} and found.next == ("porter plan owner/base",)
+
+
+def test_several_pipelines_in_one_folder_are_planned_one_at_a_time(tiny_flux: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(tiny_flux, tmp_path / "m" / name)
+    with pytest.raises(UsageError, match="holds 2") as caught:
+        plan(tmp_path / "m")
+    assert caught.value.hint == f"porter plan {tmp_path / 'm'} --subfolder a"
+    found = plan(tmp_path / "m", subfolder="b")
+    assert found.pipeline_class == "FluxPipeline" and found.subfolder == "b"
+    assert found.components[0].files == ("scheduler/scheduler_config.json",)
+    with pytest.raises(MissingError, match="holds no folder c"):
+        plan(tmp_path / "m", subfolder="c")
+
+
+def test_a_pipeline_as_a_component(tiny_flux: Path, tmp_path: Path) -> None:
+    write(tmp_path / "m" / "model_index.json", {"_class_name": "OuterPipeline", "prior": ["diffusers", "FluxPipeline"]})
+    shutil.copytree(tiny_flux, tmp_path / "m" / "prior")
+    found = plan(tmp_path / "m")
+    part = found.component("prior/transformer")
+    assert part and part.files == ("prior/flux1-tiny.safetensors",) and part.status == "convert"
+    assert found.component("prior/text_encoder")
+
+
+def test_an_original_repository_with_shards_configs_and_pickles(tmp_path: Path) -> None:
+    """As Wan's own: a sharded transformer with its class in config.json, and torch files beside it."""
+    model = tmp_path / "Wan2.1-T2V-14B"
+    known = next(k for k in architectures() if (k.family, k.layout, k.class_name) == ("wan", "original", "WanModel"))
+    names = list(names_of(known).items())
+    cut = len(names) // 2
+    model.mkdir()
+    places = {}
+    for i, part in enumerate((names[:cut], names[cut:]), 1):
+        file = f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"
+        sparse(model / file, dict(part))
+        places |= {name: file for name, _ in part}
+    write(model / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": places})
+    write(model / "config.json", {"_class_name": "WanModel", "dim": 1536, "model_type": "t2v"})
+    write(model / "models_t5_umt5-xxl-enc-bf16.pth", POINTER)
+    write(model / "Wan2.1_VAE.pth", POINTER)
+    write(model / "google" / "umt5-xxl" / "tokenizer.json", {})
+    found = plan(model)
+    by_name = {part.name: part for part in found.components}
+    assert found.family == "wan" and set(by_name) == {"transformer", "text_encoder", "vae"}
+    assert by_name["transformer"].layout == "original" and len(by_name["transformer"].files) == 2
+    assert by_name["transformer"].config["dim"] == 1536 and by_name["transformer"].status == "port"
+    assert "file name alone" in by_name["vae"].note and by_name["vae"].bytes == 5678
+    assert any("also has" in line and "scheduler" in line for line in found.warnings)
+    for file in model.glob("*.safetensors"):
+        write(file, POINTER)
+    clone = plan(model).component("transformer")
+    assert clone and "told by its config (WanModel)" in clone.note and clone.class_name == "WanTransformer3DModel"
+
+
+def test_checkpoints_in_folders_of_their_own(tmp_path: Path) -> None:
+    """As files repackaged for a node-based interface: no config, one folder a kind."""
+    model = tmp_path / "split_files"
+    original(model / "diffusion_models", "x_bf16.safetensors", "flux1", "transformer")
+    original(model / "vae", "y.safetensors", None, "vae", model="FLUX.1")
+    original(
+        model / "text_encoders",
+        "t5xxl_fp16.safetensors",
+        None,
+        "text_encoder",
+        "diffusers",
+        model="T5 v1.1 XXL encoder",
+    )
+    found = plan(model)
+    assert [(part.name, part.status, part.class_name) for part in found.components] == [
+        ("transformer", "convert", "FluxTransformer2DModel"), ("text_encoder", "reuse", "T5EncoderModel"),
+        ("vae", "convert", "AutoencoderKL"),
+    ]  # fmt: skip
+    assert found.family == "flux1" and found.pipeline_class is None
+
+
+def test_families_that_share_a_pipeline_class_are_told_by_a_config(tmp_path: Path) -> None:
+    for width, family in ((768, "sd1"), (1024, "sd2")):
+        model = tmp_path / family
+        write(model / "model_index.json", {
+            "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        })  # fmt: skip
+        write(model / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", "cross_attention_dim": width})
+        weights(model / "unet" / "diffusion_pytorch_model.safetensors")
+        weights(model / "safety_checker" / "model.safetensors")
+        found = plan(model)
+        assert found.family == family
+        checker = found.component("safety_checker")
+        assert checker and checker.custom_code is None and checker.status == "reuse"
+
+
+def test_code_of_a_repository_is_flagged_and_never_imported(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    write(model / "model_index.json", {
+        "_class_name": ["pipeline_own", "OwnPipeline"], "transformer": ["own_model", "OwnTransformer"],
+        "text_encoder": ["transformers", "NoSuchModel"], "vae": ["somewhere.else", "VAE"],
+    })  # fmt: skip
+    bomb = "raise SystemExit('ran')"
+    write(model / "pipeline_own.py", bomb)
+    write(model / "transformer" / "own_model.py", bomb)
+    write(model / "text_encoder" / "modeling_own.py", bomb)
+    write(model / "text_encoder" / "config.json", {"auto_map": {"AutoModel": "modeling_own.NoSuchModel"}})
+    for name in ("transformer", "text_encoder", "vae"):
+        weights(model / name / "model.safetensors")
+    found = plan(model)
+    assert found.pipeline_class == "OwnPipeline"
+    code = {part.name: part.custom_code for part in found.components}
+    assert code == {
+        "transformer": "transformer/own_model.py", "text_encoder": "text_encoder/modeling_own.py",
+        "vae": "module somewhere.else",
+    }  # fmt: skip
+    assert {part.status for part in found.components} == {"port"}
+    assert any("OwnPipeline is code of the repository" in line for line in found.warnings)
+    assert found.style == "Hybrid"
+
+
+def test_tied_tensors(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    entries = {
+        "text_encoder": "T5EncoderModel",
+        "text_encoder_2": "Qwen3ForCausalLM",
+        "text_encoder_3": "LlamaForCausalLM",
+    }
+    write(model / "model_index.json", {"_class_name": "P", **{k: ["transformers", v] for k, v in entries.items()}})
+    write(model / "text_encoder" / "config.json", {"model_type": "t5", "tie_word_embeddings": False})
+    weights(model / "text_encoder" / "model.safetensors", "shared.weight", "encoder.final_layer_norm.weight")
+    write(model / "text_encoder_2" / "config.json", {"model_type": "qwen3", "tie_word_embeddings": True})
+    weights(model / "text_encoder_2" / "model.safetensors", "model.embed_tokens.weight", "model.norm.weight")
+    write(model / "text_encoder_3" / "config.json", {"model_type": "llama", "tie_word_embeddings": False})
+    save_file(
+        {"model.embed_tokens.weight": ONE},
+        model / "text_encoder_3" / "model.safetensors",
+        {"x.weight": "model.embed_tokens.weight"},
+    )
+    found = plan(model)
+    assert {part.name: part.shared for part in found.components} == {
+        "text_encoder": ("encoder.embed_tokens.weight = shared.weight",),
+        "text_encoder_2": ("lm_head.weight = model.embed_tokens.weight",),
+        "text_encoder_3": ("x.weight = model.embed_tokens.weight",),  # as safetensors' save_model notes it
+    }
+
+
+def test_whole_configs_and_what_differs_from_the_class(sharded: Path) -> None:
+    part = plan(sharded).component("transformer")
+    assert part and part.config == json.loads((sharded / "transformer" / "config.json").read_text())
+    assert part.unusual and part.unusual["guidance_embeds"] == [True, False]
+    assert "patch_size" not in part.unusual
+
+
+def test_the_closest_family_and_what_differs(sharded: Path) -> None:
+    kin = plan(sharded).closest
+    assert kin and (kin.family, kin.score, kin.reusable) == ("flux1", 1.0, True)
+    index = json.loads((sharded / "model_index.json").read_text())
+    write(
+        sharded / "model_index.json",
+        {**index, "_class_name": "NewPipeline", "text_encoder_2": ["transformers", "UMT5EncoderModel"]},
+    )
+    weights(sharded / "text_encoder_2" / "model.safetensors", "x.weight")
+    kin = plan(sharded).closest
+    assert kin and kin.family == "flux1" and kin.reusable and 0.8 < kin.score < 1
+    assert any(line.startswith("text_encoder_2: UMT5EncoderModel, where FLUX.1 has T5") for line in kin.differences)
+    write(sharded / "model_index.json", {"_class_name": "NewPipeline", "unet": ["diffusers", "UNet1DModel"]})
+    weights(sharded / "unet" / "diffusion_pytorch_model.safetensors", "x.weight")
+    kin = plan(sharded).closest
+    assert kin is None or (kin.score < 0.8 and not kin.reusable)

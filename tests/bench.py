@@ -27,6 +27,7 @@ import numpy as np
 
 from conversions.flux1.recipe import original_headers
 from porter.core.checkpoint import TensorInfo
+from tests.sparse_models import flux_file, flux_folder
 
 RUNS = 3
 WIDTH = {  # FLUX.1's real width; the number of blocks sets the size
@@ -115,20 +116,24 @@ def conversion(folder: Path, gigabytes: float) -> dict[str, Any]:
     return table("conversion", f"{size / 1e9:.2f} GB bf16, {blocks} + {blocks} blocks", "cp", taken)
 
 
-def startup() -> dict[str, Any]:
-    """porter's start and plan against bare Python and an import of torch."""
+def startup(folder: Path) -> dict[str, Any]:
+    """porter's start and plans against bare Python, its two libraries for the terminal, and an import of torch."""
     porter = str(Path(sys.executable).with_name("porter"))
+    single, whole = flux_file(folder / "flux1-dev.safetensors"), flux_folder(folder / "FLUX.1-dev")
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
+        "python -c 'import click, rich'": [sys.executable, "-c", "import click, rich"],
         "porter --help": [porter, "--help"],
         "porter plan builtin:tiny-flux": [porter, "plan", "builtin:tiny-flux"],
+        "porter plan FOLDER (33.7 GB, sparse)": [porter, "plan", str(whole)],
+        "porter plan FILE (23.8 GB, sparse)": [porter, "plan", str(single)],
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
     }
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(RUNS + 2):
         for name, command in commands.items():
             taken[name].append(timed(command, lambda: None))
-    return table("start-up", "warm", "python -c 'import torch'", taken)
+    return table("start-up and plans", "warm", "python -c 'import click, rich'", taken)
 
 
 def table(title: str, what: str, peer: str, taken: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/bench/cpu.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="porter-bench-", dir=Path.cwd()) as folder:
-        results = {"start-up": startup(), "conversion": conversion(Path(folder), options.gigabytes)}
+        results = {"start-up": startup(Path(folder)), "conversion": conversion(Path(folder), options.gigabytes)}
     environment = {
         "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -10,8 +10,7 @@ from porter.core.family import families, family_of_pipeline
 from porter.core.layout import weightless
 from porter.core.originals import original_of
 from porter.core.plan import ComponentPlan, Layout
-from porter.core.port import MANIFEST, Port, is_manifest
-from porter.core.source import LocalSource, Source
+from porter.core.source import Source
 from porter.core.survey import INDEX, MODULAR_INDEX, Survey, component, known_component, leftovers
 from porter.core.weights import Read, WeightSet, read_set, weight_sets
 
@@ -67,7 +66,6 @@ def pipeline(source: Source, index_name: str = INDEX) -> Survey:
     if inner:
         places = ", ".join(file.rpartition("/")[0] for file in inner[:4])
         found.warnings.append(f"other pipelines lie inside: {places}; --subfolder plans one of them")
-    _evidence(source, found)
     return found
 
 
@@ -219,13 +217,3 @@ def _inner_pipeline(source: Source, found: Survey, name: str, folder: str) -> li
         replace(part, name=f"{name}/{part.name}", files=tuple(f"{folder}/{file}" for file in part.files))
         for part in inner.components
     ]
-
-
-def _evidence(source: Source, found: Survey) -> None:
-    """Whether the folder is a finished port, and what parity said of it."""
-    if isinstance(source, LocalSource) and is_manifest(source.root / MANIFEST):
-        if source.json(MANIFEST).get("direction") == "original":
-            return
-        found.is_port = True
-        if (verdict := Port.open(source.root).verdict()) != "passed":
-            found.warnings.append(f"parity of this port: {verdict}")

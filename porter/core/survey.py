@@ -13,8 +13,9 @@ from porter.core.errors import BadInputError, PorterError
 from porter.core.family import Component, Family, families, resolve
 from porter.core.libraries import LIBRARIES, library_has, pipeline_module_has, tied_weights
 from porter.core.plan import ComponentPlan, Layout, Status
+from porter.core.port import MANIFEST, Port, is_manifest
 from porter.core.risks import Risk, risks_of, unusual
-from porter.core.source import Source
+from porter.core.source import LocalSource, Source
 from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, shared_tensors, totals
 
 INDEX = "model_index.json"
@@ -60,10 +61,23 @@ def survey(source: Source) -> Survey:
         if any(file.startswith(f"{name}/") for file in source.files):
             raise BadInputError(f"{name} is a folder", expected="a JSON file", hint=f"remove {name}/, or repair it")
     if INDEX in source.files:
-        return pipeline(source)
-    if MODULAR_INDEX in source.files:
-        return modular(source)
-    return nested(source) or loose(source)
+        found = pipeline(source)
+    elif MODULAR_INDEX in source.files:
+        found = modular(source)
+    else:
+        found = nested(source) or loose(source)
+    _evidence(source, found)
+    return found
+
+
+def _evidence(source: Source, found: Survey) -> None:
+    """Whether the folder is a finished port, and what parity said of it."""
+    if isinstance(source, LocalSource) and is_manifest(source.root / MANIFEST):
+        if source.json(MANIFEST).get("direction") == "original":
+            return
+        found.is_port = True
+        if (verdict := Port.open(source.root).verdict()) != "passed":
+            found.warnings.append(f"parity of this port: {verdict}")
 
 
 def source_of(part: ComponentPlan) -> ClassSource | None:

@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +16,7 @@ import pytest
 
 from porter import cli
 from porter.core.plan import ComponentPlan, PortPlan, plan
+from tests.sparse_models import flux_file, flux_folder
 
 
 def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +67,8 @@ def test_markup_in_names_is_text(tmp_path: Path, tiny_flux: Path, capsys: pytest
     assert "none[/bold]" in capsys.readouterr().err
 
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "plan.schema.json").read_text())
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
 
 
 def hostile(tmp_path: Path, tiny_flux: Path) -> Path:
@@ -126,3 +130,27 @@ def test_a_subfolder_alone(tmp_path: Path, tiny_flux: Path, capsys: pytest.Captu
     assert cli.main(["plan", str(tmp_path / "both"), "--subfolder", "first"]) == 0
     shown = capsys.readouterr().out
     assert "(first)" in shown and shown.splitlines()[-1].startswith("next") and "FluxPipeline" in shown
+
+
+MEASURED = """
+import resource, sys
+from porter import cli
+code = cli.main(["plan", sys.argv[1], "--json"])
+heavy = {"torch", "diffusers", "transformers", "numpy", "huggingface_hub"} & set(sys.modules)
+print(code, sorted(heavy), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_real_sizes_take_little_memory_and_no_torch(kind: str, tmp_path: Path) -> None:
+    """FLUX.1-dev as a folder of 33.7 GB and as one file of 23.8 GB; how long it takes is in `make bench`."""
+    model = flux_folder(tmp_path / "FLUX.1-dev") if kind == "folder" else flux_file(tmp_path / "flux1-dev.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(model)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    code, heavy, peak = done.stderr.split()
+    assert (code, heavy) == ("0", "[]") and int(peak) < 80 * 1024, done.stderr
+    document = json.loads(done.stdout)
+    part = next(part for part in document["components"] if part["name"] == "transformer")
+    assert part["parameters"] == 11_901_408_320 and part["dtypes"] == {"BF16": 23_802_816_640}
+    assert document["family"] == "flux1" and part["model"].startswith("FLUX.1-dev")

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pytest
 
 from porter.core.architectures import Architecture, architectures, fold, guesses, parts, template
-from porter.core.checkpoint import header_bytes, spec
 from porter.core.family import families
 from porter.core.plan import plan
+from tests.sparse_models import names_of, sparse
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def names_of(known: Architecture) -> Shapes:
-    """Tensor names that fold into an architecture's templates, with its shapes."""
-    made: Shapes = {}
-    for name, kinds in known.templates.items():
-        shapes = [shape for count, shape in kinds for _ in range(count)]
-        for index, shape in enumerate(shapes):
-            made[name.replace("{}", str(index), 1).replace("{}", "0")] = shape
-    return made
 
 
 def by_name(family: str | None, component: str, layout: str, model: str | None = None) -> Architecture:
@@ -32,14 +21,6 @@ def by_name(family: str | None, component: str, layout: str, model: str | None =
         for known in architectures()
         if (known.family, known.component, known.layout) == (family, component, layout) and model in (None, known.model)
     )
-
-
-def sparse(path: Path, shapes: Shapes) -> Path:
-    """A file of the real size that takes no room."""
-    head = header_bytes([spec("BF16", shape, name) for name, shape in shapes.items()], {})
-    path.write_bytes(head)
-    os.truncate(path, len(head) + sum(2 * math.prod(shape) for shape in shapes.values()))
-    return path
 
 
 def test_templates() -> None:

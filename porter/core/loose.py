@@ -171,9 +171,9 @@ def _piece(
         elif (recipe := known.recipe if not quantised and whole and not piece.prefix else None) is not None:
             status = "convert"
         title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
-        words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
         if twin:
-            words.append(f"the same names and shapes as {twin}")
+            class_name, model, title = None, None, f"{twin} alike"
+        words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
         if layout == "diffusers" and not config:
             words.append("its class needs a config.json")
         note = "; ".join(words + ([note] if note else []))
@@ -198,7 +198,8 @@ def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
     known = belongs(best.architecture)
     if equal and found.family and any(guess.architecture.family == found.family.name for guess in equal):
         return belongs(next(g.architecture for g in equal if g.architecture.family == found.family.name)), ""
-    twin = " and ".join(f"{guess.architecture.family} {guess.architecture.component}" for guess in equal)
+    every = [best, *equal] if equal else []
+    twin = " or ".join(f"{each.architecture.class_name} ({each.architecture.family})" for each in every)
     if not equal:
         found.family = found.family or known.family
     return known, twin

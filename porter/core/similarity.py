@@ -32,6 +32,8 @@ def closest(found: Survey) -> Kin | None:
     parts = {part.name: part for part in found.components if not _SECONDARY.search(part.name)}
     if not any(part.class_name or part.guesses for part in parts.values()):
         return None
+    if found.pipeline_class is None and not any(_DENOISER.match(name) or parts[name].guesses for name in parts):
+        return None  # an autoencoder or a text encoder alone is many families' own
     if found.family:
         return _kin(found, found.family, parts)
     ranked = sorted((_kin(found, family, parts) for family in families().values()), key=lambda kin: -kin.score)

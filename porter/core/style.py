@@ -39,6 +39,8 @@ def style_of(found: Survey) -> tuple[Style, str]:
     )
     if kin:
         return "Modular", f"a variant of {kin.title}: callbacks only"
+    if found.pipeline_class is None and not denoisers and all(part.class_name for part in found.components):
+        return "Modular", "no denoiser is here; nothing demands a stage of its own"
     if not found.components or all(part.class_name is None for part in found.components):
         return "Modular", "unknown architecture: nothing is known that would demand a stage of its own"
     return "Modular", "standard text-to-image or -video: encoders, denoiser, decoder"

@@ -97,3 +97,17 @@ def test_a_linear_stored_as_a_convolution_is_another_layout() -> None:
     shapes = names_of(by_name("flux1", "transformer", "original"))
     bent = {name: (*shape, 1, 1) if len(shape) == 2 else shape for name, shape in shapes.items()}
     assert guesses(bent, 1)[0].score < 0.7
+
+
+def test_an_equal_layout_of_two_families_is_named_and_not_chosen(tmp_path: Path) -> None:
+    """Wan's and Qwen-Image's autoencoders have the same names and shapes; beside a transformer the family decides."""
+    vae = names_of(by_name("wan", "vae", "diffusers", "Wan2.1 VAE"))
+    (part,) = plan(sparse(tmp_path / "vae.safetensors", vae)).components
+    assert part.class_name is None and part.model is None
+    assert "AutoencoderKLQwenImage (qwen_image) or AutoencoderKLWan (wan) alike" in part.note
+    sparse(tmp_path / "both" / "a.safetensors", names_of(by_name("wan", "transformer", "diffusers")))
+    sparse(tmp_path / "both" / "b.safetensors", vae)
+    found = plan(tmp_path / "both")
+    assert found.family == "wan" and {part.class_name for part in found.components} == {
+        "WanTransformer3DModel", "AutoencoderKLWan",
+    }  # fmt: skip

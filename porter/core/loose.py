@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from porter.core.architectures import Guess, Part, parts, telling
+from porter.core.architectures import Guess, Part, telling
+from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.errors import BadInputError, UsageError
@@ -46,9 +47,12 @@ def loose(source: Source) -> Survey:
         found.warnings.append(f"{len(chosen)} checkpoints; only the first {MAX_SETS} were looked into")
     configs = {key: _config(source, one, chosen) for key, one in looked}
     source.prefetch([name for _, one in looked for name in (*one.files, *([one.index] if one.index else []))])
-    for key, one in looked:
+    parts: dict[str, list[ComponentPlan]] = {}
+    # The largest first: a denoiser names the family, which then decides about what several families share.
+    for key, one in sorted(looked, key=lambda item: -sum(source.files[name].size for name in item[1].files)):
         note = "also as " + ", ".join(others[key]) if key in others else ""
-        found.components += _components(source, found, one, configs[key], note)
+        parts[key] = _components(source, found, one, configs[key], note)
+    found.components = [part for key, _ in looked for part in parts[key]]
     whole = {part.name for part in found.components}
     if found.family and (absent := [part.name for part in found.family.components if part.name not in whole]):
         found.warnings.append(f"not a whole pipeline; {found.family.title} also has {', '.join(absent)}")
@@ -124,7 +128,7 @@ def _by_tensors(
         found.warnings.append(
             f"{one.files[0]}: {told.factors} of {len(read.header)} tensors are factors of a LoRA, not a model's own"
         )
-    pieces = parts({key: info.shape for key, info in told.plain.items()})
+    pieces = take_apart({key: info.shape for key, info in told.plain.items()})
     return [_piece(source, found, one, piece, read, config, told.plain, told.quantised, len(pieces) == 1, note)
             for piece in pieces]  # fmt: skip
 

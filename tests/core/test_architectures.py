@@ -105,8 +105,8 @@ def test_an_equal_layout_of_two_families_is_named_and_not_chosen(tmp_path: Path)
     (part,) = plan(sparse(tmp_path / "vae.safetensors", vae)).components
     assert part.class_name is None and part.model is None
     assert "AutoencoderKLQwenImage (qwen_image) or AutoencoderKLWan (wan) alike" in part.note
-    sparse(tmp_path / "both" / "a.safetensors", names_of(by_name("wan", "transformer", "diffusers")))
-    sparse(tmp_path / "both" / "b.safetensors", vae)
+    sparse(tmp_path / "both" / "a.safetensors", vae)
+    sparse(tmp_path / "both" / "b.safetensors", names_of(by_name("wan", "transformer", "diffusers")))
     found = plan(tmp_path / "both")
     assert found.family == "wan" and {part.class_name for part in found.components} == {
         "WanTransformer3DModel", "AutoencoderKLWan",

@@ -59,7 +59,8 @@ def pipeline_module_has(module: str, class_name: str) -> bool:
     root = library_root("diffusers")
     if root is None or not module.isidentifier() or not class_name.isidentifier():
         return False
-    return any(class_block(file_bytes(file), class_name) for file in sorted((root / "pipelines" / module).glob("*.py")))
+    places = (root / "pipelines" / module, root / "pipelines" / "deprecated" / module)
+    return any(class_block(file_bytes(file), class_name) for place in places for file in sorted(place.glob("*.py")))
 
 
 @cache

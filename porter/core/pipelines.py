@@ -165,7 +165,7 @@ def _components(source: Source, found: Survey, name: str, entry: Entry, claimed:
     files: tuple[str, ...] = ()
     if chosen is None:
         inside = tuple(file for file in source.files if file.startswith(f"{folder}/"))
-        bare: Layout = "none" if weightless(class_name or "") else "unknown"
+        bare: Layout = "none" if inside and weightless(class_name or "") else "unknown"
         layout = "elsewhere" if elsewhere and not inside else bare
         files = inside if layout == "none" else ()
     else:

@@ -11,6 +11,7 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.defaults import ClassSource, class_source, config_source
 from porter.core.errors import BadInputError, PorterError
 from porter.core.family import Component, Family, families, resolve
+from porter.core.layout import weightless
 from porter.core.libraries import LIBRARIES, library_has, pipeline_module_has, tied_weights
 from porter.core.plan import ComponentPlan, Layout, Status
 from porter.core.port import MANIFEST, Port, is_manifest
@@ -185,7 +186,8 @@ def judge(
             found.warnings.append(f"{name}: the installed {library} has no class {class_name}")
             return "port"
     if layout == "unknown":
-        found.warnings.append(f"{name}: no weights found for {class_name}")
+        what = "files" if weightless(class_name or "") else "weights"
+        found.warnings.append(f"{name}: no {what} found for {class_name}")
         return "missing"
     if layout == "original":
         return "convert" if known and known.recipe and not quantised else "port"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-from porter.core.architectures import architectures, guesses
+from porter.core.architectures import Guess, architectures, guesses
 from porter.core.defaults import class_source
 from porter.core.family import Family, families
 from porter.core.libraries import pipeline_components
@@ -84,9 +84,8 @@ def _share(found: Survey, part: ComponentPlan, names: tuple[str, ...], family: F
     if "Scheduler" in (part.class_name or ""):
         return 0.5, f"{part.class_name}, where {family.title} has {names[0]}"
     said = f"{part.class_name or 'unknown'}, where {family.title} has {names[0]}"
-    header = found.headers.get(part.name)
-    if header is not None:
-        near = guesses({name: info.shape for name, info in header.items()}, 12)
+    if part.name in found.headers:
+        near = _near(found, part.name)
         best = next(
             (g for g in near if family.name == g.architecture.family or g.architecture.class_name in names), None
         )
@@ -101,6 +100,14 @@ def _share(found: Survey, part: ComponentPlan, names: tuple[str, ...], family: F
             # Parameters in common say less than names in common: half of it counts.
             return both / 2, f"{said}; {both:.0%} of the constructor's parameters agree"
     return 0.0, said
+
+
+def _near(found: Survey, name: str) -> list[Guess]:
+    """The architectures nearest to a component; computed once, as every family asks."""
+    if name not in found.near:
+        shapes = {key: info.shape for key, info in found.headers[name].items()}
+        found.near[name] = guesses(shapes, 12)
+    return found.near[name]
 
 
 @cache

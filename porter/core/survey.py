@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from porter.core.architectures import architectures
+from porter.core.architectures import Guess, architectures
 from porter.core.checkpoint import TensorInfo
 from porter.core.defaults import ClassSource, class_source, config_source
 from porter.core.errors import BadInputError, PorterError
@@ -29,7 +29,8 @@ class Survey:
 
     Attributes:
         headers: tensors by component, where a header could be had.
-        model_types: the components by whose code a config is read is `transformers`' own for each `model_type`.
+        near: the architectures nearest to a component, as far as they were asked for.
+        settings: entries of the index that are no components.
     """
 
     pipeline_class: str | None = None
@@ -37,6 +38,7 @@ class Survey:
     components: list[ComponentPlan] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     headers: dict[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
+    near: dict[str, list[Guess]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     is_port: bool = False
 

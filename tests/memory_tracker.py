@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 DEVICE = torch.device("cpu")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -83,7 +84,9 @@ def _forward(module: nn.Module, **given: Any) -> Any:
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """The dtypes that `from_pretrained(dtype=…)` gives: floating parameters and buffers, but for the class's exceptions."""
-    keep = getattr(module, "_keep_in_fp32_modules", None) or ()
+    keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if isinstance(module, PreTrainedModel) and dtype != torch.float16:
+        keep = set()  # transformers keeps them for float16 alone, diffusers for every 16-bit type
     for name, part in module.named_modules():
         for table in (part._parameters, part._buffers):
             for own, old in table.items():

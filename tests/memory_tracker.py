@@ -1,12 +1,12 @@
-"""The oracle of the memory formulas: the real class at its real size, without its weights, under torch's memory tracker.
+"""The oracle of the memory formulas: the real class at its real size, without its weights, under torch's tracker.
 
-The module is built on the meta device, its parameters become fake tensors (`FakeTensorMode`), and one forward runs under
-`torch.distributed._tools.mem_tracker.MemTracker`, which follows every storage from its making to its release.
+The module is built on the meta device, its parameters become fake tensors (`FakeTensorMode`), and one forward runs
+under `torch.distributed._tools.mem_tracker.MemTracker`, which follows every storage from its making to its release.
 
-The fake device is the CPU: fake CUDA tensors cannot even be indexed where torch was built without CUDA. The two functions
-whose kernels on CUDA allocate something else are put right in `_AsOnCuda`: attention is the fused kernel (flash for 16-bit
-types without a mask, memory-efficient otherwise; no matrix of scores), and `rms_norm` is one kernel. What kernels allocate
-inside themselves (cuBLAS and cuDNN workspaces), the allocator's fragmentation and the CUDA context are not seen.
+The fake device is the CPU: fake CUDA tensors cannot even be indexed where torch was built without CUDA. The two
+functions whose kernels on CUDA allocate something else are put right in `_AsOnCuda`: attention is the fused kernel (flash
+for 16-bit types without a mask, memory-efficient otherwise; no matrix of scores), and `rms_norm` is one kernel. What
+kernels allocate inside themselves, the allocator's fragmentation and the CUDA context are not seen.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def measure(
 
     Args:
         build: makes the module; called under `torch.device("meta")`, so nothing is allocated.
-        inputs: keyword arguments. A tuple of ints stands for a tensor of that shape in `dtype`; `(shape, torch.dtype)` for a
-            tensor of another dtype; lists and dicts are followed; everything else is passed on.
+        inputs: keyword arguments. A tuple of ints stands for a tensor of that shape in `dtype`; `(shape, torch.dtype)`
+            for a tensor of another dtype; lists and dicts are followed; everything else is passed on.
         dtype: safetensors code of the dtype that the module is loaded in. Parameters that the class names in
             `_keep_in_fp32_modules` stay in float32, as `from_pretrained` leaves them.
         call: what is run instead of `module(**inputs)`: `call(module, **inputs)`.
@@ -74,8 +74,7 @@ def measure(
             tracker.label("input", *_tensors(given))
         with _AsOnCuda(), tracker:
             (call or _forward)(module, **given)
-        peak = tracker.peak()
-    return peak
+        return tracker.peak()
 
 
 def _forward(module: nn.Module, **given: Any) -> Any:
@@ -83,7 +82,7 @@ def _forward(module: nn.Module, **given: Any) -> Any:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """The dtypes that `from_pretrained(dtype=…)` gives: floating parameters and buffers, but for the class's exceptions."""
+    """The dtypes that `from_pretrained(dtype=…)` gives, with the class's exceptions."""
     keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     if isinstance(module, PreTrainedModel) and dtype != torch.float16:
         keep = set()  # transformers keeps them for float16 alone, diffusers for every 16-bit type
@@ -120,7 +119,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Tracker(MemTracker):
-    """torch's tracker with the peak of the device alone; the peaks of each module, which cost most of its time, are left out."""
+    """torch's tracker with the peak of the device alone; peaks of modules, which cost most of its time, are left out."""
 
     def __init__(self, explain: bool) -> None:
         super().__init__()
@@ -171,9 +170,10 @@ class _Tracker(MemTracker):
     def peak(self) -> Measured:
         snapshot = self._peak_mem_snap[DEVICE]
         return Measured(
-            self._most, sum(size for key, size in snapshot.items() if getattr(key, "value", key) in ("Parameter", "Buffer")),
+            self._most,
+            sum(size for key, size in snapshot.items() if getattr(key, "value", key) in ("Parameter", "Buffer")),
             self._alive,
-        )  # fmt: skip
+        )
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -191,7 +191,7 @@ def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What CUDA's wrapper allocates (aten/src/ATen/native/transformers/attention.cpp): padded copies, the result, its logsumexp."""
+    """What CUDA's wrapper allocates (native/transformers/attention.cpp): padded copies, the result, its logsumexp."""
     batch, heads, length, size = query.shape
     flash = attn_mask is None and query.dtype in (torch.float16, torch.bfloat16)
     if size % 8:  # kernels read whole vectors: the heads are padded, and the result is cut
@@ -206,7 +206,7 @@ def _fused_attention(
 
 
 def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """A mask as the kernel takes it: numbers in the query's dtype, rows padded to 16 elements; expanding it copies nothing."""
+    """A mask as the kernel takes it: numbers in the query's dtype, rows padded to 16 elements, expanded without a copy."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     length = mask.shape[-1]

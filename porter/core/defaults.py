@@ -17,6 +17,9 @@ from typing import Any
 
 # Tables of lazy imports, which name the file of a class.
 _LISTS: Mapping[str, tuple[str, ...]] = {"diffusers": ("models", "schedulers")}
+# What a pipeline does to its latents where it computes both passes of classifier-free guidance in one forward.
+_BATCHED = re.compile(rb"torch\.cat\(\[\w*latents\w*\] \* 2|latents\w*\.repeat\(2\b")
+_SIZES = re.compile(rb"^        self\.default_(height|width|sample_size) = (\d{1,6})$", re.MULTILINE)
 # Where classes of a library stand, in the order of likelihood; only class names that occur there are ever parsed.
 _PLACES: Mapping[str, tuple[str, ...]] = {
     "diffusers": (
@@ -65,6 +68,51 @@ class ClassSource:
     def knows(self, key: str) -> bool:
         """Whether the class takes a parameter of this name."""
         return key in self.defaults or key in self.required
+
+
+@dataclass(frozen=True)
+class CallSource(ClassSource):
+    """What a pipeline's source says of its `__call__`: `defaults` and `required` are of that.
+
+    Attributes:
+        batches_guidance: whether both passes of classifier-free guidance go through the denoiser in one forward.
+        upcasts_decoder: whether an autoencoder whose config says `force_upcast` is computed in float32 after float16.
+        sizes: what its constructor sets as default sizes: `height` and `width` in pixels, `sample_size` in latents.
+    """
+
+    batches_guidance: bool = False
+    upcasts_decoder: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@cache
+def call_source(pipeline_class: str) -> CallSource | None:
+    """How diffusers' `pipeline_class` is called; None where it is not installed or has no `__call__` of its own."""
+    root = _root("diffusers")
+    if root is None or not pipeline_class.isidentifier():
+        return None
+    if f'"{pipeline_class}"'.encode() not in _bytes(root / "pipelines" / "__init__.py"):
+        return None
+    folders = [file.with_suffix("") for file in _listed(root / "pipelines", pipeline_class)]
+    near = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    for file in dict.fromkeys([*near, *sorted(root.glob("pipelines/*/*.py"))]):
+        found = _block(_bytes(file), pipeline_class)
+        signature = found and re.search(rb"^    def __call__\(.*?^    \)", found[1], re.MULTILINE | re.DOTALL)
+        if not found or not signature:
+            continue
+        try:
+            function = ast.parse(signature[0].strip() + b": pass").body[0]
+        except SyntaxError:
+            return None
+        if not isinstance(function, ast.FunctionDef):
+            return None
+        defaults, required = _arguments(function)
+        return CallSource(
+            f"{root.name}/{file.relative_to(root)}:{found[0]}", defaults, tuple(required),
+            batches_guidance=_BATCHED.search(found[1]) is not None, upcasts_decoder=b"force_upcast" in found[1],
+            sizes={name.decode(): int(size) for name, size in _SIZES.findall(found[1])},
+        )  # fmt: skip
+    return None
 
 
 @cache

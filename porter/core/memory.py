@@ -1,0 +1,271 @@
+"""How much device memory a pipeline takes, by arithmetic on configs: weights, activations, and whether it fits.
+
+An estimate counts tensors. The activations of a component are the bytes at the peak of one call of it that are neither
+parameters nor buffers: inputs, temporaries and outputs, in inference, without gradients, in eager execution with fused
+attention. Each class has its own formula, a function of config and workload, in `conversions/*/*memory.py`; a class
+without one is named as not estimated. docs/memory.md says what is left out, and how far formulas and tracker lie apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from porter.core.errors import BadInputError
+from porter.core.workload import ELEMENT, Described, Workload, full_config, is_decoder
+
+__all__ = ["Fits", "Formula", "Memory", "PartMemory", "Sized", "StageMemory", "Workload", "estimate", "formula_of"]
+
+Formula = Callable[[Mapping[str, Any], Workload], int]
+Stage = Literal["text encoding", "image encoding", "denoising", "decoding"]
+Fits = Literal["yes", "with component offload", "with layer offload", "no", "unknown"]
+STAGES: tuple[Stage, ...] = ("text encoding", "image encoding", "denoising", "decoding")
+# Of a device's memory, kept free in the verdict: the CUDA context, libraries' workspaces, the allocator's fragments.
+RESERVE = 10**9
+# Blocks on the device under layer offload: the one that runs, and the one that is fetched meanwhile.
+_BLOCKS_AT_ONCE = 2
+_DEPTHS = (
+    "num_layers", "num_single_layers", "num_refiner_layers", "num_mmdit_layers", "num_single_dit_layers", "n_layers",
+    "n_refiner_layers", "num_hidden_layers", "num_text_blocks", "num_visual_blocks", "depth",
+)  # fmt: skip
+
+
+class Sized(Described, Protocol):
+    """A component with the size of its weights; `ComponentPlan` is one."""
+
+    @property
+    def parameters(self) -> int | None: ...
+    @property
+    def dtypes(self) -> Mapping[str, int]: ...
+    @property
+    def bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PartMemory:
+    """One component that holds weights.
+
+    Attributes:
+        weights: bytes on the device, in the workload's dtype; quantised numbers stay as they are stored.
+        activations: bytes at the peak of one call beside the weights; None where the class has no formula.
+        blocks: repeated blocks that its config names; 1 where it names none.
+        note: what was assumed or left out.
+    """
+
+    name: str
+    class_name: str
+    stage: Stage
+    weights: int
+    activations: int | None
+    blocks: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Peak of one stage, in bytes; activations without a formula count as nothing.
+
+    Attributes:
+        resident: with every component of the pipeline on the device.
+        component_offload: with the running component alone on the device.
+        layer_offload: with two blocks of the running component on the device.
+    """
+
+    stage: Stage
+    resident: int
+    component_offload: int
+    layer_offload: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The whole estimate; `to_json` and `from_json` keep all of it.
+
+    Attributes:
+        weights: bytes of all components together.
+        reserve: bytes of the device that the verdict leaves free.
+        reason: the verdict's figures, and what it leaves out, in one line.
+        assumed: lines on what nobody said: default sizes, guidance, and so on.
+        left_out: names of components whose activations are not estimated.
+    """
+
+    workload: Workload
+    device_memory: int | None
+    weights: int
+    reserve: int
+    components: tuple[PartMemory, ...]
+    stages: tuple[StageMemory, ...]
+    fits: Fits
+    reason: str
+    assumed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Memory:
+        """The inverse of `to_json`.
+
+        Raises:
+            BadInputError: a missing or an unknown key.
+        """
+        parts, stages = document.get("components", ()), document.get("stages", ())
+        pairs: list[tuple[type, Any]] = [(cls, document), (Workload, document.get("workload", {}))]
+        pairs += [(PartMemory, part) for part in parts] + [(StageMemory, stage) for stage in stages]
+        for kind, given in pairs:
+            if odd := set(given) ^ {field.name for field in fields(kind)}:
+                found = ", ".join(sorted(odd))
+                raise BadInputError("a memory estimate with missing or unknown keys", found=found, hint="porter plan")
+        return cls(**{
+            **document,
+            "workload": Workload(**document["workload"]),
+            "components": tuple(PartMemory(**part) for part in parts),
+            "stages": tuple(StageMemory(**stage) for stage in stages),
+            "assumed": tuple(document["assumed"]),
+            "left_out": tuple(document["left_out"]),
+        })  # fmt: skip
+
+
+def estimate(
+    components: Sequence[Sized], workload: Workload, device_memory: int | None = None, assumed: Sequence[str] = ()
+) -> Memory:
+    """Memory of a pipeline made of `components` for one call.
+
+    Args:
+        device_memory: bytes of the device; without it nothing is said about fitting.
+        assumed: what `default_workload` assumed.
+    """
+    parts = tuple(_part(each, workload) for each in components if each.bytes > 0 or each.parameters)
+    total = sum(part.weights for part in parts)
+    stages = tuple(found for stage in STAGES if (found := _stage(stage, parts, total)))
+    left_out = tuple(part.name for part in parts if part.activations is None)
+    fits, reason = _verdict(parts, stages, device_memory)
+    return Memory(workload, device_memory, total, RESERVE, parts, stages, fits, reason, tuple(assumed), left_out)
+
+
+@cache
+def formula_of(class_name: str) -> Formula | None:
+    """The formula of a class, from the one module of the catalogue that names it; None where there is none."""
+    wanted = f'"{class_name}":'.encode()
+    for module, text in _modules():
+        if wanted in text:
+            table: Mapping[str, Formula] = importlib.import_module(module).FORMULAS
+            if class_name in table:
+                return table[class_name]
+    return None
+
+
+@cache
+def _modules() -> tuple[tuple[str, bytes], ...]:
+    """(module name, source) of every file of formulas, without importing any."""
+    spec = find_spec("conversions")
+    root = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    files = [] if root is None else sorted([*root.glob("*/*memory.py"), *root.glob("common/*/memory.py")])
+    return tuple(
+        ("conversions." + ".".join(file.relative_to(root).with_suffix("").parts), file.read_bytes())
+        for file in files
+        if root is not None
+    )
+
+
+def _part(part: Sized, work: Workload) -> PartMemory:
+    stage, notes = _stage_of(part), []
+    name = part.class_name or ""
+    config = full_config(part.library, name, part.config)
+    if stage == "decoding" and work.dtype == "F16" and config.get("force_upcast") and work.upcasts:
+        work = replace(work, dtype="F32")
+        notes.append("force_upcast: computed in float32")
+    if stage == "denoising":
+        work = work.denoised
+    formula, activations = formula_of(name), None
+    if formula is None:
+        notes.append(f"activations not estimated: no formula for {name or 'a component without a class'}")
+    else:
+        try:
+            activations = formula(config, work)
+        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
+            notes.append(f"activations not estimated: its config does not say ({type(error).__name__}: {error})")
+    return PartMemory(part.name, name, stage, _weights(part, work), activations, _blocks(config), "; ".join(notes))
+
+
+def _weights(part: Sized, work: Workload) -> int:
+    """Bytes after loading: floating numbers take the workload's dtype, all others stay."""
+    if not part.dtypes:
+        return part.parameters * work.element if part.parameters else part.bytes
+    return sum(size // ELEMENT[code] * work.element if code in ELEMENT else size for code, size in part.dtypes.items())
+
+
+def _stage_of(part: Sized) -> Stage:
+    """The stage that a component works in, by the names that pipelines give."""
+    name, class_name = part.name, part.class_name or ""
+    if is_decoder(part) or name in ("vocoder", "safety_checker", "watermark", "latent_upsampler"):
+        return "decoding"
+    if name.startswith(("image_encoder", "feature_extractor", "vision")) or "Vision" in class_name:
+        return "image encoding"
+    if name.startswith(("text", "tokenizer", "prompt", "byt5")) or part.library == "transformers":
+        return "text encoding"
+    return "denoising"
+
+
+def _blocks(config: Mapping[str, Any]) -> int:
+    """Repeated blocks by the config's own depths: of the transformer, or of the text model inside."""
+    inner = config.get("text_config")
+    if not any(key in config for key in _DEPTHS) and isinstance(inner, Mapping):
+        config = inner
+    depths = [config.get(key) for key in _DEPTHS]
+    return max(1, sum(depth for depth in depths if isinstance(depth, int) and 0 < depth < 1000))
+
+
+def _stage(stage: Stage, parts: Sequence[PartMemory], total: int) -> StageMemory | None:
+    own = [part for part in parts if part.stage == stage]
+    if not own:
+        return None
+    return StageMemory(
+        stage,
+        total + max(part.activations or 0 for part in own),
+        max(part.weights + (part.activations or 0) for part in own),
+        max(min(part.weights, _BLOCKS_AT_ONCE * part.weights // part.blocks) + (part.activations or 0) for part in own),
+    )
+
+
+def _verdict(parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_memory: int | None) -> tuple[Fits, str]:
+    """The first way that fits, and a line with its figures and those of the ways that do not."""
+    if device_memory is None:
+        return "unknown", "no device memory was given"
+    if not stages:
+        return "unknown", "no component with weights is known"
+    room = device_memory - RESERVE
+    said, found = [], "no"
+    for way, peak in _ways(stages):
+        stage = max(stages, key=peak)
+        need = peak(stage)
+        said.append(f"{way + ': ' if way != 'yes' else ''}{stage.stage} needs {gigabytes(need)}")
+        if need <= room:
+            found = way
+            break
+    text = f"{'; '.join(said)}, of {gigabytes(device_memory)} less {gigabytes(RESERVE)} for the device's own"
+    out = [part for part in parts if part.activations is None]
+    if out:
+        text += f"; leaves out the activations of {', '.join(part.name for part in out)}"
+    if found != "no" and any(part.stage in ("denoising", "decoding") for part in out):
+        found = "unknown"  # what is left out there may be more than all the rest
+    return found, text  # type: ignore[return-value]
+
+
+def _ways(stages: Sequence[StageMemory]) -> Iterator[tuple[Fits, Callable[[StageMemory], int]]]:
+    yield "yes", lambda stage: stage.resident
+    yield "with component offload", lambda stage: stage.component_offload
+    yield "with layer offload", lambda stage: stage.layer_offload
+
+
+def gigabytes(size: int) -> str:
+    """`size` in 10^9 bytes, with one digit."""
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,227 @@
+"""What a pipeline is asked for: dtype, size, frames, batch; with the pipeline's own defaults, read and not imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from porter.core.defaults import Computed, call_source, class_source
+from porter.core.errors import UsageError
+
+# Bytes of one element, by safetensors dtype code.
+ELEMENT: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{end}": (1024 if end == "iB" else 1000) ** power
+    for power, letter in enumerate("KMGT", 1)
+    for end in ("", "B", "iB")
+}
+_VIDEO_FRAMES = 81
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of a pipeline, and what its autoencoder makes of it.
+
+    Attributes:
+        dtype: safetensors code of the dtype that weights are loaded in and computed with: F32, F16, BF16.
+        height, width: of the picture, in pixels.
+        frames: of the video; 1 for a picture.
+        batch: sequences in one forward; the denoiser gets twice as many where guidance is batched.
+        guidance: whether the denoiser computes both passes of classifier-free guidance in one forward.
+        text_tokens: tokens of a prompt, after padding.
+        spatial: pixels per latent position, each way.
+        temporal: frames per latent frame, the first frame standing alone.
+        upcasts: whether the pipeline decodes in float32 after float16 where `force_upcast` is in the config.
+    """
+
+    dtype: str = "BF16"
+    height: int = 1024
+    width: int = 1024
+    frames: int = 1
+    batch: int = 1
+    guidance: bool = False
+    text_tokens: int = 512
+    spatial: int = 8
+    temporal: int = 1
+    upcasts: bool = False
+
+    @property
+    def element(self) -> int:
+        """Bytes of one number of `dtype`."""
+        return ELEMENT[self.dtype]
+
+    @property
+    def latent_height(self) -> int:
+        return max(1, self.height // self.spatial)
+
+    @property
+    def latent_width(self) -> int:
+        return max(1, self.width // self.spatial)
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.frames - 1) // self.temporal + 1
+
+    @property
+    def denoised(self) -> Workload:
+        """The workload of one forward of the denoiser: its batch holds both passes of guidance, where it does."""
+        return replace(self, batch=2 * self.batch, guidance=False) if self.guidance else self
+
+
+class Described(Protocol):
+    """What is known of a component without its weights."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def library(self) -> str | None: ...
+    @property
+    def class_name(self) -> str | None: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `24GB`, `24GiB`, `80G`, `512 MiB` or a plain number; `G` and `GB` are 10^9, `GiB` is 2^30.
+
+    Raises:
+        UsageError: not a positive size.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kKMGT]?(?:i?B)?)\s*", text)
+    unit = _UNITS.get(found[2].replace("k", "K")) if found else None
+    size = int(float(found[1]) * unit) if found and unit else 0
+    if size <= 0:
+        raise UsageError(
+            f"not an amount of memory: {text!r}",
+            expected="a size such as 24GB, 24GiB or 80G",
+            hint="--device-memory 24GB",
+        )
+    return size
+
+
+def full_config(library: str | None, class_name: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the class's own defaults for what it leaves out, where the library is installed."""
+    source = class_source(library, class_name) if library and class_name else None
+    defaults = source.defaults if source else {}
+    return {key: value for key, value in defaults.items() if not isinstance(value, Computed)} | dict(config)
+
+
+def latents_of(config: Mapping[str, Any], work: Workload) -> Workload:
+    """`work` with the compression of an autoencoder, from its full config.
+
+    What the config says outright comes first; else each level but the last halves the picture, and levels that are said
+    to compress time do so by their factor. Patches of the autoencoder count too.
+    """
+    patch = _number(config.get("patch_size")) or 1
+    spatial = _named(config, "spatial_compression_ratio", "scale_factor_spatial", "ffactor_spatial")
+    if spatial is None and (halved := config.get("spatio_temporal_scaling")):
+        spatial = patch * 2 ** sum(map(bool, halved))
+    if spatial is None and (steps := config.get("spatial_expansions")):
+        spatial = math.prod(steps)
+    if spatial is None:
+        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+        spatial = 2 ** (len(widths) - 1) if widths else None
+    temporal = _named(config, "temporal_compression_ratio", "scale_factor_temporal", "ffactor_temporal")
+    if temporal is None and (halved := config.get("spatio_temporal_scaling")):
+        temporal = (_number(config.get("patch_size_t")) or 1) * 2 ** sum(map(bool, halved))
+    if temporal is None and (steps := config.get("temporal_expansions")):
+        temporal = math.prod(steps)
+    if temporal is None and (halved := config.get("temperal_downsample")):
+        temporal = 2 ** sum(map(bool, halved))
+    return replace(work, spatial=int(spatial or work.spatial), temporal=int(temporal or 1))
+
+
+def default_workload(
+    pipeline_class: str | None, components: Iterable[Described], **given: Any
+) -> tuple[Workload, tuple[str, ...]]:
+    """The call that a user makes who sets nothing but `given`, and every assumption as a line.
+
+    Defaults are literals of the installed pipeline's `__call__`; else the denoiser's `sample_size` times the
+    autoencoder's compression; else 1024 x 1024, and 81 frames for a video.
+
+    Args:
+        given: fields of Workload; None counts as not given.
+    """
+    parts = list(components)
+    known = {key: value for key, value in given.items() if value is not None}
+    work, assumed = Workload(), []
+    coder = next((part for part in parts if is_decoder(part)), None)
+    if coder is not None:
+        work = latents_of(full_config(coder.library, coder.class_name, coder.config), work)
+    else:
+        assumed.append(f"no autoencoder: {work.spatial} pixels per latent position")
+    call = call_source(pipeline_class) if pipeline_class else None
+    if pipeline_class and call is None:
+        assumed.append(f"{pipeline_class} is not installed: its defaults are not known")
+    literal = {key: value for key, value in (call.defaults if call else {}).items() if not isinstance(value, Computed)}
+    source = f"{pipeline_class}.__call__"
+    sizes = call.sizes if call else {}
+    square = sizes.get("sample_size", 0) * work.spatial
+    sample = _sample_size(parts, work.spatial) or (0, 0)
+    chosen: dict[str, Any] = {}
+    for key, own in zip(("height", "width"), sample, strict=True):
+        options = (
+            (literal.get(key), source), (sizes.get(key) or square, f"{pipeline_class}'s constructor"),
+            (own, "the denoiser's sample_size"), (1024, "no default is known"),
+        )  # fmt: skip
+        chosen[key], why = next((value, why) for value, why in options if value)
+        if key not in known:
+            assumed.append(f"{key} {chosen[key]} ({why})")
+    video = bool(call and call.knows("num_frames")) or (work.temporal > 1 and call is None)
+    frames = literal.get("num_frames")
+    chosen["frames"] = frames or (_VIDEO_FRAMES if video else 1)
+    if video and "frames" not in known:
+        assumed.append(f"frames {chosen['frames']} ({source if frames else 'no default is known'})")
+    tokens = literal.get("max_sequence_length")
+    chosen["text_tokens"] = tokens if isinstance(tokens, int) else _text_tokens(parts) or work.text_tokens
+    if "text_tokens" not in known:
+        assumed.append(f"{chosen['text_tokens']} text tokens ({source if isinstance(tokens, int) else 'assumed'})")
+    scale = literal.get("guidance_scale")
+    chosen["guidance"] = bool(call and call.batches_guidance and isinstance(scale, int | float) and scale > 1)
+    if chosen["guidance"] and "guidance" not in known:
+        assumed.append(f"classifier-free guidance: the denoiser's batch is doubled ({source}: guidance_scale {scale})")
+    chosen["upcasts"] = bool(call and call.upcasts_decoder)
+    return replace(work, **(chosen | known)), tuple(assumed)
+
+
+def is_decoder(part: Described) -> bool:
+    """Whether a component turns latents into pictures."""
+    return part.name.split("_")[0] in ("vae", "vqvae", "movq") or str(part.class_name).startswith("Autoencoder")
+
+
+def _sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | None:
+    """(height, width) in pixels that the denoiser was made for, where its config says so."""
+    for part in parts:
+        if part.library != "diffusers" or is_decoder(part):
+            continue
+        config = full_config(part.library, part.class_name, part.config)
+        high, wide = config.get("sample_height"), config.get("sample_width")
+        if isinstance(high, int) and isinstance(wide, int) and high * wide > 0:
+            return high * spatial, wide * spatial
+        size = config.get("sample_size")
+        high, wide = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        if isinstance(high, int) and isinstance(wide, int) and high * wide > 0:
+            return high * spatial, wide * spatial
+    return None
+
+
+def _text_tokens(parts: Iterable[Described]) -> int | None:
+    """Longest prompt that a tokenizer's or a text encoder's own config names, where that is a prompt's length."""
+    lengths = [
+        part.config.get(key)
+        for part in parts
+        for key in ("max_position_embeddings", "model_max_length")
+        if part.name.startswith(("text_encoder", "tokenizer"))
+    ]
+    return max((n for n in lengths if isinstance(n, int) and 0 < n <= 512), default=None)
+
+
+def _named(config: Mapping[str, Any], *keys: str) -> int | None:
+    return next((value for key in keys if (value := _number(config.get(key)))), None)
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

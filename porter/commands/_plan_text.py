@@ -33,7 +33,7 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
         fact(screen, status, STATUS_MEANING[status], style="dim")
     for part in result.components:
         _details(screen, part, verbose=verbose)
-    _memory(screen, result)
+    _memory(screen, result, verbose=verbose)
     _kin(screen, result, verbose=verbose)
     _risks(screen, result, verbose=verbose)
     for line in result.warnings:
@@ -121,12 +121,11 @@ def _details(screen: Console, part: ComponentPlan, *, verbose: bool) -> None:
         fact(screen, "unusual", f"{part.name}: {text[:2000]}")
 
 
-def _memory(screen: Console, result: PortPlan) -> None:
-    if not result.memory:
-        return
-    from porter.commands._memory import print_memory
+def _memory(screen: Console, result: PortPlan, *, verbose: bool) -> None:
+    if result.memory:
+        from porter.commands._memory import print_memory
 
-    print_memory(screen, result.memory)
+        print_memory(screen, result.memory, verbose=verbose)
 
 
 def _kin(screen: Console, result: PortPlan, *, verbose: bool) -> None:

@@ -10,14 +10,25 @@ from porter.commands._options import hub_options, model_argument, out_file, outp
 from porter.commands._plan_text import print_plan
 from porter.commands._render import escape, notes, print_json
 from porter.core.atomic import write_json
+from porter.core.checkpoint import dtype_code
 from porter.core.errors import UsageError
 from porter.core.plan import make_plan
 from porter.core.source import open_source
+from porter.core.targets import TARGETS
+from porter.core.workload import ELEMENT, parse_bytes
+
+SIZE = click.IntRange(1, 100_000)
 
 
 @click.command(name="plan", short_help="Show what a model holds and what each component needs.")
 @model_argument
 @click.option("--subfolder", metavar="DIR", help="Look at this folder of MODEL alone.")
+@click.option("--target", metavar="NAME", help="Add the checklist of porter, diffusers, sglang or fastvideo.")
+@click.option("--dtype", metavar="DTYPE", help="Of the memory estimate: bfloat16 (default), float16, float32.")
+@click.option("--height", type=SIZE, metavar="PX", help="Of the memory estimate; default: the pipeline's own.")
+@click.option("--width", type=SIZE, metavar="PX", help="Of the memory estimate; default: the pipeline's own.")
+@click.option("--frames", type=SIZE, metavar="N", help="Of the memory estimate; default: the pipeline's own.")
+@click.option("--device-memory", metavar="SIZE", help="Say whether it fits a device of SIZE, such as 24GB or 80GiB.")
 @click.option("--markdown", is_flag=True, help="Print Markdown, made to paste into a pull request.")
 @out_file
 @hub_options
@@ -25,6 +36,12 @@ from porter.core.source import open_source
 def command(
     model: str,
     subfolder: str | None,
+    target: str | None,
+    dtype: str | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    device_memory: str | None,
     markdown: bool,
     out: Path | None,
     revision: str | None,
@@ -40,8 +57,15 @@ def command(
     """
     if markdown and as_json:
         raise UsageError("--markdown and --json both want stdout", hint="one of them; -o FILE saves the JSON too")
+    code = dtype_code(dtype) if dtype is not None else None
+    if code is not None and code not in ELEMENT:
+        raise UsageError(f"--dtype {dtype} is no dtype to run in", expected="bfloat16, float16 or float32", found=code)
+    room = parse_bytes(device_memory) if device_memory is not None else None
+    if target is not None and target not in TARGETS:
+        raise UsageError(f"no target is called {target!r}", expected=" | ".join(TARGETS), hint=f"porter plan {model}")
+    work = {"dtype": code, "height": height, "width": width, "frames": frames}
     source = open_source(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
-    result = make_plan(source)
+    result = make_plan(source, workload=work, device_memory=room, target=target)
     if out:
         write_json(out, result.to_json())
     if as_json:

@@ -96,7 +96,11 @@ class Checklist:
         if document.get("schema") != SCHEMA:
             raise BadInputError("not a checklist", expected=SCHEMA, found=shown(str(document.get("schema"))))
         rest = {key: value for key, value in document.items() if key != "schema"}
-        parts = [(cls, rest), (Guide, rest.get("guide")), *((Step, step) for step in rest.get("steps") or ())]
+        parts: list[tuple[type, Any]] = [
+            (cls, rest),
+            (Guide, rest.get("guide")),
+            *((Step, step) for step in rest.get("steps") or ()),
+        ]
         for kind, given in parts:
             wanted = {field.name for field in fields(kind)}
             if not isinstance(given, Mapping) or set(given) != wanted:

@@ -88,15 +88,15 @@ class CallSource(ClassSource):
 @cache
 def call_source(pipeline_class: str) -> CallSource | None:
     """How diffusers' `pipeline_class` is called; None where it is not installed or has no `__call__` of its own."""
-    root = _root("diffusers")
+    root = library_root("diffusers")
     if root is None or not pipeline_class.isidentifier():
         return None
-    if f'"{pipeline_class}"'.encode() not in _bytes(root / "pipelines" / "__init__.py"):
+    if f'"{pipeline_class}"'.encode() not in file_bytes(root / "pipelines" / "__init__.py"):
         return None
-    folders = [file.with_suffix("") for file in _listed(root / "pipelines", pipeline_class)]
+    folders = [file.with_suffix("") for file in listed_files(root / "pipelines", pipeline_class)]
     near = [file for folder in folders for file in sorted(folder.glob("*.py"))]
     for file in dict.fromkeys([*near, *sorted(root.glob("pipelines/*/*.py"))]):
-        found = _block(_bytes(file), pipeline_class)
+        found = class_block(file_bytes(file), pipeline_class)
         signature = found and re.search(rb"^    def __call__\(.*?^    \)", found[1], re.MULTILINE | re.DOTALL)
         if not found or not signature:
             continue

@@ -107,7 +107,7 @@ class PortPlan:
         settings: entries of the index that are no components.
         licence: what is declared (`license`, `license_name`, `license_link`), and files that hold terms.
         gated: how the source is gated, None where it is not.
-        memory: `porter.core.memory.Memory` as JSON, where it was asked for.
+        memory: `porter.core.memory.Memory` as JSON, None where no component with weights is known.
         checklist: `porter.core.checklist.Checklist` as JSON, where a target was named.
     """
 
@@ -181,16 +181,30 @@ def plan(
     return make_plan(open_source(model, revision=revision, subfolder=subfolder, token=token, offline=offline))
 
 
-def make_plan(source: Source) -> PortPlan:
+def make_plan(
+    source: Source,
+    *,
+    workload: Mapping[str, Any] | None = None,
+    device_memory: int | None = None,
+    target: str | None = None,
+) -> PortPlan:
     """The plan of an opened source. Reads JSON files and headers, never weights.
+
+    Args:
+        workload: fields of `porter.core.workload.Workload` that the memory estimate is for; others by default.
+        device_memory: bytes of the device that it shall fit.
+        target: framework whose checklist is filled in (`porter.core.checklist.TARGETS`).
 
     Raises:
         BadInputError: not a pipeline, or a file that breaks its format.
+        UsageError: an unknown target.
     """
+    from porter.core.memory import estimate
     from porter.core.similarity import closest
     from porter.core.style import style_of
     from porter.core.survey import survey
     from porter.core.terms import terms
+    from porter.core.workload import default_workload
 
     found = survey(source)
     licence, gate = terms(source)
@@ -200,7 +214,10 @@ def make_plan(source: Source) -> PortPlan:
         found.warnings.append(f"gated repository ({gate}): its terms hold for every port of it")
     known = [part.parameters for part in parts if part.parameters is not None]
     style, reason = style_of(found)
-    return PortPlan(
+    sized = [part for part in parts if part.layout not in ("none", "elsewhere") and part.class_name]
+    work, assumed = default_workload(found.pipeline_class, parts, **(workload or {}))
+    memory = estimate(sized, work, device_memory, assumed).to_json() if sized else None
+    made = PortPlan(
         source=source.spec,
         kind=source.kind,
         revision=source.revision,
@@ -221,7 +238,13 @@ def make_plan(source: Source) -> PortPlan:
         warnings=tuple(found.warnings),
         next=tuple(_next_commands(source, found)),
         content={name: info.size for name, info in source.files.items()},
+        memory=memory,
     )
+    if target is None:
+        return made
+    from porter.core.checklist import checklist
+
+    return replace(made, checklist=checklist(made, target).to_json())
 
 
 def _with_terms(source: Source, part: ComponentPlan, licence: Mapping[str, Any], gate: str | None) -> ComponentPlan:

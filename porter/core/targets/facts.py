@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from porter.core.family import Family, families
-from porter.core.layout import LIBRARIES
+from porter.core.libraries import LIBRARIES
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.targets import Target
 from porter.core.targets.names import Names, Role, class_of, derive, role, shown, snake, source_name, stem
@@ -88,14 +88,15 @@ class Facts:
 
     def pieces(self, group: str, when: Iterable[str]) -> tuple[Piece, ...]:
         """The components of a role, or of one of the groups that steps speak of."""
-        chosen = {
+        choices: dict[str, Callable[[Piece], bool]] = {
             "known": lambda p: p.owner == "known" and p.role != "processor",
             "borrowed": lambda p: p.owner == "borrowed",
             "converted": lambda p: p.role in _HEAVY and all(part.layout == "diffusers" for part in p.parts),
             "original": lambda p: p.role in _HEAVY and p.original,
             "traced": lambda p: p.role in ("denoiser", "vae"),
             "parted": lambda p: p.role in _HEAVY,
-        }.get(group, lambda p: p.role == group)
+        }
+        chosen = choices.get(group, lambda p: p.role == group)
         return tuple(piece for piece in self.every if chosen(piece) and self.holds(when, piece))
 
     def together(self, pieces: Sequence[Piece]) -> Piece:

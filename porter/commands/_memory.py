@@ -1,0 +1,64 @@
+"""How a memory estimate is shown: a small table by stage, the verdict, and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from porter.commands._render import fact, human_bytes, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_COLUMNS = ("stage", "all on device", "component offload", "layer offload")
+_COLORS = {"yes": "green", "no": "red", "unknown": "dim"}
+
+
+def print_memory(screen: Console, memory: Mapping[str, Any], *, verbose: bool) -> None:
+    """Prints the estimate for people."""
+    screen.print()
+    fact(screen, "memory", f"{work_line(memory)}, weights {human_bytes(memory['weights'])}")
+    rows = table(*_COLUMNS, right=_COLUMNS[1:])
+    for stage in memory["stages"]:
+        rows.add_row(stage["stage"], *(human_bytes(stage[key]) for key in _KEYS))
+    screen.print(rows)
+    if memory["device_memory"] is not None:
+        color = _COLORS.get(memory["fits"], "yellow")
+        fact(screen, "fits", f"{memory['fits']}: {memory['reason']}", style=color)
+    if verbose:
+        for part in memory["components"]:
+            shown = human_bytes(part["activations"]) if part["activations"] is not None else "not estimated"
+            note = f" ({part['note']})" if part["note"] else ""
+            fact(screen, "", f"{part['name']}: weights {human_bytes(part['weights'])}, activations {shown}{note}")
+    if memory["left_out"]:
+        fact(screen, "left out", f"activations of {', '.join(memory['left_out'])}: no formula")
+    if memory["assumed"]:
+        fact(screen, "assumed", "; ".join(memory["assumed"]), style="dim")
+    screen.print()
+
+
+_KEYS = ("resident", "component_offload", "layer_offload")
+
+
+def work_line(memory: Mapping[str, Any]) -> str:
+    """The call that the estimate is for."""
+    work = memory["workload"]
+    frames = f" x {work['frames']} frames" if work["frames"] > 1 else ""
+    batch = f", batch {work['batch']}" if work["batch"] > 1 else ""
+    passes = ", guidance in one batch" if work["guidance"] else ""
+    return f"{work['width']} x {work['height']}{frames} in {work['dtype']}{batch}{passes}"
+
+
+def memory_markdown(memory: Mapping[str, Any]) -> list[str]:
+    """The estimate as lines of Markdown."""
+    lines = [f"{work_line(memory)}; weights {human_bytes(memory['weights'])}.", ""]
+    lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|--:|--:|--:|"]
+    for stage in memory["stages"]:
+        lines.append(f"| {stage['stage']} | " + " | ".join(human_bytes(stage[key]) for key in _KEYS) + " |")
+    if memory["device_memory"] is not None:
+        lines += ["", f"Fits: **{memory['fits']}** ({memory['reason']})"]
+    if memory["left_out"]:
+        lines += ["", f"Left out: activations of {', '.join(memory['left_out'])} (no formula)."]
+    if memory["assumed"]:
+        lines += ["", "Assumed: " + "; ".join(memory["assumed"]) + "."]
+    return lines

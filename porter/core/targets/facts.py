@@ -96,7 +96,7 @@ class Facts:
             "traced": lambda p: p.role in ("denoiser", "vae"),
             "parted": lambda p: p.role in _HEAVY,
         }
-        chosen = choices.get(group, lambda p: p.role == group)
+        chosen: Callable[[Piece], bool] = choices.get(group, lambda p: p.role == group)
         return tuple(piece for piece in self.every if chosen(piece) and self.holds(when, piece))
 
     def together(self, pieces: Sequence[Piece]) -> Piece:

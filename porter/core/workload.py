@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from porter.core.defaults import Computed, call_source, class_source
+from porter.core.defaults import Computed, call_source, class_source, config_source
 from porter.core.errors import UsageError
 
 # Bytes of one element, by safetensors dtype code.
@@ -104,7 +104,11 @@ def parse_bytes(text: str) -> int:
 
 def full_config(library: str | None, class_name: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with the class's own defaults for what it leaves out, where the library is installed."""
-    source = class_source(library, class_name) if library and class_name else None
+    kind = config.get("model_type")
+    if library == "transformers":
+        source = config_source(kind) if isinstance(kind, str) else None
+    else:
+        source = class_source(library, class_name) if library and class_name else None
     defaults = source.defaults if source else {}
     return {key: value for key, value in defaults.items() if not isinstance(value, Computed)} | dict(config)
 

@@ -96,15 +96,11 @@ class Checklist:
         if document.get("schema") != SCHEMA:
             raise BadInputError("not a checklist", expected=SCHEMA, found=shown(str(document.get("schema"))))
         rest = {key: value for key, value in document.items() if key != "schema"}
-        parts: list[tuple[type, Any]] = [
-            (cls, rest),
-            (Guide, rest.get("guide")),
-            *((Step, step) for step in rest.get("steps") or ()),
-        ]
-        for kind, given in parts:
+        every: list[tuple[Any, Any]] = [(cls, rest), (Guide, rest.get("guide"))]
+        for kind, given in every + [(Step, step) for step in rest.get("steps") or ()]:
             wanted = {field.name for field in fields(kind)}
             if not isinstance(given, Mapping) or set(given) != wanted:
-                odd = ", ".join(sorted(map(str, wanted ^ set(given or ()))))
+                odd = ", ".join(sorted(map(str, wanted ^ set(given if isinstance(given, Mapping) else ()))))
                 raise BadInputError("a checklist with missing or unknown keys", found=shown(odd))
         guide = Guide(**{**rest["guide"], "files": tuple(rest["guide"]["files"])})
         steps = tuple(

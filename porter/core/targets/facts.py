@@ -46,6 +46,17 @@ class Piece:
         return any(part.files and part.layout in ("original", "unknown") for part in self.parts)
 
 
+# The groups of components that steps speak of, besides the roles.
+_GROUPS: Mapping[str, Callable[[Piece], bool]] = {
+    "known": lambda piece: piece.owner == "known" and piece.role != "processor",
+    "borrowed": lambda piece: piece.owner == "borrowed",
+    "converted": lambda piece: piece.role in _HEAVY and all(part.layout == "diffusers" for part in piece.parts),
+    "original": lambda piece: piece.role in _HEAVY and piece.original,
+    "traced": lambda piece: piece.role in ("denoiser", "vae"),
+    "parted": lambda piece: piece.role in _HEAVY,
+}
+
+
 @dataclass(frozen=True)
 class Facts:
     """A plan seen from one framework; built by `facts_of`."""
@@ -88,16 +99,9 @@ class Facts:
 
     def pieces(self, group: str, when: Iterable[str]) -> tuple[Piece, ...]:
         """The components of a role, or of one of the groups that steps speak of."""
-        choices: dict[str, Callable[[Piece], bool]] = {
-            "known": lambda p: p.owner == "known" and p.role != "processor",
-            "borrowed": lambda p: p.owner == "borrowed",
-            "converted": lambda p: p.role in _HEAVY and all(part.layout == "diffusers" for part in p.parts),
-            "original": lambda p: p.role in _HEAVY and p.original,
-            "traced": lambda p: p.role in ("denoiser", "vae"),
-            "parted": lambda p: p.role in _HEAVY,
-        }
-        chosen: Callable[[Piece], bool] = choices.get(group, lambda p: p.role == group)
-        return tuple(piece for piece in self.every if chosen(piece) and self.holds(when, piece))
+        chosen = _GROUPS.get(group)
+        wanted = [piece for piece in self.every if (chosen(piece) if chosen else piece.role == group)]
+        return tuple(piece for piece in wanted if self.holds(when, piece))
 
     def together(self, pieces: Sequence[Piece]) -> Piece:
         """Several components as one, for a step that names them all."""
@@ -199,10 +203,11 @@ def facts_of(plan: PortPlan, target: Target) -> Facts:
         names = derive_from(plan, family)
         notes.append(f"The source names no pipeline: `{names.pipeline}` is the plainest of {family.title}.")
     elif not names.chosen:
-        said = (
-            f"`{shown(plan.pipeline_class)}` is no pipeline's name" if plan.pipeline_class else "None names this model"
+        given = plan.pipeline_class
+        said = f"`{shown(given)}` is no pipeline's name" if given else "No pipeline class names it"
+        notes.append(
+            f"{said}: `{names.prefix}` and `{names.model}` come from what it is called; choose the names first."
         )
-        notes.append(f"{said}: `{names.prefix}` and `{names.model}` come from it or its file; choose the names first.")
     pieces: dict[tuple[object, ...], Piece] = {}
     for part in plan.components:
         class_name, own = class_of(part, names)

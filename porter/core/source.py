@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from porter import builtin
 from porter.core.errors import BadInputError, MissingError, UsageError
-from porter.core.files import FileInfo, file_info, list_files, printable, read_json
+from porter.core.files import FileInfo, file_info, list_files, open_regular, printable, read_json
 
 if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo
@@ -33,7 +34,7 @@ class Source(ABC):
         given: the name as the user typed it.
         revision: the commit, for a hub source.
         files: every file by its path inside the source, in sorted order.
-        declared: what the place itself says about the model (hub: licence, gating).
+        declared: what the model's card says of it: `license…`, `gated`, `base_model`, …; see `porter.core.card`.
     """
 
     kind: Kind
@@ -41,7 +42,10 @@ class Source(ABC):
     given: str
     revision: str | None = None
     files: Mapping[str, FileInfo]
-    declared: Mapping[str, Any]
+
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        return {}
 
     @property
     def name(self) -> str:
@@ -61,8 +65,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        """Tensors and metadata of a safetensors file, without its data.
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+        """Tensors and notes of a weights file in any format, without its data.
 
         Raises:
             MissingError: as for `path`.
@@ -77,7 +81,7 @@ class Source(ABC):
 
         Raises:
             MissingError: no such file.
-            BadInputError: it is not JSON, or larger than 64 MB.
+            BadInputError: it is not JSON, or larger than 16 MB.
         """
         self._known(name)
         return read_json(self._json_path(name))
@@ -117,13 +121,23 @@ class LocalSource(Source):
         revision: str | None = None,
     ) -> None:
         self.kind, self.root, self.files = kind, root, files
-        self.spec, self.given, self.revision, self.declared = spec, given, revision, {}
+        self.spec, self.given, self.revision = spec, given, revision
+
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        info = self.files.get("README.md")
+        if info is None or info.lfs_pointer:
+            return {}
+        from porter.core.card import MAX_CARD, read_card
+
+        with open_regular(self.root / "README.md") as file:
+            return read_card(file.read(MAX_CARD).decode("utf-8", "replace"))
 
     def path(self, name: str) -> Path:
         self.content(name)
         return self.root / name
 
-    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         from porter.core.headers import read_any
 
         return read_any(self.path(name))

@@ -192,14 +192,7 @@ def read_sharded(index: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     root = index.parent.resolve()
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(places.values())):
-        pure = PurePosixPath(shard)
-        if not shard or pure.is_absolute() or ".." in pure.parts or "\\" in shard or ":" in shard:
-            raise _bad(index, f"the shard path {shard!r} leaves the folder", "a file name", shard)
-        if not (root / pure).resolve().is_relative_to(root) and not _is_cache_link(root / pure, root):
-            raise _bad(index, f"the shard {shard!r} is a link out of its folder", f"a file in {root}", shard)
-        if not (root / pure).exists():
-            raise MissingError(f"{index.name} names a shard that is missing: {shard}", hint="download it again")
-        header, _ = read_header(index.parent / pure)
+        header, _ = read_header(_shard(index, root, shard))
         for name, tensor in header.items():
             if places.get(name) != shard:
                 place = places.get(name, "no shard at all")
@@ -283,9 +276,26 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
 
 
-def _is_cache_link(path: Path, root: Path) -> bool:
-    """Whether `path` is a hub cache link: snapshots/<commit>/file → ../../blobs/<hash> of the same repository."""
-    target = path.resolve()
+def _shard(index: Path, root: Path, name: str) -> Path:
+    """The file that an index calls `name`; it has to lie in the index's folder `root`."""
+    pure = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and ":" not in name and ".." not in pure.parts
+    if not name or not plain or pure.is_absolute():
+        raise _bad(index, f"the shard path {name!r} leaves the folder", "a file name", name[:80])
+    target = Path(os.path.realpath(root / pure))  # not `resolve`, which raises on a loop
+    if not target.is_relative_to(root) and not _is_cache_link(target, root):
+        raise _bad(index, f"the shard {name!r} is a link out of its folder", f"a file in {root}", name)
+    try:
+        target.stat()
+    except OSError as error:
+        raise MissingError(
+            f"{index.name} names a shard that is missing: {name[:80]}", found=error.strerror, hint="download it again"
+        ) from None
+    return index.parent / pure
+
+
+def _is_cache_link(target: Path, root: Path) -> bool:
+    """Whether a link of the hub's cache leads to its own repository: snapshots/<commit>/file → ../../blobs/<hash>."""
     return target.parent.name == "blobs" and any(target.parent.parent == folder.parent for folder in root.parents
                                                  if folder.name == "snapshots")  # fmt: skip
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_CARD = 1 << 20  # characters of a README that are looked at
-MAX_ENTRY = 1 << 14  # of one entry; a prompt of terms may be longer, and its text is not needed
+MAX_ENTRY = 1 << 12  # characters of one entry; a prompt of terms may be longer, and its text is not needed
 _WORDS = ("license", "license_name", "license_link", "library_name", "pipeline_tag")
 _LISTS = ("base_model",)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)\s*:(?:\s|$)")
@@ -54,7 +54,9 @@ def declared(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(block: str) -> Any:
     """One entry's value; None where it is none that could be wanted."""
-    if len(block) > MAX_ENTRY or re.search(r"(^|[\s\[{,:-])[&*!]\w", block):  # anchors and tags have no business here
+    if len(block) > MAX_ENTRY or re.search(
+        r"(^|[\s\[{,:-])[&*!][\w!]", block
+    ):  # anchors and tags have no business here
         return None
     import yaml  # type: ignore[import-untyped]
 

@@ -125,13 +125,16 @@ class LocalSource(Source):
 
     @cached_property
     def declared(self) -> dict[str, Any]:
-        info = self.files.get("README.md")
-        if info is None or info.lfs_pointer:
+        name = next((name for name in self.files if name.lower() == "readme.md"), None)
+        if name is None or self.files[name].lfs_pointer:
             return {}
         from porter.core.card import MAX_CARD, read_card
 
-        with open_regular(self.root / "README.md") as file:
-            return read_card(file.read(MAX_CARD).decode("utf-8", "replace"))
+        try:
+            with open_regular(self.root / name) as file:
+                return read_card(file.read(MAX_CARD).decode("utf-8", "replace"))
+        except (OSError, BadInputError):  # gone since it was listed
+            return {}
 
     def path(self, name: str) -> Path:
         self.content(name)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 _HTTP_MODULES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError", "UnsupportedProtocol", "InvalidURL")
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)
-# The cache names its files after these, and looks at neither.
+# The cache names its files after these headers of the answer to HEAD, and looks at none of them.
 _NAMES = {"x-repo-commit": r"[0-9a-f]{40}", "etag": r'(W/)?"?[\w+=:-]+"?', "x-linked-etag": r'(W/)?"?[\w+=:-]+"?'}
 
 
@@ -133,7 +133,7 @@ def _check(response: Any) -> None:
     if guard is None:
         return
     trouble = guard.trouble
-    for name, pattern in _NAMES.items():
+    for name, pattern in _NAMES.items() if response.request.method == "HEAD" else ():
         if not re.fullmatch(pattern, value := response.headers.get(name, "0" * 40)):
             raise trouble.unfit("an answer", f"an honest {name}", repr(value))
     if not guard.small:

@@ -72,7 +72,12 @@ class Trouble:
         code, said = words.get("x-error-code", "")[:40], words.get("x-error-message", "")[:120]
         found = " ".join(filter(None, (f"HTTP {status}", code, detail, said and f"({said})")))
         page = f"accept the terms on the page of {self.repo}"
-        if code == "GatedRepo" or status == 403:
+        if status == 403 and code != "GatedRepo":
+            return AccessError(
+                f"{self.repo} may not be read by whom this token belongs to", expected="a token with the right to read",
+                found=found, hint=f"`hf auth whoami`, then --token TOKEN or `hf auth login`; or {page}",
+            )  # fmt: skip
+        if code == "GatedRepo":
             without = "no valid token was sent" if status == 401 else "this token has no access"
             return AccessError(
                 f"{self.repo} is gated: {without}", expected="a token of someone who accepted its terms", found=found,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from porter.core.errors import CheckpointError, MissingError
+from porter.core.errors import BadInputError, CheckpointError, MissingError
+from porter.core.files import MAX_MARKS, count_marks, open_regular, read_json
 
 # Bits of one element for each dtype code of the format.
 BITS: Mapping[str, int] = {
@@ -24,7 +25,9 @@ BITS: Mapping[str, int] = {
 }  # fmt: skip
 
 ANY = "*"  # the dtype of a header entry that takes whatever its source holds
-MAX_HEADER = 100 * 1000 * 1000
+# The format allows 100 MB. Released headers are below 1 MB, about a hundred bytes a tensor; 10 MB and 600,000 values
+# hold 40,000 tensors and a large `__metadata__`, and keep what a hostile header takes in memory below 150 MB.
+MAX_HEADER = 10 * 1000 * 1000
 _MAX_BYTES = 2**63 - 1
 _MAX_RANK = 32
 _LFS_START = b"version "  # of a Git LFS pointer's first line, where a safetensors file has its header's length
@@ -98,25 +101,39 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorInfo], di
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder, not a weights file", hint="name one .safetensors file in it")
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
-            head = stream.read(8)
-            _check_start(path, head, size)
-            length = int.from_bytes(head, "little")
-            if head == _LFS_START:
-                _refuse_pointer(path)
-            if length > MAX_HEADER:
-                raise _bad(path, "header too long", f"at most {MAX_HEADER} bytes", f"{length} bytes")
-            if 8 + length > size:
-                raise _bad(path, "truncated in its header", f"{8 + length} bytes of header", f"a file of {size} bytes")
+            length = header_length(stream.read(8), path, size)
             text = stream.read(length)
     except FileNotFoundError:
         raise MissingError(f"no such file: {path}", hint="check the path") from None
+    except IsADirectoryError:
+        raise CheckpointError(
+            f"{path} is a folder, not a weights file", hint="name one .safetensors file in it"
+        ) from None
     except OSError as error:
         raise MissingError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from None
+    if len(text) != length:
+        raise _bad(path, "it became shorter while it was read", f"{length} bytes of header", f"{len(text)} bytes")
     return parse_header(text, path, size)
+
+
+def header_length(head: bytes, path: Path, size: int) -> int:
+    """Bytes of JSON that follow the first 8 bytes of a safetensors file of `size` bytes.
+
+    Raises:
+        CheckpointError: no file can begin like this; a Git-LFS pointer.
+    """
+    if len(head) < 8:
+        raise _bad(path, "too short to be a safetensors file", "at least 8 bytes", f"{size} bytes")
+    if head == _LFS_START:
+        _refuse_pointer(path)
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER:
+        raise _bad(path, "header too long", f"at most {MAX_HEADER} bytes", f"{length} bytes")
+    if 8 + length > size:
+        raise _bad(path, "truncated in its header", f"{8 + length} bytes of header", f"a file of {size} bytes")
+    return length
 
 
 def parse_header(text: bytes, path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -127,6 +144,8 @@ def parse_header(text: bytes, path: Path, size: int) -> tuple[dict[str, TensorIn
     Raises:
         CheckpointError: see `read_header`.
     """
+    if (marks := count_marks(text)) > MAX_MARKS:
+        raise _bad(path, "its header holds too much", f"at most {MAX_MARKS} JSON values", f"{marks}")
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except _DuplicateKeyError as error:
@@ -163,13 +182,9 @@ def read_sharded(index: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """
     index = Path(index)
     try:
-        document = json.loads(index.read_text("utf-8"), object_pairs_hook=_unique)
-    except FileNotFoundError:
-        raise MissingError(f"no such file: {index}", hint="check the path") from None
-    except _DuplicateKeyError as error:
-        raise _bad(index, f"the key {error.key!r} appears twice", "each key once", "two entries") from None
-    except (ValueError, RecursionError) as error:
-        raise _bad(index, "it is not JSON", "a JSON object", str(error)) from None
+        document = read_json(index)
+    except BadInputError as error:
+        raise CheckpointError(error.what, expected=error.expected, found=error.found, hint=error.hint) from None
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise _bad(index, "it has no weight_map", "a table from tensor to file name", repr(places)[:80])
@@ -177,14 +192,7 @@ def read_sharded(index: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     root = index.parent.resolve()
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(places.values())):
-        pure = PurePosixPath(shard)
-        if not shard or pure.is_absolute() or ".." in pure.parts or "\\" in shard or ":" in shard:
-            raise _bad(index, f"the shard path {shard!r} leaves the folder", "a file name", shard)
-        if not (root / pure).resolve().is_relative_to(root) and not _is_cache_link(root / pure, root):
-            raise _bad(index, f"the shard {shard!r} is a link out of its folder", f"a file in {root}", shard)
-        if not (root / pure).exists():
-            raise MissingError(f"{index.name} names a shard that is missing: {shard}", hint="download it again")
-        header, _ = read_header(index.parent / pure)
+        header, _ = read_header(_shard(index, root, shard))
         for name, tensor in header.items():
             if places.get(name) != shard:
                 place = places.get(name, "no shard at all")
@@ -204,7 +212,7 @@ def read_bytes(tensor: TensorInfo) -> bytes:
     """
     if tensor.file is None:
         raise CheckpointError(f"tensor {tensor.name!r} is not in a file", hint="give the header of a file")
-    with tensor.file.open("rb") as stream:
+    with open_regular(tensor.file) as stream:
         stream.seek(tensor.begin)
         data = stream.read(tensor.end - tensor.begin)
     if len(data) != tensor.end - tensor.begin:
@@ -268,16 +276,28 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
 
 
-def _is_cache_link(path: Path, root: Path) -> bool:
-    """Whether `path` is a hub cache link: snapshots/<commit>/file → ../../blobs/<hash> of the same repository."""
-    target = path.resolve()
+def _shard(index: Path, root: Path, name: str) -> Path:
+    """The file that an index calls `name`; it has to lie in the index's folder `root`."""
+    pure = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and ":" not in name and ".." not in pure.parts
+    if not name or not plain or pure.is_absolute():
+        raise _bad(index, f"the shard path {name!r} leaves the folder", "a file name", name[:80])
+    target = Path(os.path.realpath(root / pure))  # not `resolve`, which raises on a loop
+    if not target.is_relative_to(root) and not _is_cache_link(target, root):
+        raise _bad(index, f"the shard {name!r} is a link out of its folder", f"a file in {root}", name)
+    try:
+        target.stat()
+    except OSError as error:
+        raise MissingError(
+            f"{index.name} names a shard that is missing: {name[:80]}", found=error.strerror, hint="download it again"
+        ) from None
+    return index.parent / pure
+
+
+def _is_cache_link(target: Path, root: Path) -> bool:
+    """Whether a link of the hub's cache leads to its own repository: snapshots/<commit>/file → ../../blobs/<hash>."""
     return target.parent.name == "blobs" and any(target.parent.parent == folder.parent for folder in root.parents
                                                  if folder.name == "snapshots")  # fmt: skip
-
-
-def _check_start(path: Path, head: bytes, size: int) -> None:
-    if len(head) < 8:
-        raise _bad(path, "too short to be a safetensors file", "at least 8 bytes", f"{size} bytes")
 
 
 def _refuse_pointer(path: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from porter.core.errors import BadInputError, MissingError
 
 MAX_DEPTH = 12
 MAX_FILES = 20_000
-MAX_JSON = 64 << 20
+MAX_JSON = 16 << 20
+MAX_MARKS = 600_000  # commas, colons and brackets of a JSON text: what its objects take in memory, about 150 bytes each
 MAX_LAYERS = 1000
 MAX_LIST = 4096
 _COUNTS = re.compile(r"(layers|blocks|depth)(_per_block)?$")
@@ -30,12 +32,40 @@ class FileInfo:
     lfs_pointer: bool = False
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; no duplicate keys, no NaN, no half characters, at most 64 MB.
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading; a pipe or a device is refused at once, where a plain `open` would wait for ever.
 
     Raises:
-        MissingError: no such file.
-        BadInputError: it is not JSON.
+        OSError: it cannot be opened; IsADirectoryError for a folder.
+        BadInputError: it is neither a file nor a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"{path} is a folder")
+        if not stat.S_ISREG(mode):
+            raise BadInputError(f"{path} is a device or a pipe, not a file", hint="put a file in its place")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def count_marks(raw: bytes) -> int:
+    """Commas, colons and opening brackets of a JSON text: no less than the objects that it would become.
+
+    Parsed, five bytes of text can take 200 of memory; counting first keeps the memory of hostile files bounded.
+    """
+    return sum(map(raw.count, (b",", b":", b"[", b"{")))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; no duplicate keys, no NaN, no half characters, at most 16 MB and 600,000 values.
+
+    Raises:
+        MissingError: no such file, or it cannot be read.
+        BadInputError: it is not JSON, too large, or a device or a pipe.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -48,23 +78,27 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{word} is no JSON number")
 
     try:
-        if path.stat().st_size > MAX_JSON:
+        with open_regular(path) as file:
+            raw = file.read(MAX_JSON + 1)  # not its size first: a file can grow in between
+        if len(raw) > MAX_JSON or count_marks(raw) > MAX_MARKS:
             raise BadInputError(
                 f"{path} is too large for a configuration",
-                expected=f"at most {MAX_JSON} bytes",
+                expected=f"at most {MAX_JSON} bytes and {MAX_MARKS} values",
                 hint="name the right file",
             )
-        raw = path.read_bytes()
         document = json.loads(raw, object_pairs_hook=unique, parse_constant=no_number)
         if b"\\u" in raw:
             json.dumps(document, ensure_ascii=False).encode()  # refuses a lone surrogate, which nothing could print
         return document
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingError(f"no such file: {path}", hint="check the path") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise MissingError(f"no such file: {path}", expected="a JSON file", hint="check the path") from error
+    except OSError as error:
+        raise MissingError(f"cannot read {path}", found=error.strerror, hint="check the path and its rights") from error
     except (ValueError, RecursionError) as error:
         raise BadInputError(
-            f"{path} is not valid JSON", found=str(error), hint="repair or download it again"
-        ) from error
+            f"{path} is not valid JSON", expected="a JSON document", found=str(error),
+            hint="repair or download it again",
+        ) from error  # fmt: skip
 
 
 def printable(name: str) -> None:
@@ -82,14 +116,20 @@ def printable(name: str) -> None:
 
 
 def file_info(path: Path) -> FileInfo:
-    """Size of a file, and what it stands for where it is a Git-LFS pointer."""
+    """Size of a file, and what it stands for where it is a Git-LFS pointer.
+
+    Raises:
+        OSError: it cannot be read.
+        BadInputError: a broken pointer, a device or a pipe.
+    """
     size = path.stat().st_size
     if size < 1024:
-        text = path.read_bytes()
+        with open_regular(path) as file:
+            text = file.read(1024)
         if text.startswith(_POINTER):
             fields = dict(line.split(" ", 1) for line in text.decode("ascii", "replace").splitlines() if " " in line)
             oid, real = fields.get("oid", ""), fields.get("size", "")
-            if not (re.fullmatch(r"sha256:[0-9a-f]{64}", oid) and real.isdigit()):
+            if not (re.fullmatch(r"sha256:[0-9a-f]{64}", oid) and re.fullmatch(r"[0-9]{1,18}", real)):
                 raise BadInputError(f"{path} is a broken Git-LFS pointer", found=repr(text[:120]), hint="git lfs pull")
             return FileInfo(int(real), oid.removeprefix("sha256:"), lfs_pointer=True)
     return FileInfo(size)

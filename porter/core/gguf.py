@@ -19,7 +19,7 @@ from porter.core.errors import CheckpointError
 
 MAGIC = b"GGUF"
 MAX_START = 64 << 20  # key-value pairs and descriptions; the largest known vocabularies take 10 MB
-_STEP = 1 << 20
+_STEP = 1 << 17  # first; then as much again as is here, so that at most half of what was read is not needed
 _ALIGNMENT = 32
 # type number -> (name, elements of a block, bytes of a block)
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -120,8 +120,12 @@ class _Start:
             limit = "the file's end" if end > self.size else f"the {MAX_START >> 20} MB that descriptions may take"
             raise self.bad("its descriptions do not end", f"everything before {limit}", f"a field up to byte {end}")
         while end > len(self._bytes):
-            more = min(max(_STEP, end - len(self._bytes)), self.size - len(self._bytes))
-            self._bytes += self._read(len(self._bytes), len(self._bytes) + more)
+            here = len(self._bytes)
+            more = min(max(_STEP, here, end - here), self.size - here, MAX_START)
+            piece = self._read(here, here + more)
+            if len(piece) != more:
+                raise self.bad("it became shorter while it was read", f"{here + more} bytes", f"{here + len(piece)}")
+            self._bytes += piece
         piece = bytes(self._bytes[self.position : end])
         self.position = end
         return piece

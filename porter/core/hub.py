@@ -5,225 +5,235 @@ Weights are downloaded only when a conversion asks for a path, and then into the
 
 from __future__ import annotations
 
-import http.client
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from porter.core.errors import AccessError, BadInputError, MissingError, PorterError
-from porter.core.files import FileInfo, list_files
+from porter.core.card import declared
+from porter.core.errors import BadInputError, MissingError, PorterError, UsageError
+from porter.core.files import MAX_FILES, MAX_JSON, FileInfo, list_files
+from porter.core.hubcalls import ask, timeout
+from porter.core.hubstore import COMMIT, HubStore
+from porter.core.ranges import RangeReader
 from porter.core.source import LocalSource, Source
+from porter.core.trouble import Trouble
 
 if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo
 
-T = TypeVar("T")
-TIMEOUT = 20.0
-FIRST_READ = 1 << 16
+# What all first reads of a repository may take together, shared by its weight files. A header takes about 110 bytes a
+# tensor: 20 to 40 KB a shard, 87 KB for the whole FLUX.1 transformer. Twelve files get 80 KB each, one gets the most.
+FIRST_READS = 1 << 20
+LEAST_FIRST, MOST_FIRST = 1 << 14, 1 << 17
+AT_ONCE = 8  # requests on their way
+_WEIGHTS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NO_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[/.-]|/\.|[/.]$")  # what git allows in no branch or tag
 
 
 def open_hub(repo: str, *, revision: str | None, token: str | None, offline: bool | None) -> Source:
     """Opens hub repository `repo` at `revision` (its default branch when None); the commit is resolved and kept.
 
     Raises:
+        UsageError: a revision that is no name of a branch, tag or commit.
         AccessError: gated, private, or a token that is not accepted.
         MissingError: no such repository or revision; the hub cannot be reached; offline and not in the cache.
+        BadInputError: the hub's file list is hostile or damaged.
     """
-    from huggingface_hub import HfApi, constants
-
+    try:
+        from huggingface_hub import HfApi, constants
+    except ValueError as error:  # it takes its settings apart when it is imported
+        raise Trouble(repo).unreachable(f"HF_ENDPOINT is no address: {error}") from error
+    if revision is not None and (not 0 < len(revision) <= 200 or _NO_REF.search(revision)):
+        raise UsageError(
+            f"--revision {revision[:80]!r} is no branch, tag or commit", expected="such as main, refs/pr/1 or c0ffee1",
+            hint=f"porter plan {repo}",
+        )  # fmt: skip
+    store = HubStore(repo)
     if offline or (offline is None and constants.HF_HUB_OFFLINE):
-        return _cached(repo, revision, Path(constants.HF_HUB_CACHE))
+        return open_cached(repo, revision, store)
+    trouble = Trouble(repo, revision, lambda: _has(store, revision))
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
-    info = _ask(repo, lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT))
-    return HubSource(repo, info, api)
+
+    def call() -> Any:
+        return api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout())
+
+    info = ask(trouble, call, what="the file list")
+    source = HubSource(repo, info, api, store, trouble)
+    store.remember(revision, source.commit)
+    store.keep_listing(source.commit, source.files, source.declared)
+    return source
 
 
 class HubSource(Source):
     """A repository on the hub at one commit."""
 
-    def __init__(self, repo: str, info: Any, api: Any) -> None:
-        self.kind, self.spec, self.given, self.revision = "hub", repo, repo, info.sha
-        self._api = api
-        self.files = {
-            file.rfilename: FileInfo(file.size or 0, file.lfs.sha256 if file.lfs else None)
-            for file in sorted(info.siblings or [], key=lambda file: file.rfilename)
-            if _plain(file.rfilename)
-        }
-        card = info.card_data.to_dict() if info.card_data else {}
-        self.declared = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    def __init__(self, repo: str, info: Any, api: Any, store: HubStore, trouble: Trouble) -> None:
+        if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+            raise trouble.unfit("the file list", "`sha`, a commit of 40 hexadecimal digits", repr(info.sha)[:80])
+        self.kind, self.spec, self.given = "hub", repo, repo
+        self.commit = self.revision = info.sha
+        self._api, self._store, self._trouble = api, store, trouble
+        self.files = listed(info.siblings, trouble)
+        card = info.card_data.to_dict() if hasattr(info.card_data, "to_dict") else {}
+        self.declared = declared(card if isinstance(card, Mapping) else {})
         if info.gated:
-            self.declared = {**self.declared, "gated": info.gated}
+            self.declared["gated"] = str(info.gated)[:40]
+        weights = sum(name.endswith(_WEIGHTS) for name in self.files)
+        self._seen: dict[str, tuple[dict[str, TensorInfo], dict[str, Any]]] = {}
+        self._first = min(max(FIRST_READS // max(weights, 1), LEAST_FIRST), MOST_FIRST)
 
     def path(self, name: str) -> Path:
         self._known(name)
-        return Path(_ask(self.spec, lambda: self._api.hf_hub_download(self.spec, name, revision=self.revision)))
+        return self._download(name, small=False)
+
+    def _download(self, name: str, *, small: bool) -> Path:
+        def call() -> Any:
+            return self._api.hf_hub_download(self.spec, name, revision=self.commit)
+
+        found = Path(ask(self._trouble, call, what=f"the answer for {name}", small=small))
+        # The cache files it under the commit that the answer names, which is not for the server to choose.
+        if found != self._store.snapshot(self.commit) / name:
+            raise self._trouble.broken(f"{name} of another commit than {self.commit}: {found}")
+        return found
+
+    def _json_path(self, name: str) -> Path:
+        size = self._known(name).size
+        if size > MAX_JSON:
+            raise BadInputError(
+                f"{name} of {self.spec} is too large for a configuration", expected=f"at most {MAX_JSON} bytes",
+                found=f"{size} bytes, which were not downloaded", hint="is it the right repository?",
+            )  # fmt: skip
+        return self._download(name, small=True)
+
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        from porter.core.headers import read_ranged
+
+        size = self._known(name).size
+        if known := self._seen.get(name) or self._store.header(self.commit, name, size):
+            return known
+        url = hf_hub_url(self.spec, name, revision=self.commit, endpoint=self._api.endpoint)
+        words = build_hf_headers(token=self._api.token).get("authorization", "").split()
+        token = words[-1] if words else None
+        read = RangeReader(url, size, token=token, trouble=self._trouble, timeout=timeout())
+        header, notes = read_ranged(read, Path(name), size, self._first)
+        self._store.keep_header(self.commit, name, size, header, notes)
+        self._seen[name] = header, notes
+        return header, notes
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        def fetch(name: str) -> None:
+            if name.endswith(".json"):
+                self._json_path(name)
+            else:
+                self.header(name)
+
+        with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+            list(pool.map(fetch, names))  # raises the error of the first name that has one
+
+
+def listed(siblings: Any, trouble: Trouble) -> dict[str, FileInfo]:
+    """The files of a hub's listing, sorted by path; hidden names are left out.
+
+    Raises:
+        BadInputError: a name that leaves the repository or stands there twice, a size that is none, no list at all.
+    """
+    what = "the file list"
+    if not isinstance(siblings, list) or not siblings:
+        raise trouble.unfit(what, "`siblings`, a list of files", "none")
+    if len(siblings) > MAX_FILES:
+        raise trouble.unfit(what, f"at most {MAX_FILES} files", f"{len(siblings)}")
+    found: dict[str, FileInfo] = {}
+    for entry in siblings:
+        name, size = entry.rfilename, entry.size
+        digest = entry.lfs.sha256 if entry.lfs else None
+        if not isinstance(name, str) or not _inside(name):
+            raise trouble.unfit(what, "names of files inside the repository", repr(name)[:120])
+        if name in found:
+            raise trouble.unfit(what, "each name once", f"{name} twice")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
+            raise trouble.unfit(what, f"the size of {name} in bytes", repr(size)[:40])
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
+            raise trouble.unfit(what, f"the sha256 of {name}", repr(digest)[:80])
+        found[name] = FileInfo(size, digest)
+    return {name: found[name] for name in sorted(found) if not any(part[0] == "." for part in name.split("/"))}
+
+
+def _inside(name: str) -> bool:
+    """Whether a listed name is a plain path inside the repository."""
+    try:
+        long = any(len(part.encode()) > 255 for part in name.split("/")) or len(name) > 1024
+    except UnicodeEncodeError:
+        return False
+    plain = all(part not in ("", ".", "..") for part in name.split("/")) and not re.match(r"[A-Za-z]:", name)
+    return plain and not long and "\\" not in name and not _CONTROL.search(name)
+
+
+def open_cached(repo: str, revision: str | None, store: HubStore) -> Source:
+    """The repository as far as this machine holds it.
+
+    Raises:
+        MissingError: nothing of that revision is here.
+        BadInputError: the cache is damaged.
+    """
+    commit = store.commit(revision)
+    snapshot = store.snapshot(commit) if commit else None
+    notes = store.listing(commit) if commit else None
+    if commit is None or snapshot is None or not (notes or snapshot.is_dir()):
+        others = ", ".join(known[:12] for known in store.commits()[:4])
+        raise MissingError(
+            f"{repo} is not in the hub's cache at revision {revision or 'main'}",
+            expected=f"a snapshot in {store.hub}",
+            found=f"offline, and {f'only the commits {others}' if others else 'nothing of it'}",
+            hint=f"hf download {repo}, or leave out --offline",
+        )
+    here = list_files(snapshot) if snapshot.is_dir() else {}
+    if notes is None:
+        return LocalSource("hub", snapshot, here, spec=repo, given=repo, revision=commit)
+    return CachedSource(repo, snapshot, notes, here, commit, store)
+
+
+class CachedSource(LocalSource):
+    """A repository that was planned before: its whole file list, the files and the headers that are here."""
+
+    def __init__(
+        self,
+        repo: str,
+        snapshot: Path,
+        notes: tuple[dict[str, FileInfo], dict[str, Any]],
+        here: Mapping[str, FileInfo],
+        commit: str,
+        store: HubStore,
+    ) -> None:
+        super().__init__("hub", snapshot, notes[0], spec=repo, given=repo, revision=commit)
+        self.declared, self._here, self._commit, self._store = notes[1], here, commit, store
+
+    def path(self, name: str) -> Path:
+        self._known(name)
+        if name not in self._here:
+            raise MissingError(
+                f"{name} of {self.spec} is not on this machine", expected="the file in the hub's cache",
+                found="offline, and only what planning needed is here",
+                hint=f"hf download {self.spec} {name} --revision {self._commit}, or leave out --offline",
+            )  # fmt: skip
+        return self.root / name
 
     def _json_path(self, name: str) -> Path:
         return self.path(name)
 
-    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        from huggingface_hub import hf_hub_url
-
-        from porter.core.checkpoint import MAX_HEADER, parse_header
-
-        size = self._known(name).size
-        url = hf_hub_url(self.spec, name, revision=self.revision, endpoint=self._api.endpoint)
-        read = RangeReader(url, size, token=self._token(), repo=self.spec)
-        first = read(0, min(FIRST_READ, size))
-        length = 8 + int.from_bytes(first[:8], "little")
-        if len(first) < 8 or length > min(size, MAX_HEADER):
-            raise BadInputError(
-                f"{name} of {self.spec} is no safetensors file",
-                found=f"a header of {length - 8} bytes",
-                hint="is it uploaded completely?",
-            )
-        raw = first[:length] if length <= len(first) else first + read(len(first), length)
-        return parse_header(raw[8:], Path(name), size)
-
-    def _token(self) -> str | None:
-        from huggingface_hub import get_token
-
-        given = self._api.token
-        return given if isinstance(given, str) else get_token()
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+        if name not in self._here and (known := self._store.header(self._commit, name, self._known(name).size)):
+            return known
+        return super().header(name)
 
 
-class RangeReader:
-    """Reads byte ranges of one remote file; a server that ignores the range is refused, not read to its end.
-
-    Redirects are followed by hand: the token goes to the hub's own host only, never to where it redirects.
-    """
-
-    def __init__(self, url: str, size: int, *, token: str | None, repo: str) -> None:
-        self.url, self.size, self.token, self.repo = url, size, token, repo
-
-    def __call__(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end).
-
-        Raises:
-            AccessError: 401 or 403.
-            MissingError: any other failure, or an answer that is not that range.
-        """
-        url, home = self.url, urllib.parse.urlsplit(self.url)[:2]
-        for _ in range(6):
-            headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity", "User-Agent": "porter"}
-            if self.token and urllib.parse.urlsplit(url)[:2] == home:  # scheme and host
-                headers["Authorization"] = f"Bearer {self.token}"
-            try:
-                with _OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-                    return self._checked(answer, begin, end)
-            except urllib.error.HTTPError as error:
-                with error:
-                    if error.code in (301, 302, 303, 307, 308) and error.headers.get("Location"):
-                        url = urllib.parse.urljoin(url, error.headers["Location"])
-                        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-                            raise unreachable(self.repo, f"a redirect to {url}") from error
-                        continue
-                    raise refusal(self.repo, error.code, f"HTTP {error.code} for {self.url}") from error
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                raise unreachable(self.repo, str(error)) from error
-        raise unreachable(self.repo, f"redirects without end from {self.url}")
-
-    def _checked(self, answer: IO[bytes], begin: int, end: int) -> bytes:
-        status, span = getattr(answer, "status", None), getattr(answer, "headers", {}).get("Content-Range")
-        if status != 206 or span != f"bytes {begin}-{end - 1}/{self.size}":
-            raise MissingError(
-                f"the server does not serve byte ranges of {self.url}",
-                expected=f"206 with bytes {begin}-{end - 1}/{self.size}",
-                found=f"{status} with {span}",
-                hint=f"hf download {self.repo}, then porter plan <the folder it prints>",
-            )
-        data = answer.read(end - begin + 1)
-        if len(data) != end - begin:
-            raise unreachable(self.repo, f"{len(data)} bytes of {end - begin} arrived")
-        return data
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-def refusal(repo: str, status: int | None, detail: str) -> PorterError:
-    """The error for an HTTP status: 401 and 403 are a matter of access, everything else is missing."""
-    if status == 401:
-        return AccessError(
-            f"{repo} is private, gated or does not exist, and no valid token was sent",
-            found=detail,
-            hint=f"check the name, then `hf auth login`, and accept the terms on the page of {repo}",
-        )
-    if status == 403:
-        return AccessError(
-            f"{repo} is gated: this token has no access", found=detail, hint=f"accept the terms on the page of {repo}"
-        )
-    if status == 404:
-        return MissingError(
-            f"{repo} is neither a path here nor a repository (or revision) on the hub",
-            found=detail,
-            hint="check the name and --revision; a private repository needs `hf auth login`",
-        )
-    return unreachable(repo, detail)
-
-
-def unreachable(repo: str, detail: str) -> MissingError:
-    """The hub did not answer, or not sensibly."""
-    return MissingError(
-        f"the hub cannot be reached for {repo}",
-        found=detail,
-        hint=f"porter plan {repo} --offline (what the cache holds), or a local folder; HF_ENDPOINT names another hub",
-    )
-
-
-def _ask(repo: str, call: Callable[[], T]) -> T:
-    """Runs a call of huggingface_hub and turns its errors into ours."""
-    from huggingface_hub import errors
-
+def _has(store: HubStore, revision: str | None) -> bool:
     try:
-        return call()
-    except errors.GatedRepoError as error:
-        raise refusal(repo, 403, _line(error)) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise unreachable(repo, _line(error)) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        raise refusal(repo, status, _line(error)) from error
-    except errors.HFValidationError as error:
-        raise MissingError(f"{repo} is not a valid hub id", found=_line(error), hint="owner/name") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise unreachable(repo, _line(error)) from error
-    except Exception as error:
-        # The HTTP client below huggingface_hub has changed name between versions; its errors are told by their home.
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests"):
-            raise unreachable(repo, _line(error)) from error
-        raise
-
-
-def _cached(repo: str, revision: str | None, cache: Path) -> Source:
-    """The repository as far as the hub's cache holds it."""
-    folder = cache / f"models--{repo.replace('/', '--')}"
-    wanted = revision or "main"
-    ref = folder / "refs" / wanted
-    commit = ref.read_text().strip() if ref.is_file() else wanted
-    snapshot = folder / "snapshots" / commit
-    if ".." in Path(wanted).parts or Path(wanted).is_absolute() or not snapshot.is_dir():
-        raise MissingError(
-            f"{repo} is not in the hub's cache at revision {wanted}",
-            found=f"offline, and no {snapshot}",
-            hint=f"hf download {repo}, or leave out --offline",
-        )
-    return LocalSource("hub", snapshot, list_files(snapshot), spec=repo, given=repo, revision=commit)
-
-
-def _plain(name: str) -> bool:
-    """Whether a listed name stays inside the repository and is not hidden."""
-    parts = name.split("/")
-    return "\\" not in name and not any(part == "" or part.startswith(".") for part in parts)
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return store.commit(revision) is not None
+    except PorterError:
+        return False

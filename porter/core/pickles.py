@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 import pickletools
 import struct
@@ -19,9 +20,11 @@ from typing import IO, Any
 
 from porter.core.checkpoint import BITS, TensorInfo
 from porter.core.errors import CheckpointError, MissingError
+from porter.core.files import open_regular
 
 MAX_PICKLE = 64 << 20
 MAX_TENSORS = 1_000_000
+_STEP = 1 << 18  # of an older file, which is one pickle after the other and then the storages
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
@@ -117,14 +120,21 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         CheckpointError: it is no such file, it is damaged, or it does what a state dict does not.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            archive = zipfile.is_zipfile(file)
-            file.seek(0)
-            others: set[str] = set()
-            content = _zipped(path, file, others) if archive else _legacy(path, file, others)
+        with open_regular(path) as file:
+            return read_pickled_from(file, path, os.fstat(file.fileno()).st_size)
     except (FileNotFoundError, IsADirectoryError):
         raise MissingError(f"no such file: {path}", hint="check the path") from None
+    except OSError as error:
+        raise MissingError(f"cannot read {path}", found=error.strerror, hint="check the path and its rights") from None
+
+
+def read_pickled_from(file: Any, path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The same from an open file of `size` bytes that can seek; `path` stands in the result and in the messages."""
+    others: set[str] = set()
+    try:
+        archive = zipfile.is_zipfile(file)
+        file.seek(0)
+        content = _zipped(path, file, others) if archive else _legacy(path, file, others)
     except (
         OSError,
         zipfile.BadZipFile,
@@ -169,16 +179,23 @@ def _zipped(path: Path, file: IO[bytes], others: set[str]) -> Any:
 
 def _legacy(path: Path, file: IO[bytes], others: set[str]) -> Any:
     """Before torch 1.6: magic number, protocol, system, then the object, each a pickle; storages follow."""
-    text = file.read(MAX_PICKLE)
-    position = 0
-    heads = []
-    for _ in range(3):
-        end = _scan(text, position)
+    text, position = b"", 0
+    heads: list[Any] = []
+    while len(heads) < 4:
+        try:
+            end = _scan(text, position)
+        except (ValueError, EOFError, struct.error, IndexError):
+            # Perhaps it only does not end yet: the storages behind it are not read for its sake.
+            more = file.read(min(max(_STEP, len(text)), MAX_PICKLE - len(text)))
+            if not more:
+                raise
+            text += more
+            continue
         heads.append(_Unpickler(io.BytesIO(text[position:end]), others).load())
         position = end
-    if heads[0] != _LEGACY_MAGIC:
-        raise pickle.UnpicklingError("neither a zip archive nor torch's older format")
-    return _run(text[position:], others)
+        if heads[0] != _LEGACY_MAGIC:
+            raise pickle.UnpicklingError("neither a zip archive nor torch's older format")
+    return heads[3]
 
 
 def _run(text: bytes, others: set[str]) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from porter.core.checkpoint import TensorInfo
@@ -205,21 +204,7 @@ def _carried(source: Source, plan: PortPlan, jobs: tuple[Job, ...]) -> tuple[lis
 
 
 def _licence(source: Source, family: Family | None, copies: list[Copy]) -> dict[str, Any]:
-    """What is known about the terms: the hub's word or the README's front matter, the files carried over, our hint."""
+    """What is known about the terms: what the hub or the model card declares, the files carried over, our hint."""
     declared = {key: value for key, value in source.declared.items() if key.startswith("license")}
-    for copy in copies:
-        if copy.name.lower() == "readme.md" and not declared:
-            declared = dict(_front_matter(source.path(copy.name)))
     files = [copy.name for copy in copies if _CARRIED.fullmatch(copy.name)]
     return {"declared": declared, "files": files, "hint": family.license_hint if family else ""}
-
-
-def _front_matter(readme: Path) -> Iterator[tuple[str, str]]:
-    with readme.open(encoding="utf-8", errors="replace") as file:
-        if file.readline().strip() != "---":
-            return
-        for line in file:
-            if line.strip() == "---":
-                return
-            if match := re.fullmatch(r"(license(?:_name|_link)?):\s*(\S.*?)\s*", line.rstrip("\n")):
-                yield match[1], match[2].strip("\"'")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from porter import builtin
 from porter.core.errors import BadInputError, MissingError, UsageError
-from porter.core.files import FileInfo, file_info, list_files, printable, read_json
+from porter.core.files import FileInfo, file_info, list_files, open_regular, printable, read_json
 
 if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo
@@ -34,7 +35,7 @@ class Source(ABC):
         revision: the commit, for a hub source.
         subfolder: the folder inside the source that is looked at alone.
         files: every file by its path inside the source, in sorted order.
-        declared: what the place itself says about the model (hub: licence, gating).
+        declared: what the model's card says of it: `license…`, `gated`, `base_model`, …; see `porter.core.card`.
     """
 
     kind: Kind
@@ -43,7 +44,10 @@ class Source(ABC):
     revision: str | None = None
     subfolder: str | None = None
     files: Mapping[str, FileInfo]
-    declared: Mapping[str, Any]
+
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        return {}
 
     @property
     def name(self) -> str:
@@ -63,8 +67,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        """Tensors and metadata of a safetensors file, without its data.
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+        """Tensors and notes of a weights file in any format, without its data.
 
         Raises:
             MissingError: as for `path`.
@@ -79,7 +83,7 @@ class Source(ABC):
 
         Raises:
             MissingError: no such file.
-            BadInputError: it is not JSON, or larger than 64 MB.
+            BadInputError: it is not JSON, or larger than 16 MB.
         """
         self._known(name)
         return read_json(self._json_path(name))
@@ -123,13 +127,26 @@ class LocalSource(Source):
         revision: str | None = None,
     ) -> None:
         self.kind, self.root, self.files = kind, root, files
-        self.spec, self.given, self.revision, self.declared = spec, given, revision, {}
+        self.spec, self.given, self.revision = spec, given, revision
+
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        name = next((name for name in self.files if name.lower() == "readme.md"), None)
+        if name is None or self.files[name].lfs_pointer:
+            return {}
+        from porter.core.card import MAX_CARD, read_card
+
+        try:
+            with open_regular(self.root / name) as file:
+                return read_card(file.read(MAX_CARD).decode("utf-8", "replace"))
+        except (OSError, BadInputError):  # gone since it was listed
+            return {}
 
     def path(self, name: str) -> Path:
         self.content(name)
         return self.root / name
 
-    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         from porter.core.headers import read_any
 
         return read_any(self.path(name))

@@ -312,13 +312,12 @@ def test_a_model_without_a_name_gets_proposals_and_is_told_so(plans: dict[str, P
 
 
 def test_a_new_family_never_takes_a_known_ones_folder(plans: dict[str, PortPlan]) -> None:
-    named = replace(plans["file"], source="/somewhere/flux1.safetensors")
-    assert derive(named).model == "flux1" and named.family is None
-    found = checklist(named, "porter")
-    assert (
-        step(found, "`FAMILY`").creates == ("conversions/flux1_new/__init__.py",) and not step(found, "`FAMILY`").done
-    )
-    assert not any(each.done for each in found.steps)
+    for taken in ("flux1", "common"):
+        named = replace(plans["file"], source=f"/somewhere/{taken}.safetensors")
+        assert derive(named).model == taken and named.family is None
+        found = checklist(named, "porter")
+        assert step(found, "`FAMILY`").creates == (f"conversions/{taken}_new/__init__.py",)
+        assert not any(each.done for each in found.steps)
 
 
 EVIL = (

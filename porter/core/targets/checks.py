@@ -27,8 +27,8 @@ def _holds(facts: Facts, _: object) -> Verdict:
 
 
 def _exists(facts: Facts, paths: Sequence[str]) -> Verdict:
-    """The known family's files are there."""
-    there = facts.family is not None and all(facts.exists(path) for path in paths)
+    """The family's files are there; a new family's folder is none that exists (`Facts.folder`)."""
+    there = all(facts.exists(path) for path in paths)
     return there, listed(paths) if there else ""
 
 

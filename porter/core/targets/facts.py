@@ -121,7 +121,7 @@ class Facts:
         if self.family:
             return self.family.name
         name = self.names.model
-        while name in families():
+        while name in families() or (_catalogue() / "conversions" / name).exists():
             name += "_new"
         return name
 

@@ -107,6 +107,7 @@ class PortPlan:
         settings: entries of the index that are no components.
         licence: what is declared (`license`, `license_name`, `license_link`), and files that hold terms.
         gated: how the source is gated, None where it is not.
+        verdict: what parity said of it, where the source is a port: `passed`, `failed`, `stale` or `missing`.
         memory: `porter.core.memory.Memory` as JSON, None where no component with weights is known.
         checklist: `porter.core.checklist.Checklist` as JSON, where a target was named.
     """
@@ -126,6 +127,7 @@ class PortPlan:
     closest: Kin | None
     licence: dict[str, Any]
     gated: str | None
+    verdict: str | None
     settings: dict[str, Any]
     risks: tuple[Risk, ...]
     warnings: tuple[str, ...]
@@ -233,6 +235,7 @@ def make_plan(
         closest=closest(found),
         licence=licence,
         gated=gate,
+        verdict=found.verdict,
         settings=found.settings,
         risks=tuple(found.risks()),
         warnings=tuple(found.warnings),
@@ -259,8 +262,10 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
     model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
     pin = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
     pin += f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
-    if found.is_port:
-        run = [f'porter generate {model} "a prompt"'] if found.pipeline_class else []
+    runs = found.family is not None and found.family.pipeline is not None and found.pipeline_class is not None
+    generate = f'porter generate {model} "a prompt"'
+    if found.verdict:
+        run = [generate] if runs else []
         return [f"porter parity {model}", *run]
     if any(source.files[name].lfs_pointer for part in parts for name in part.files):
         return [f"git -C {shlex.quote(source.spec)} lfs pull", f"porter plan {model}"]
@@ -278,4 +283,4 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
             f"hf download {model}{pin} --local-dir {shlex.quote(source.name)}",
             f"porter plan {shlex.quote(source.name)}",
         ]
-    return [f'porter generate {model} "a prompt"']
+    return [generate] if runs else [f"porter plan {model}{pin} --target porter"]

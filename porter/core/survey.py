@@ -31,6 +31,7 @@ class Survey:
         headers: tensors by component, where a header could be had.
         near: the architectures nearest to a component, as far as they were asked for.
         settings: entries of the index that are no components.
+        verdict: what parity said, where the source is a port.
     """
 
     pipeline_class: str | None = None
@@ -40,7 +41,7 @@ class Survey:
     headers: dict[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
     near: dict[str, list[Guess]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    is_port: bool = False
+    verdict: str | None = None
 
     def risks(self) -> list[Risk]:
         """What the components' own configs make likely to go wrong."""
@@ -78,9 +79,9 @@ def _evidence(source: Source, found: Survey) -> None:
     if isinstance(source, LocalSource) and is_manifest(source.root / MANIFEST):
         if source.json(MANIFEST).get("direction") == "original":
             return
-        found.is_port = True
-        if (verdict := Port.open(source.root).verdict()) != "passed":
-            found.warnings.append(f"parity of this port: {verdict}")
+        found.verdict = Port.open(source.root).verdict()
+        if found.verdict != "passed":
+            found.warnings.append(f"parity of this port: {found.verdict}")
 
 
 def source_of(part: ComponentPlan) -> ClassSource | None:

@@ -43,9 +43,8 @@ def _registered(facts: Facts, _: object) -> Verdict:
 
 
 def _parity(facts: Facts, _: object) -> Verdict:
-    """The plan is one of a port, and did not warn that its parity is missing, failed or stale."""
-    ported = any(line.startswith("porter parity ") for line in facts.plan.next)
-    held = ported and not any(line.startswith("parity of this port") for line in facts.plan.warnings)
+    """The plan is one of a port whose parity passed."""
+    held = facts.plan.verdict == "passed"
     return held, "this port's parity passed" if held else ""
 
 

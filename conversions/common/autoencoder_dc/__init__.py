@@ -1,0 +1,1 @@
+"""AutoencoderDC: the deep-compression image autoencoder, as Sana uses it."""

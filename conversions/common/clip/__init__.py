@@ -1,0 +1,1 @@
+"""CLIP: text and image encoders."""

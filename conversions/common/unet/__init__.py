@@ -1,0 +1,1 @@
+"""UNet2DConditionModel: the denoiser of Stable Diffusion 1, 2 and XL."""

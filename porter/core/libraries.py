@@ -38,7 +38,8 @@ def library_has(library: str, class_name: str) -> bool | None:
         return None
     if re.search(rb"[\"']" + re.escape(class_name).encode() + rb"[\"']", file_bytes(root / "__init__.py")):
         return True
-    names = {class_name, class_name.removesuffix("Fast")}
+    # transformers renamed its feature extractors of images, and reads files that name the old class with the new one.
+    names = {class_name, class_name.removesuffix("Fast"), class_name.replace("FeatureExtractor", "ImageProcessor")}
     pattern = re.compile(rb"[\"'(](" + "|".join(map(re.escape, names)).encode() + rb")[\"']")
     automatic = sorted((root / "models" / "auto").glob("*.py"))
     if any(pattern.search(file_bytes(file)) for file in automatic):
@@ -66,14 +67,33 @@ def pipeline_module_has(module: str, class_name: str) -> bool:
 @cache
 def pipeline_components(class_name: str) -> Mapping[str, tuple[str, ...]] | None:
     """Role -> class names that a diffusers pipeline's constructor asks for; None where diffusers has none such."""
+    source = _pipeline_source(class_name)
+    return _roles(source[0]) if source is not None else None
+
+
+@cache
+def pipeline_generates(class_name: str) -> str | None:
+    """The component of a diffusers pipeline that emits tokens one by one (`self.<component>.generate(…)`).
+
+    Empty where none does; None where diffusers has no such pipeline.
+    """
+    source = _pipeline_source(class_name)
+    if source is None:
+        return None
+    found = re.search(rb"\bself\.(\w+)\.generate\(", source[1])
+    return found[1].decode() if found else ""
+
+
+@cache
+def _pipeline_source(class_name: str) -> tuple[bytes, bytes] | None:
+    """A pipeline class's block, and its whole file: a prompt written at the left margin ends the block early."""
     root = library_root("diffusers")
     if root is None or not class_name.isidentifier():
         return None
     for package in listed_files(root / "pipelines", class_name):
         for file in sorted(package.with_suffix("").glob("*.py")):
-            block = class_block(file_bytes(file), class_name)
-            if block:
-                return _roles(block[1])
+            if block := class_block(text := file_bytes(file), class_name):
+                return block[1], text
     return None
 
 

@@ -216,7 +216,7 @@ def make_plan(
         found.warnings.append(f"gated repository ({gate}): its terms hold for every port of it")
     known = [part.parameters for part in parts if part.parameters is not None]
     style, reason = style_of(found)
-    sized = [part for part in parts if part.layout not in ("none", "elsewhere") and part.class_name]
+    sized = [p for p in parts if p.layout not in ("none", "elsewhere") and p.class_name and (p.bytes or p.parameters)]
     work, assumed = default_workload(found.pipeline_class, parts, **(workload or {}))
     memory = estimate(sized, work, device_memory, assumed).to_json() if sized else None
     made = PortPlan(

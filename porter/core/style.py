@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from porter.core.family import Style, families
+from porter.core.libraries import pipeline_generates
 from porter.core.survey import Survey
 
 # Classes that rewrite or caption a prompt, or emit tokens one by one, before the first denoising step.
@@ -15,6 +16,10 @@ _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4
 
 def style_of(found: Survey) -> tuple[Style, str]:
     """(style, why) of a native port of what was found."""
+    writes = pipeline_generates(found.pipeline_class) if found.pipeline_class else None
+    plainest = found.family is not None and found.pipeline_class in found.family.pipeline_classes[:1]
+    if writes and not plainest:
+        return "Hybrid", f"{writes} writes a caption or tokens before denoising ({found.pipeline_class})"
     if found.family:
         if found.pipeline_class and found.pipeline_class != (found.family.pipeline_classes or ("",))[0]:
             return found.family.style, f"{found.family.style_reason} ({found.pipeline_class}, of {found.family.title})"
@@ -28,7 +33,7 @@ def style_of(found: Survey) -> tuple[Style, str]:
         return "Hybrid", f"{talking[0]} ({talking[1]}) captions or emits tokens before denoising"
     if own_code:
         return "Hybrid", f"custom steps: {', '.join(own_code)} is code of the repository"
-    if talking:
+    if talking and writes is None:
         return "Hybrid", f"{talking[1]} can caption or emit tokens before denoising; Modular if it only encodes"
     denoisers = [part.name for part in found.components if re.match(r"(transformer|unet|prior|decoder)", part.name)]
     if len(denoisers) > 2 or {"prior", "decoder"} <= set(denoisers):

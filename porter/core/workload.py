@@ -153,7 +153,7 @@ def default_workload(
     known = {key: value for key, value in given.items() if value is not None}
     work, assumed = Workload(), []
     coder = next((part for part in parts if is_decoder(part)), None)
-    if coder is not None:
+    if coder is not None and coder.config:
         work = latents_of(full_config(coder.library, coder.class_name, coder.config), work)
     else:
         assumed.append(f"no autoencoder: {work.spatial} pixels per latent position")

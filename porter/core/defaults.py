@@ -170,8 +170,12 @@ def _files(root: Path, library: str) -> Iterator[Path]:
 
 
 def class_block(text: bytes, class_name: str) -> tuple[int, bytes] | None:
-    """(line, source) of a top-level class, cut out so that its file need not be parsed."""
-    found = re.search(rb"^class " + class_name.encode() + rb"\b.*?(?=^[^\s)#]|\Z)", text, re.MULTILINE | re.DOTALL)
+    """(line, source) of a top-level class, cut out so that its file need not be parsed.
+
+    It ends where the next function, class or decorator begins: strings in it may have lines at the left margin.
+    """
+    end = rb"(?=^(?:class|def|async def) \w|^@\w|\Z)"
+    found = re.search(rb"^class " + class_name.encode() + rb"\b.*?" + end, text, re.MULTILINE | re.DOTALL)
     return (text.count(b"\n", 0, found.start()) + 1, found[0]) if found else None
 
 

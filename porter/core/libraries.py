@@ -68,7 +68,7 @@ def pipeline_module_has(module: str, class_name: str) -> bool:
 def pipeline_components(class_name: str) -> Mapping[str, tuple[str, ...]] | None:
     """Role -> class names that a diffusers pipeline's constructor asks for; None where diffusers has none such."""
     source = _pipeline_source(class_name)
-    return _roles(source[0]) if source is not None else None
+    return _roles(source) if source is not None else None
 
 
 @cache
@@ -80,20 +80,19 @@ def pipeline_generates(class_name: str) -> str | None:
     source = _pipeline_source(class_name)
     if source is None:
         return None
-    found = re.search(rb"\bself\.(\w+)\.generate\(", source[1])
+    found = re.search(rb"\bself\.(\w+)\.generate\(", source)
     return found[1].decode() if found else ""
 
 
 @cache
-def _pipeline_source(class_name: str) -> tuple[bytes, bytes] | None:
-    """A pipeline class's block, and its whole file: a prompt written at the left margin ends the block early."""
+def _pipeline_source(class_name: str) -> bytes | None:
     root = library_root("diffusers")
     if root is None or not class_name.isidentifier():
         return None
     for package in listed_files(root / "pipelines", class_name):
         for file in sorted(package.with_suffix("").glob("*.py")):
-            if block := class_block(text := file_bytes(file), class_name):
-                return block[1], text
+            if block := class_block(file_bytes(file), class_name):
+                return block[1]
     return None
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from porter.core.memory import Workload
-
 from conversions.common.causal_convolution import CACHED, convolve
+from porter.core.memory import Workload
 
 STEP = 2  # latent frames decoded at a time; an odd one joins the first step
 

@@ -12,7 +12,7 @@ from porter.core.originals import original_of
 from porter.core.plan import ComponentPlan, Layout
 from porter.core.source import Source
 from porter.core.survey import INDEX, MODULAR_INDEX, Survey, component, known_component, leftovers
-from porter.core.weights import Read, WeightSet, read_set, weight_sets
+from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, read_set, weight_sets
 
 _CONFIGS = (
     "config.json", "scheduler_config.json", "tokenizer_config.json", "processor_config.json",
@@ -131,7 +131,7 @@ def _folder(name: str, entry: Entry) -> str:
 
 
 def _refine_family(source: Source, found: Survey, entries: dict[str, Entry]) -> None:
-    """Families that share a pipeline class are told apart by their components' configs (`Family.told_by`)."""
+    """Families that share a pipeline class are told apart by a config (`Family.told_by`) or a component's class."""
     rivals = [family for family in families().values() if found.pipeline_class in family.shared_pipelines]
     for family in rivals:
         name, key, value = family.told_by
@@ -139,6 +139,13 @@ def _refine_family(source: Source, found: Survey, entries: dict[str, Entry]) -> 
         config = source.json(file) if name in entries and file in source.files else None
         if isinstance(config, dict) and config.get(key) in value:
             found.family = family
+    theirs = found.family.components if found.family else ()
+    for name in ("transformer", "unet"):
+        class_name = entries.get(name, (None, None, {}))[1]
+        own = next((part for part in theirs if part.name == name), None)
+        homes = [f for f in families().values() if (part := f.component(name)) and class_name in part.class_names]
+        if class_name and own and class_name not in own.class_names and len(homes) == 1:
+            found.family = homes[0]  # a model saved under another family's pipeline
 
 
 def _components(source: Source, found: Survey, name: str, entry: Entry, claimed: set[str]) -> list[ComponentPlan]:
@@ -167,7 +174,9 @@ def _components(source: Source, found: Survey, name: str, entry: Entry, claimed:
         inside = tuple(file for file in source.files if file.startswith(f"{folder}/"))
         bare: Layout = "none" if inside and weightless(class_name or "") else "unknown"
         layout = "elsewhere" if elsewhere and not inside else bare
-        files = inside if layout == "none" else ()
+        files = inside if layout == "none" else tuple(file for file in inside if file.endswith(WEIGHT_SUFFIXES))
+        if files and layout == "unknown":
+            layout, note = "unread", "only as " + ", ".join(sorted({file.rpartition(".")[2] for file in files}))
     else:
         read = read_set(source, chosen)
         if chosen.kind not in ("safetensors", "sft") and read.header is not None:

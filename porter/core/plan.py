@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from porter.core.survey import Survey
 
 SCHEMA = "porter.plan/1"
-Layout = Literal["original", "diffusers", "none", "elsewhere", "unknown"]
+Layout = Literal["original", "diffusers", "none", "elsewhere", "unread", "unknown"]
 Status = Literal["native", "reuse", "convert", "port", "missing"]
 STATUS_MEANING: Mapping[str, str] = {
     "native": "in the target layout; runs on the native runtime",
@@ -38,7 +38,8 @@ class ComponentPlan:
         bytes: their size together; the real size where only Git-LFS pointers are here.
         parameters: elements of all its tensors, None where no header could be read.
         dtypes: bytes per safetensors dtype code.
-        layout: the layout its weights are in; `none` for what has none, `elsewhere` for another repository.
+        layout: the layout its weights are in; `none` for what has none, `elsewhere` for another repository,
+            `unread` for a format that porter does not read (ONNX, OpenVINO, Flax).
         recipe: `"module:attribute"` of the recipe that converts it.
         config: its whole config.
         model: the released model that its tensor names and shapes show, where they show one.

@@ -181,6 +181,9 @@ def judge(
     if code:
         found.warnings.append(f"{name}: {library or '?'}.{class_name} is code of the repository ({code}); never run")
         return "port"
+    if layout == "unread":
+        found.warnings.append(f"{name}: its weights are in no format that porter reads")
+        return "port"
     if library in LIBRARIES and class_name:
         exists = library_has(library, class_name)
         if exists is None:
@@ -204,6 +207,8 @@ def custom_code(
 
     `library` may be a module of diffusers' pipelines, which is no custom code.
     """
+    if library is not None and class_name and library not in LIBRARIES and pipeline_module_has(library, class_name):
+        return None
     mapped = config.get("auto_map")
     if isinstance(mapped, Mapping) and mapped:
         target = next((value for value in mapped.values() if isinstance(value, str)), None)
@@ -213,13 +218,11 @@ def custom_code(
             return inside or f"auto_map {str(target)[:80]}"
     if library is None or library in LIBRARIES:
         return None
-    if class_name and pipeline_module_has(library, class_name):
-        return None
     module = library.replace(".", "/")
     for place in (f"{name}/{module}.py", f"{module}.py", f"{name}/{module}/__init__.py"):
         if place in source.files:
             return place
-    return f"module {library[:80]}"
+    return f"module {library[:80]}, not in the repository"
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:

@@ -219,7 +219,7 @@ def test_code_of_a_repository_is_flagged_and_never_imported(tmp_path: Path) -> N
     code = {part.name: part.custom_code for part in found.components}
     assert code == {
         "transformer": "transformer/own_model.py", "text_encoder": "text_encoder/modeling_own.py",
-        "vae": "module somewhere.else",
+        "vae": "module somewhere.else, not in the repository",
     }  # fmt: skip
     assert {part.status for part in found.components} == {"port"}
     assert any("OwnPipeline is code of the repository" in line for line in found.warnings)
@@ -275,3 +275,19 @@ def test_the_closest_family_and_what_differs(sharded: Path) -> None:
     weights(sharded / "unet" / "diffusion_pytorch_model.safetensors", "x.weight")
     kin = plan(sharded).closest
     assert kin is None or (kin.score < 0.8 and not kin.reusable)
+
+
+def test_a_model_saved_under_another_family_s_pipeline(tmp_path: Path) -> None:
+    write(tmp_path / "m" / "model_index.json", {
+        "_class_name": "FluxPipeline", "transformer": ["diffusers", "ChromaTransformer2DModel"],
+        "text_encoder": ["kolors", "ChatGLMModel"], "vae_decoder": ["diffusers", "OnnxRuntimeModel"],
+    })  # fmt: skip
+    write(tmp_path / "m" / "text_encoder" / "config.json", {"auto_map": {"AutoModel": "modeling.ChatGLMModel"}})
+    for name in ("transformer", "text_encoder"):
+        weights(tmp_path / "m" / name / "model.safetensors")
+    write(tmp_path / "m" / "vae_decoder" / "model.onnx", "x")
+    found = plan(tmp_path / "m")
+    assert found.pipeline_class == "FluxPipeline" and found.family == "chroma"
+    encoder, decoder = found.component("text_encoder"), found.component("vae_decoder")
+    assert encoder and encoder.custom_code is None  # a module of diffusers' own pipelines
+    assert decoder and (decoder.layout, decoder.status, decoder.note) == ("unread", "port", "only as onnx")

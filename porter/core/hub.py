@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo
 
 # What all first reads of a repository may take together, shared by its weight files. A header takes about 110 bytes a
-# tensor: 20 to 40 KB a shard, 87 KB for the whole FLUX.1 transformer. Twelve files get 80 KB each, one gets the most.
+# tensor: 20 to 40 KB a shard, 87 KB for a transformer of 12 billion parameters in one file.
 FIRST_READS = 1 << 20
 LEAST_FIRST, MOST_FIRST = 1 << 14, 1 << 17
 AT_ONCE = 8  # requests on their way

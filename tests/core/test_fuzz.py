@@ -140,6 +140,32 @@ def test_what_is_taken_safetensors_takes_too(data: st.DataObject) -> None:
             raise AssertionError(f"safetensors refuses what we took: {error}, {bytes(raw)!r}") from error
 
 
+spans = st.tuples(st.integers(0, 6), st.integers(0, 3))
+
+
+@stable(300)
+@given(st.lists(spans, max_size=4), st.integers(-1, 2))
+def test_ranges_that_are_taken_safetensors_takes_too(places: list[tuple[int, int]], more: int) -> None:
+    """Tensors anywhere, often back to back: gaps and overlaps are refused, and what is left is whole."""
+    entries = {
+        str(number): {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
+        for number, (begin, size) in enumerate(places)
+    }
+    text = json.dumps(entries).encode()
+    data = max([0, *(begin + size for begin, size in places)]) + more
+    with folder() as place:
+        path = place / "m.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * data)
+        taken = not isinstance(ours(lambda: read_header(path)), PorterError)
+        covered = sorted(at for begin, size in places for at in range(begin, begin + size))
+        assert not taken or covered == list(range(data))
+        try:
+            with safe_open(path, "np") as file:
+                file.keys()
+        except SafetensorError as error:
+            assert not taken, f"safetensors refuses what we took: {error}, {entries}"
+
+
 PLACES = [
     "s.safetensors", "t.safetensors", "../s.safetensors", "/etc/passwd", "a/../../x", "out", "loop", "sub", "C:x", ".",
     "sub/s.safetensors", "pipe",

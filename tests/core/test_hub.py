@@ -545,9 +545,9 @@ def test_notes_that_somebody_spoiled_count_as_none(server: HubServer, tmp_path: 
         lambda _: 3,
         lambda document: {**document, "tensors": [["a", "F32", [-1], 0, 4]]},
         lambda document: {**document, "tensors": [["a", "F32", [1], 0]]},
-        lambda document: {**document, "name": "other"},
-        lambda document: {**document, "size": 1},
-        lambda document: {**document, "schema": "porter.hub/9"},
+        lambda document: {**document, "tensors": [], "name": "other"},
+        lambda document: {**document, "tensors": [], "size": 1},
+        lambda document: {**document, "tensors": [], "schema": "porter.hub/9"},
     ]
     good = json.loads(written[0].read_text())
     for spoil in spoilers:

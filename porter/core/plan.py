@@ -219,7 +219,10 @@ def make_plan(
     style, reason = style_of(found)
     sized = [p for p in parts if p.layout not in ("none", "elsewhere") and p.class_name and (p.bytes or p.parameters)]
     work, assumed = default_workload(found.pipeline_class, parts, **(workload or {}))
-    memory = estimate(sized, work, device_memory, assumed).to_json() if sized else None
+    once = list({part.name: part for part in reversed(sized)}.values())[::-1]
+    twice = sorted({part.name for part in sized if not any(part is kept for kept in once)})
+    assumed += tuple(f"the first {name} of {sum(part.name == name for part in sized)}" for name in twice)
+    memory = estimate(once, work, device_memory, assumed).to_json() if sized else None
     made = PortPlan(
         source=source.spec,
         kind=source.kind,

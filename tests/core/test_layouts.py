@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from porter.core.architectures import architectures
 from porter.core.errors import BadInputError, CheckpointError, MissingError, UsageError
+from porter.core.family import families
 from porter.core.plan import plan
 from tests.sparse_models import names_of, sparse
 
@@ -291,3 +292,48 @@ def test_a_model_saved_under_another_family_s_pipeline(tmp_path: Path) -> None:
     encoder, decoder = found.component("text_encoder"), found.component("vae_decoder")
     assert encoder and encoder.custom_code is None  # a module of diffusers' own pipelines
     assert decoder and (decoder.layout, decoder.status, decoder.note) == ("unread", "port", "only as onnx")
+
+
+def test_two_denoisers_of_an_original_repository(tmp_path: Path) -> None:
+    """As Wan2.2-T2V-A14B: one folder for each, and the family has a second transformer."""
+    model = tmp_path / "Wan2.2-T2V-A14B"
+    for folder in ("high_noise_model", "low_noise_model"):
+        original(model / folder, "diffusion_pytorch_model.safetensors", "wan", "transformer")
+        write(model / folder / "config.json", {"_class_name": "WanModel"})
+    found = plan(model)
+    assert [(part.name, part.files[0].split("/")[0]) for part in found.components] == [
+        ("transformer", "high_noise_model"), ("transformer_2", "low_noise_model"),
+    ]  # fmt: skip
+
+
+def test_the_same_component_several_times_counts_once_in_memory(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        original(tmp_path / "m", f"{name}.safetensors", "flux1", "transformer")
+    found = plan(tmp_path / "m")
+    assert len(found.components) == 3 and found.memory
+    assert len(found.memory["components"]) == 1 and "the first transformer of 3" in found.memory["assumed"]
+
+
+def test_a_class_that_families_share_is_told_by_its_tensors(tmp_path: Path) -> None:
+    for family in ("sd1", "sd2", "sdxl"):
+        original(tmp_path / family, "diffusion_pytorch_model.safetensors", family, "unet", "diffusers")
+        write(tmp_path / family / "config.json", {"_class_name": "UNet2DConditionModel"})
+        assert plan(tmp_path / family).family == family
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_every_family_is_told_by_pipeline_class_and_by_component_class(family: str, tmp_path: Path) -> None:
+    record = families()[family]
+    for class_name in record.pipeline_classes:
+        entry = {part.name: [part.library, part.class_names[0]] for part in record.components[-1:]}
+        write(tmp_path / class_name / "model_index.json", {"_class_name": class_name, **entry})
+        assert plan(tmp_path / class_name).family == family
+    own = {known.class_name for known in architectures() if known.family == family and known.layout == "diffusers"}
+    others = {known.class_name for known in architectures() if known.family != family}
+    others |= {
+        name for f in families().values() if f is not record for part in f.components for name in part.class_names
+    }
+    for class_name in own - others:
+        weights(tmp_path / class_name / "diffusion_pytorch_model.safetensors")
+        write(tmp_path / class_name / "config.json", {"_class_name": class_name})
+        assert plan(tmp_path / class_name).family == family

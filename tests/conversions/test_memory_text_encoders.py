@@ -112,12 +112,16 @@ ENCODERS = [
     ),
 ]  # fmt: skip
 
+# Classes whose formula others check in every run.
+ALIKE = ("LlamaForCausalLM", "Qwen3Model", "Qwen3VLForConditionalGeneration", "Gemma3ForConditionalGeneration")
+
 
 def checks() -> Iterator[Any]:
     for model in ENCODERS:
         for number, (tokens, batch) in enumerate(model.sizes):
             for dtype in ("BF16", "F16", "F32"):
-                marks = () if (number, dtype) == (0, "BF16") else pytest.mark.slow
+                often = (number, dtype) == (0, "BF16") and model.class_name not in ALIKE
+                marks = () if often else pytest.mark.slow
                 name = f"{model.class_name} {batch}x{tokens} {dtype}"
                 yield pytest.param(model, tokens, batch, dtype, id=name, marks=marks)
 

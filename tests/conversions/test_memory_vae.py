@@ -110,7 +110,7 @@ VAES = [
         (Size(320, 512, 33), Size(544, 960, 9, 2), Size(720, 1280, 129), Size(1088, 1920, 1), Size(1088, 1920, 33)), 4,
     ),
     Released(  # short: the class fills its attention's mask row by row, which takes minutes for a real length
-        "hunyuanvideo 1.5", "AutoencoderKLHunyuanVideo15", {}, 32, 16, (Size(192, 320, 5), Size(256, 384, 1)), 4,
+        "hunyuanvideo 1.5", "AutoencoderKLHunyuanVideo15", {}, 32, 16, (Size(128, 192, 5), Size(256, 384, 1)), 4,
     ),
     Released(
         "ltx2", "AutoencoderKLLTX2Video", {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}, 128, 32,

@@ -17,7 +17,7 @@ FLOAT32 = 4  # bytes; norms and enlargements compute in float32
 CACHED = 2  # frames that a causal convolution keeps for the next step
 
 
-def decode(config: Mapping[str, Any], work: Workload) -> int:
+def decode(config: Mapping[str, Any], work: Workload, *, still: bool = False) -> int:
     """Bytes at the peak of `decode(latents)`.
 
     The caches of the causal convolutions live throughout: two frames of each one's input once three latent frames are
@@ -31,8 +31,12 @@ def decode(config: Mapping[str, Any], work: Workload) -> int:
     3. the upsampler: its input, the enlarged copy in float32 and that in the activations' type.
 
     In a long video the last moment may be larger: all frames twice, when the last step's are appended.
+
+    Args:
+        still: as Qwen-Image 2.1 has it: levels with shortcuts, and flat convolutions, which pad one frame, not three.
     """
-    residual, blocks, many = bool(config.get("is_residual")), config["num_res_blocks"] + 1, work.latent_frames > 1
+    residual = still or bool(config.get("is_residual"))
+    blocks, many = config["num_res_blocks"] + 1, work.latent_frames > 1
     passed, ahead = (CACHED, min(CACHED, work.latent_frames - 1)) if many else (1, 0)  # frames in the caches
     temporal = [*reversed(config["temperal_downsample"]), False]
     dims, last = _dims(config), len(config["dim_mult"]) - 1
@@ -43,7 +47,7 @@ def decode(config: Mapping[str, Any], work: Workload) -> int:
     levels, caches = [], [(config["z_dim"] + 4 * dims[0]) * rows * columns]  # of conv_in and the middle; then per level
     for level, width in enumerate(dims[1:]):
         before = dims[level] if residual or level == 0 else dims[level] // 2
-        place = _Place(frames, rows, columns, many, work.element)
+        place = _Place(frames, rows, columns, many, work.element, 1 if still else 1 + CACHED)
         levels.append((place, before, width))
         grows = temporal[level] and many
         caches.append((before + (2 * blocks - 1 + grows) * width) * rows * columns)
@@ -75,8 +79,8 @@ def _dims(config: Mapping[str, Any]) -> list[int]:
 class _Place:
     """The moments of one level, in bytes."""
 
-    def __init__(self, frames: int, rows: int, columns: int, many: bool, element: int) -> None:
-        self.frames, self.many, self.element = frames, many, element
+    def __init__(self, frames: int, rows: int, columns: int, many: bool, element: int, single: int) -> None:
+        self.frames, self.many, self.element, self.single = frames, many, element, single
         self.positions, self.padded = rows * columns, (rows + 2) * (columns + 2)
 
     def block(self, entered: int, inside: int, before: int, width: int) -> int:
@@ -92,7 +96,7 @@ class _Place:
 
     def _convolution(self, before: int, width: int) -> int:
         if not self.many:
-            return ((before + width) * self.positions + 3 * before * self.padded) * self.element
+            return ((before + width) * self.positions + self.single * before * self.padded) * self.element
         behind = self.frames + CACHED
         joined = before * ((self.frames + CACHED + behind) * self.positions + behind * self.padded)
         result = before * behind * (self.positions + self.padded) + width * self.frames * self.positions

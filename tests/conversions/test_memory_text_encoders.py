@@ -66,6 +66,10 @@ GEMMA2 = {
     "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
 }  # fmt: skip
+GEMMA3 = {
+    "vocab_size": 262208, "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "sliding_window": 1024,
+}  # fmt: skip
 GLM = {
     "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40,
     "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
@@ -89,6 +93,15 @@ ENCODERS = [
         "qwen-image", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", {"text_config": QWEN_VL},
         ((546, 1), (100, 2), (1058, 1)),
     ),
+    Released(
+        "qwen3-vl 8b", "Qwen3VLForConditionalGeneration", "Qwen3VLConfig",
+        {"text_config": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}},
+        ((256, 1), (512, 2)),
+    ),
+    Released(
+        "ltx2", "Gemma3ForConditionalGeneration", "Gemma3Config", {"text_config": GEMMA3}, ((1024, 1), (256, 2)),
+    ),
     Released("z-image", "Qwen3Model", "Qwen3Config", QWEN3, ((512, 1), (120, 2))),
     Released("flux2 klein", "Qwen3ForCausalLM", "Qwen3Config", QWEN3, ((512, 1), (512, 2))),
     Released("lumina2", "Gemma2Model", "Gemma2Config", GEMMA2, ((256, 1), (300, 2), (512, 1))),
@@ -99,12 +112,16 @@ ENCODERS = [
     ),
 ]  # fmt: skip
 
+# Classes whose formula others check in every run.
+ALIKE = ("LlamaForCausalLM", "Qwen3Model", "Qwen3VLForConditionalGeneration", "Gemma3ForConditionalGeneration")
+
 
 def checks() -> Iterator[Any]:
     for model in ENCODERS:
         for number, (tokens, batch) in enumerate(model.sizes):
-            for dtype in ("BF16", "F32"):
-                marks = () if (number, dtype) == (0, "BF16") else pytest.mark.slow
+            for dtype in ("BF16", "F16", "F32"):
+                often = (number, dtype) == (0, "BF16") and model.class_name not in ALIKE
+                marks = () if often else pytest.mark.slow
                 name = f"{model.class_name} {batch}x{tokens} {dtype}"
                 yield pytest.param(model, tokens, batch, dtype, id=name, marks=marks)
 

@@ -92,6 +92,7 @@ VAES = [
         32, 32, IMAGES,
     ),
     Released("qwen-image", "AutoencoderKLQwenImage", {}, 16, 8, (*IMAGES[:2], Size(1328, 1328)), 4),
+    Released("qwen-image 2.1", "AutoencoderKLQwenImage21", {}, 64, 16, (*IMAGES[:2], Size(1328, 1328)), 8),
     Released(
         "wan 2.1", "AutoencoderKLWan", {}, 16, 8,
         (Size(480, 832, 17), Size(704, 1280, 1, 2), Size(480, 832, 5), Size(720, 1280, 81)), 4,
@@ -107,6 +108,13 @@ VAES = [
     Released(
         "hunyuanvideo", "AutoencoderKLHunyuanVideo", {}, 16, 8,
         (Size(320, 512, 33), Size(544, 960, 9, 2), Size(720, 1280, 129), Size(1088, 1920, 1), Size(1088, 1920, 33)), 4,
+    ),
+    Released(  # short: the class fills its attention's mask row by row, which takes minutes for a real length
+        "hunyuanvideo 1.5", "AutoencoderKLHunyuanVideo15", {}, 32, 16, (Size(128, 192, 5), Size(256, 384, 1)), 4,
+    ),
+    Released(
+        "ltx2", "AutoencoderKLLTX2Video", {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}, 128, 32,
+        (Size(512, 704, 33), Size(480, 704, 97, 2), Size(512, 768, 121)), 8,
     ),
     Released(
         "ltx 0.9", "AutoencoderKLLTXVideo", {}, 128, 32,
@@ -134,7 +142,7 @@ VAES = [
     ),
     Released(
         "mochi", "AutoencoderKLMochi", {}, 12, 8,
-        (Size(480, 848, 7), Size(256, 448, 25, 2), Size(480, 848, 85), Size(480, 848, 163)), 6,
+        (Size(480, 848, 85), Size(256, 448, 25, 2), Size(480, 848, 7), Size(480, 848, 163)), 6,
     ),
     Released(
         "cogvideox", "AutoencoderKLCogVideoX", {}, 16, 8,

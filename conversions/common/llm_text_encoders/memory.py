@@ -45,5 +45,7 @@ FORMULAS = {
     "LlamaForCausalLM": partial(encode, logits=True),
     "Qwen3ForCausalLM": partial(encode, logits=True),
     "Qwen2_5_VLForConditionalGeneration": partial(encode, logits=True),
+    "Qwen3VLForConditionalGeneration": partial(encode, logits=True),
+    "Gemma3ForConditionalGeneration": partial(encode, logits=True),
     "Mistral3ForConditionalGeneration": partial(encode, logits=True),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 from porter.core.memory import Workload
 
-INDEX = 8  # bytes of a token id or a mask entry
+INDEX, FLOAT32 = 8, 4  # bytes of a token id or a mask entry, and of a float32
 
 
 def encode(config: Mapping[str, Any], work: Workload) -> int:
@@ -24,16 +24,21 @@ def encode(config: Mapping[str, Any], work: Workload) -> int:
     2. feed-forward with a gate: four tensors of B·L·f inside the hand-written GELU, and four of B·L·d. T5 still holds
        the first block's bias (h·L·L); UMT5 computes one per block.
 
+    Loaded as float16, the feed-forward's last projection stays float32, and so do its input and the residual after it.
     Without a mask, as FLUX.1 and Stable Diffusion 3 call it, one of the two joined copies falls away.
     """
     tokens, batch = work.text_tokens, work.batch
     bias = config["num_heads"] * tokens * tokens
     inner = config["num_heads"] * config["d_kv"]
-    attention = bias * (1 + 2 * batch) + 3 * batch * tokens * (inner + config["d_model"])
+    wide = FLOAT32 if work.dtype == "F16" else work.element
+    attention = work.element * (bias * (1 + 2 * batch) + batch * tokens * (3 * inner + 2 * config["d_model"]))
+    attention += wide * batch * tokens * config["d_model"]
     gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
     shared = 0 if config.get("model_type") == "umt5" else bias
-    feed_forward = shared + batch * tokens * ((4 if gated else 2) * config["d_ff"] + 4 * config["d_model"])
-    return int(work.element * max(attention, feed_forward) + batch * tokens * (2 * INDEX + tokens))
+    inside = (3 if gated else 1) * config["d_ff"] + 2 * config["d_model"]
+    feed_forward = work.element * (shared + batch * tokens * inside)
+    feed_forward += wide * batch * tokens * (config["d_ff"] + 2 * config["d_model"])
+    return int(max(attention, feed_forward) + batch * tokens * (2 * INDEX + tokens))
 
 
 FORMULAS = {"T5EncoderModel": encode, "UMT5EncoderModel": encode}

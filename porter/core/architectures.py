@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from porter.core.errors import BadInputError
 
 LAYOUTS_SCHEMA = "porter.layouts/1"
+_MEMBERS = 4  # numbered groups of names that may each be a model
 SURE = 0.85  # from this score on a file is called by the architecture's name
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
@@ -234,7 +235,9 @@ def parts(shapes: Shapes, *, depth: int = 4) -> list[Part]:
     found: list[Part] = []
     left: dict[str, Shape] = {}
     for head, inner in groups.items():
-        below = parts(inner, depth=depth - 1) if head and not head.isdigit() else []
+        # Numbers stand for blocks, of which there are many; a few are members of a list of models.
+        inside = bool(head) and (not head.isdigit() or len(groups) <= _MEMBERS)
+        below = parts(inner, depth=depth - 1) if inside else []
         if any(part.sure for part in below):
             for part in below:
                 prefix = f"{head}.{part.prefix}"

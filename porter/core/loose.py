@@ -8,7 +8,7 @@ from typing import Any
 
 from porter.core.architectures import SURE, architectures, guesses
 from porter.core.errors import BadInputError, UsageError
-from porter.core.family import Family, families
+from porter.core.family import Component, Family, families
 from porter.core.libraries import library_has
 from porter.core.originals import belongs, named_by_class, named_by_file
 from porter.core.pieces import by_tensors
@@ -51,7 +51,7 @@ def loose(source: Source) -> Survey:
         parts[key] = _components(source, found, one, configs[key], note)
     found.components = [part for key, _ in looked for part in parts[key]]
     if found.family:
-        found.components = _second(found.family, found.components)
+        found.components = _encoders(found.family, _second(found.family, found.components))
     whole = {part.name for part in found.components}
     if found.family and (absent := [part.name for part in found.family.components if part.name not in whole]):
         found.warnings.append(f"not a whole pipeline; {found.family.title} also has {', '.join(absent)}")
@@ -124,6 +124,28 @@ def _second(family: Family, found: list[ComponentPlan]) -> list[ComponentPlan]:
         if role and apart and first.class_name == second.class_name and second.class_name in role.class_names:
             found = [part.replace(name=role.name) if part is second else part for part in found]
     return found
+
+
+def _encoders(family: Family, found: list[ComponentPlan]) -> list[ComponentPlan]:
+    """Text encoders under the names that their family has for them: by class, then the smaller before the larger."""
+    roles = [part for part in family.components if part.name.startswith("text_encoder")]
+    here = [part for part in found if part.name.startswith("text_encoder") and part.layout != "unknown"]
+    named: dict[int, Component] = {}
+    for part in here:
+        fit = [role for role in roles if part.layout == "diffusers" and part.class_name in role.class_names]
+        if len(fit) == 1 and fit[0] not in named.values():
+            named[id(part)] = fit[0]
+    rest = sorted((part for part in here if id(part) not in named), key=lambda part: part.parameters or 0)
+    free = [role for role in roles if role not in named.values()]
+    if len(rest) < len(free) and all(part.layout == "original" for part in rest):
+        free = free[-len(rest) :] if rest else []  # a pipeline that lacks one lacks the first: the others are required
+    named |= {id(part): role for part, role in zip(rest, free, strict=False)}
+    return [
+        part.replace(name=role.name, library=role.library,
+                     class_name=part.class_name if part.layout == "diffusers" else role.class_names[0])
+        if (role := named.get(id(part))) else part
+        for part in found
+    ]  # fmt: skip
 
 
 def _unfetched(

@@ -53,8 +53,11 @@ def _is(found: Architecture, known: Component) -> bool:
     return known.original_class in (None, found.class_name)
 
 
-def belongs(found: Architecture) -> Known:
-    """The family and component of an architecture; families with a recipe for it first, where several share it."""
+def belongs(found: Architecture, prefer: Family | None = None) -> Known:
+    """The family and component of an architecture.
+
+    Of one that families share: `prefer`red, else the family with a recipe for it, else none of them.
+    """
     homes = [family for family in families().values() if found.family in (None, family.name)]
     pairs = [(family, part) for family in homes for part in family.components if part.name == found.component]
     if found.layout == "diffusers":
@@ -62,9 +65,10 @@ def belongs(found: Architecture) -> Known:
     else:
         for family, part in pairs:
             if part.recipe and part.original_class == found.class_name:
-                return Known(found, family, part)
+                return Known(found, prefer if found.family is None and prefer else family, part)
     if found.family is None:  # shared by families: none of them owns it
-        return Known(found, None, None)
+        own = prefer.component(found.component) if prefer else None
+        return Known(found, prefer if own else None, own if own and found.layout != "diffusers" else None)
     return next((Known(found, *pair) for pair in pairs), Known(found, families().get(found.family), None))
 
 

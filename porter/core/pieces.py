@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from porter.core.architectures import Guess, Part, telling
+from porter.core.architectures import Guess, Part, guesses, telling
 from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
@@ -17,6 +19,27 @@ from porter.core.plan import ComponentPlan, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
 from porter.core.weights import Read, WeightSet, totals
+
+# Buffers that the original training code saved; a scheduler computes them from its config.
+_SCHEDULE = re.compile(
+    r"((sqrt_)?(recip_)?(m1_|recipm1_|one_minus_|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_recipm1_alphas_cumprod|betas"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|denoiser\.sigmas|model_sampling\.sigmas"
+    r"|log_sigmas|sigmas|scale_factor|timesteps|freqs_cis)"
+)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What the components of one set share."""
+
+    source: Source
+    found: Survey
+    one: WeightSet
+    config: dict[str, Any]
+    plain: Mapping[str, TensorInfo]
+    quantised: str | None
+    note: str
+    alone: bool
 
 
 def by_tensors(
@@ -32,67 +55,112 @@ def by_tensors(
             f"{one.files[0]}: {told.factors} of {len(read.header)} tensors are factors of a LoRA, not a model's own"
         )
     pieces = take_apart({key: info.shape for key, info in told.plain.items()})
-    return [_piece(source, found, one, piece, read, config, told.plain, told.quantised, len(pieces) == 1, note)
-            for piece in pieces]  # fmt: skip
+    pieces = [part for piece in pieces for part in ([piece] if piece.sure else _sorted_out(piece))]
+    file = _Checkpoint(source, found, one, config, told.plain, told.quantised, note, len(pieces) == 1)
+    built: dict[int, ComponentPlan] = {}
+    # The largest first: a denoiser names the family, which then decides about what several families share.
+    for number in sorted(range(len(pieces)), key=lambda n: -sum(map(prod, pieces[n].shapes.values()))):
+        built[number] = _known(file, pieces[number]) if pieces[number].sure else _unknown(file, pieces[number])
+    return [built[number] for number in range(len(pieces))]
 
 
-def _piece(
-    source: Source,
-    found: Survey,
-    one: WeightSet,
-    piece: Part,
-    read: Read,
-    config: dict[str, Any],
-    plain: Mapping[str, TensorInfo],
-    quantised: str | None,
-    whole: bool,
-    note: str,
-) -> ComponentPlan:
-    inside = {key: plain[piece.prefix + key] for key in piece.shapes}
-    parameters, dtypes = totals(inside.values())
-    size = sum(source.files[name].size for name in one.files) if whole else sum(dtypes.values())
-    near = tuple(_guess(guess, piece) for guess in piece.guesses)
-    library: str | None = None
-    class_name: str | None = None
-    layout: Layout = "unknown"
+def _sorted_out(piece: Part) -> list[Part]:
+    """What is no known layout, in up to three: averaged copies, buffers of the noise schedule, and the rest."""
+    if piece.prefix or not any(_SCHEDULE.fullmatch(name) or _is_copy(name) for name in piece.shapes):
+        return [piece]
+    groups: dict[str, dict[str, tuple[int, ...]]] = {"copy": {}, "schedule": {}, "rest": {}}
+    for name, shape in piece.shapes.items():
+        groups["copy" if _is_copy(name) else "schedule" if _SCHEDULE.fullmatch(name) else "rest"][name] = shape
+    return [Part("", group, guesses(group) if kind == "rest" else []) for kind, group in groups.items() if group]
+
+
+def _is_copy(name: str) -> bool:
+    return name.startswith(("model_ema.", "ema.", "ema_model.", "params_ema."))
+
+
+def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
+    """A piece that is a known architecture."""
+    best, found = piece.sure, file.found
+    assert best is not None
+    known, twin = _settle(found, piece, best)
+    layout: Layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
+    variant = known.architecture.variant(piece.shapes)
+    model = variant.name if variant else known.architecture.model
+    name = known.architecture.component
+    library = known.component.library if known.component else None
+    class_name = known.component.class_names[0] if known.component else None
     status: Status = "port"
     recipe: str | None = None
-    model: str | None = None
-    if (best := piece.sure) is None:
-        found.warnings.append(f"{one.files[0]}: no known layout; its tensors are {_templates(piece.shapes)}")
-        name = one.files[0] if whole else f"{one.files[0]}: the rest"
-        note = _averaged(piece) or note
-    else:
-        known, twin = _settle(found, piece, best)
-        layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
-        variant = known.architecture.variant(piece.shapes)
-        model = variant.name if variant else known.architecture.model
-        name = known.architecture.component
-        if known.component:
-            library, class_name = known.component.library, known.component.class_names[0]
-        if layout == "diffusers":
-            class_name = known.architecture.class_name
-            library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
-            status = "reuse" if library and not quantised else "port"
-            status = "native" if status == "reuse" and known.component and known.component.native else status
-        elif (recipe := known.recipe if not quantised and whole and not piece.prefix else None) is not None:
-            status = "convert"
-        title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
-        if twin:
-            class_name, model, title = None, None, f"{twin} alike"
-        words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
-        if layout == "diffusers" and not config:
-            words.append("its class needs a config.json")
-        note = "; ".join(words + ([note] if note else []))
-    if not config and (text := f"{name}/config.json") in source.files and source.kind != "file":
-        given = source.json(text)
-        config = given if isinstance(given, dict) else {}
-    found.headers.setdefault(name, inside)
+    title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
+    words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
+    if layout == "diffusers":
+        class_name = known.architecture.class_name
+        library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
+        status = "reuse" if library and not file.quantised else "port"
+        status = "native" if status == "reuse" and known.component and known.component.native else status
+    elif known.recipe and not file.quantised:
+        if file.alone and not piece.prefix:
+            recipe, status = known.recipe, "convert"
+        else:
+            words.append(f"its recipe takes a file of its own, without {piece.prefix or 'other components'}")
+    if twin:
+        class_name, model = None, None
+        words[0] = f"{known.architecture.layout} layout of {twin} alike, told by {best.score:.0%} of its tensor names"
+    config = file.config or _config_for(file, name)
+    if layout == "diffusers" and not config:
+        words.append("its class needs a config.json")
+    words += [file.note] if file.note else []
+    return _component(file, piece, name, library=library, class_name=class_name, status=status, layout=layout,
+                      recipe=recipe, config=config, note="; ".join(words), model=model)  # fmt: skip
+
+
+def _unknown(file: _Checkpoint, piece: Part) -> ComponentPlan:
+    """A piece that is no known layout: its nearest ones, or what it is instead of a model."""
+    label = file.one.files[0]
+    if piece.shapes and all(map(_is_copy, piece.shapes)):
+        return _component(file, piece, f"{label}: averaged copies", status="reuse", layout="unknown", config={},
+                          note="an averaged (EMA) copy of another component's weights")  # fmt: skip
+    if piece.shapes and all(_SCHEDULE.fullmatch(name) for name in piece.shapes):
+        return _component(file, piece, f"{label}: noise schedule", status="reuse", layout="unknown", config={},
+                          note="buffers that a scheduler computes from its config")  # fmt: skip
+    file.found.warnings.append(f"{label}: no known layout; its tensors are {_templates(piece.shapes)}")
+    name = label if file.alone else f"{label}: the rest"
+    return _component(file, piece, name, status="port", layout="unknown", config=file.config, note=file.note)
+
+
+def _component(
+    file: _Checkpoint,
+    piece: Part,
+    name: str,
+    *,
+    status: Status,
+    layout: Layout,
+    config: dict[str, Any],
+    note: str,
+    library: str | None = None,
+    class_name: str | None = None,
+    recipe: str | None = None,
+    model: str | None = None,
+) -> ComponentPlan:
+    inside = {key: file.plain[piece.prefix + key] for key in piece.shapes}
+    parameters, dtypes = totals(inside.values())
+    whole = sum(file.source.files[name].size for name in file.one.files)
+    file.found.headers.setdefault(name, inside)
     return ComponentPlan(
-        name=name, library=library, class_name=class_name, status=status, layout=layout, files=one.files, bytes=size,
-        parameters=parameters, dtypes=dtypes, recipe=recipe, config=config, note=note, model=model,
-        prefix=piece.prefix, guesses=near, quantised=quantised,
+        name=name, library=library, class_name=class_name, status=status, layout=layout, files=file.one.files,
+        bytes=whole if file.alone else sum(dtypes.values()), parameters=parameters, dtypes=dtypes, recipe=recipe,
+        config=config, note=note, model=model, prefix=piece.prefix,
+        guesses=tuple(_guess(guess, piece) for guess in piece.guesses), quantised=file.quantised,
     )  # fmt: skip
+
+
+def _config_for(file: _Checkpoint, name: str) -> dict[str, Any]:
+    """The config of a component's own folder, where weights lie outside it."""
+    place = f"{name}/config.json"
+    if file.source.kind == "file" or place not in file.source.files:
+        return {}
+    given = file.source.json(place)
+    return given if isinstance(given, dict) else {}
 
 
 def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
@@ -102,7 +170,7 @@ def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
         if guess.score == best.score and guess.architecture.templates == best.architecture.templates
         and guess.architecture.family != best.architecture.family
     ]  # fmt: skip
-    known = belongs(best.architecture)
+    known = belongs(best.architecture, found.family)
     if equal and found.family and any(guess.architecture.family == found.family.name for guess in equal):
         return belongs(next(g.architecture for g in equal if g.architecture.family == found.family.name)), ""
     every = [best, *equal] if equal else []
@@ -126,11 +194,6 @@ def _guess(guess: Guess, piece: Part) -> dict[str, Any]:
         "missing": list(guess.missing[:4]),
         "extra": list(guess.extra[:4]),
     }
-
-
-def _averaged(piece: Part) -> str:
-    names = list(piece.shapes)
-    return "an averaged (EMA) copy" if names and all("ema" in name.lower() for name in names) else ""
 
 
 def _templates(keys: Mapping[str, Any], limit: int = 4) -> str:

@@ -180,7 +180,7 @@ def test_checkpoints_in_folders_of_their_own(tmp_path: Path) -> None:
     )
     found = plan(model)
     assert [(part.name, part.status, part.class_name) for part in found.components] == [
-        ("transformer", "convert", "FluxTransformer2DModel"), ("text_encoder", "reuse", "T5EncoderModel"),
+        ("transformer", "convert", "FluxTransformer2DModel"), ("text_encoder_2", "reuse", "T5EncoderModel"),
         ("vae", "convert", "AutoencoderKL"),
     ]  # fmt: skip
     assert found.family == "flux1" and found.pipeline_class is None

@@ -5,7 +5,7 @@ from porter.core.family import Component, Family
 FAMILY = Family(
     name="lumina2",
     title="Lumina-Image 2.0",
-    pipeline_classes=("Lumina2Pipeline",),
+    pipeline_classes=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
     components=(
         Component("scheduler", "diffusers", ("FlowMatchEulerDiscreteScheduler",)),
         Component("text_encoder", "transformers", ("Gemma2Model",)),

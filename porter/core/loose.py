@@ -10,7 +10,7 @@ from porter.core.architectures import SURE, architectures, guesses
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families
 from porter.core.libraries import library_has
-from porter.core.originals import belongs, named_by_class, named_by_file
+from porter.core.originals import ENCODERS, belongs, named_by_class, named_by_file
 from porter.core.pieces import by_tensors
 from porter.core.plan import ComponentPlan
 from porter.core.port import MANIFEST
@@ -45,8 +45,14 @@ def loose(source: Source) -> Survey:
     configs = {key: _config(source, one, chosen) for key, one in looked}
     source.prefetch([name for _, one in looked for name in (*one.files, *([one.index] if one.index else []))])
     parts: dict[str, list[ComponentPlan]] = {}
-    # The largest first: a denoiser names the family, which then decides about what several families share.
-    for key, one in sorted(looked, key=lambda item: -sum(source.files[name].size for name in item[1].files)):
+
+    # The largest first: a denoiser names the family, which then decides about what several families share; what can
+    # only be told by a file name comes last, as the family decides about that too.
+    def order(item: tuple[str, WeightSet]) -> tuple[bool, int]:
+        infos = [source.files[name] for name in item[1].files]
+        return any(info.lfs_pointer for info in infos) and not configs[item[0]], -sum(info.size for info in infos)
+
+    for key, one in sorted(looked, key=order):
         note = "also as " + ", ".join(others[key]) if key in others else ""
         parts[key] = _components(source, found, one, configs[key], note)
     found.components = [part for key, _ in looked for part in parts[key]]
@@ -103,10 +109,14 @@ def _components(
 
 def _home(class_name: str, read: Read) -> Family | None:
     """The one family that has a class; where several have it, the one that the tensors show."""
-    recorded = {known.family for known in architectures() if known.class_name == class_name}
+    recorded = {
+        known.family for known in architectures()
+        if known.class_name == class_name and not known.component.startswith(ENCODERS)
+    }  # fmt: skip
     homes = [
         family for family in families().values()
-        if family.name in recorded or any(class_name in part.class_names for part in family.components)
+        if family.name in recorded
+        or any(class_name in part.class_names for part in family.components if not part.name.startswith(ENCODERS))
     ]  # fmt: skip
     if len(homes) < 2 or read.header is None:
         return homes[0] if len(homes) == 1 else None
@@ -154,7 +164,7 @@ def _unfetched(
     """Git-LFS pointers: told by the class that their config names, or by the file's name."""
     known = named_by_class(class_name) if class_name else None
     place: tuple[Family | None, Any] | None
-    place = belongs(known)[1:] if known else named_by_file(one.files[0])
+    place = belongs(known, found.family)[1:] if known else named_by_file(one.files[0], found.family)
     family, part = place or (None, None)
     found.family = found.family or family
     how = f"told by its config ({class_name})" if known else "told by its file name alone" if part else "nothing known"

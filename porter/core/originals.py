@@ -12,6 +12,9 @@ from porter.core.family import Component, Family, families
 from porter.core.source import Source
 from porter.core.weights import WeightSet, read_set, weight_sets
 
+# Components that many families take as they are: finding one says nothing about the family.
+ENCODERS = ("text_encoder", "image_encoder", "tokenizer", "feature_extractor", "image_processor", "scheduler", "safety")
+
 
 class Known(NamedTuple):
     """An architecture with the family and component of the catalogue that it belongs to."""
@@ -83,8 +86,8 @@ def named_by_class(class_name: str) -> Architecture | None:
     return max(found, key=lambda known: homes[known.family], default=None)
 
 
-def named_by_file(name: str) -> tuple[Family, Component] | None:
-    """The component whose original files are called like `name`; only where no other family's are."""
+def named_by_file(name: str, prefer: Family | None = None) -> tuple[Family, Component] | None:
+    """The component whose original files are called like `name`; `prefer`'s where other families' are too."""
     base = name.rpartition("/")[2].lower()
     found = [
         (family, part)
@@ -92,4 +95,5 @@ def named_by_file(name: str) -> tuple[Family, Component] | None:
         for part in family.components
         if any(fnmatchcase(base, pattern) for pattern in part.original_files)
     ]
-    return found[0] if len(found) == 1 else None
+    own = [pair for pair in found if pair[0] is prefer]
+    return own[0] if own else found[0] if len(found) == 1 else None

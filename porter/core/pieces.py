@@ -14,7 +14,7 @@ from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
-from porter.core.originals import Known, belongs
+from porter.core.originals import ENCODERS, Known, belongs
 from porter.core.plan import ComponentPlan, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
@@ -175,7 +175,7 @@ def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
         return belongs(next(g.architecture for g in equal if g.architecture.family == found.family.name)), ""
     every = [best, *equal] if equal else []
     twin = " or ".join(f"{each.architecture.class_name} ({each.architecture.family})" for each in every)
-    if not equal:
+    if not equal and not best.architecture.component.startswith(ENCODERS):
         found.family = found.family or known.family
     return known, twin
 

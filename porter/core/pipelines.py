@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from porter.core.errors import BadInputError, UsageError
-from porter.core.family import families, family_of_pipeline
+from porter.core.errors import BadInputError
+from porter.core.family import Family, families, family_of_pipeline
 from porter.core.layout import weightless
 from porter.core.originals import original_of
 from porter.core.plan import ComponentPlan, Layout
@@ -18,6 +18,7 @@ _CONFIGS = (
     "config.json", "scheduler_config.json", "tokenizer_config.json", "processor_config.json",
     "preprocessor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
+MAX_PIPELINES = 20
 Entry = tuple[str | None, str | None, dict[str, Any]]
 
 
@@ -77,18 +78,24 @@ def modular(source: Source) -> Survey:
 
 
 def nested(source: Source) -> Survey | None:
-    """The one pipeline that lies in a folder of the source; None where there is none.
-
-    Raises:
-        UsageError: there are several.
-    """
+    """The pipelines that lie in folders of the source, their components called `<folder>/<component>`; None without."""
     places = [name.removesuffix(f"/{INDEX}") for name in source.files if name.endswith(f"/{INDEX}")]
+    places = [place for place in places if not any(place.startswith(f"{other}/") for other in places)]
     if not places:
         return None
-    raise UsageError(
-        f"{source.given} is no pipeline itself, but holds {len(places)}", expected="one of " + ", ".join(places[:8]),
-        hint=f"porter plan {source.given} --subfolder {places[0]}",
-    )  # fmt: skip
+    found = Survey()
+    homes: list[Family | None] = []
+    for place in places[:MAX_PIPELINES]:
+        parts, inner = _inner_pipeline(source, found, place, place)
+        found.components += parts
+        homes.append(inner.family)
+        found.warnings.append(f"a pipeline of its own: {place} ({inner.pipeline_class}); --subfolder plans it alone")
+    if len(places) > MAX_PIPELINES:
+        found.warnings.append(f"{len(places)} pipelines; only the first {MAX_PIPELINES} were looked into")
+    found.family = homes[0] if len({family and family.name for family in homes}) == 1 else None
+    found.places = tuple(places)
+    leftovers(source, found)
+    return found
 
 
 def _class_name(index: Any) -> str | None:
@@ -153,7 +160,7 @@ def _components(source: Source, found: Survey, name: str, entry: Entry, claimed:
     library, class_name, place = entry
     folder = _folder(name, entry)
     if f"{folder}/{INDEX}" in source.files:
-        return _inner_pipeline(source, found, name, folder)
+        return _inner_pipeline(source, found, name, folder)[0]
     config = _config(source, folder)
     sets = weight_sets(source.files, folder)
     chosen = sets[0] if sets else None
@@ -215,14 +222,15 @@ def _elsewhere(source: Source, place: dict[str, Any]) -> str | None:
     return text + (f"@{revision}" if isinstance(revision, str) and revision else "")
 
 
-def _inner_pipeline(source: Source, found: Survey, name: str, folder: str) -> list[ComponentPlan]:
-    """The components of a pipeline that is itself a component, called `<name>/<component>`."""
+def _inner_pipeline(source: Source, found: Survey, name: str, folder: str) -> tuple[list[ComponentPlan], Survey]:
+    """The components of a pipeline inside the source, called `<name>/<component>`, and what was found of it."""
     from porter.core.source import Subfolder
 
     inner = pipeline(Subfolder(source, folder))
     found.warnings += [f"{name}/{line}" for line in inner.warnings]
     found.headers |= {f"{name}/{part}": header for part, header in inner.headers.items()}
-    return [
+    parts = [
         replace(part, name=f"{name}/{part.name}", files=tuple(f"{folder}/{file}" for file in part.files))
         for part in inner.components
     ]
+    return parts, inner

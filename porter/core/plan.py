@@ -222,7 +222,8 @@ def make_plan(
     once = list({part.name: part for part in reversed(sized)}.values())[::-1]
     twice = sorted({part.name for part in sized if not any(part is kept for kept in once)})
     assumed += tuple(f"the first {name} of {sum(part.name == name for part in sized)}" for name in twice)
-    memory = estimate(once, work, device_memory, assumed).to_json() if sized else None
+    single = sized and not found.places  # several pipelines do not run at once
+    memory = estimate(once, work, device_memory, assumed).to_json() if single else None
     made = PortPlan(
         source=source.spec,
         kind=source.kind,
@@ -271,6 +272,8 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
     if found.verdict:
         run = [generate] if runs else []
         return [f"porter parity {model}", *run]
+    if found.places:
+        return [f"porter plan {model}{pin} --subfolder {shlex.quote(place)}" for place in found.places[:4]]
     if any(source.files[name].lfs_pointer for part in parts for name in part.files):
         return [f"git -C {shlex.quote(source.spec)} lfs pull", f"porter plan {model}"]
     if any(part.status == "convert" for part in parts):

@@ -16,6 +16,7 @@ from porter.core.libraries import LIBRARIES, library_has, pipeline_module_has, t
 from porter.core.plan import ComponentPlan, Layout, Status
 from porter.core.port import MANIFEST, Port, is_manifest
 from porter.core.risks import Risk, risks_of, unusual
+from porter.core.sizes import parameters_by_size
 from porter.core.source import LocalSource, Source
 from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, shared_tensors, totals
 
@@ -32,6 +33,7 @@ class Survey:
         near: the architectures nearest to a component, as far as they were asked for.
         settings: entries of the index that are no components.
         verdict: what parity said, where the source is a port.
+        places: folders of several pipelines, where the source holds them.
     """
 
     pipeline_class: str | None = None
@@ -42,6 +44,7 @@ class Survey:
     near: dict[str, list[Guess]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: str | None = None
+    places: tuple[str, ...] = ()
 
     def risks(self) -> list[Risk]:
         """What the components' own configs make likely to go wrong."""
@@ -132,6 +135,10 @@ def component(
         note = note if "not fetched" in note else "; ".join(filter(None, ("weights not fetched (Git LFS)", note)))
         if status in ("convert", "native"):
             count = _count_by_config(known, config)
+        told = parameters_by_size(class_name or "", sum(source.files[file].size for file in files), config)
+        if count is None and told and not packed:
+            count, note = told[0], f"{note}; parameters by its size, which is that of {told[1]}"
+            more.setdefault("model", told[1])
     if header is not None:
         found.headers[name] = header
         more.setdefault("model", _released(class_name, header) if layout == "diffusers" else None)

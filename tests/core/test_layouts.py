@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from porter.core.architectures import architectures
-from porter.core.errors import BadInputError, CheckpointError, MissingError, UsageError
+from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.family import families
 from porter.core.plan import plan
 from tests.sparse_models import names_of, sparse
@@ -113,12 +113,14 @@ def test_a_modular_pipeline_lives_in_other_repositories(tmp_path: Path) -> None:
     assert found.settings == {"force_zeros_for_empty_prompt": True} and found.next == ("porter plan owner/base",)
 
 
-def test_several_pipelines_in_one_folder_are_planned_one_at_a_time(tiny_flux: Path, tmp_path: Path) -> None:
+def test_several_pipelines_in_one_folder(tiny_flux: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(tiny_flux, tmp_path / "m" / name)
-    with pytest.raises(UsageError, match="holds 2") as caught:
-        plan(tmp_path / "m")
-    assert caught.value.hint == f"porter plan {tmp_path / 'm'} --subfolder a"
+    both = plan(tmp_path / "m")
+    part = both.component("b/transformer")
+    assert part and part.files == ("b/flux1-tiny.safetensors",) and both.component("a/vae")
+    assert both.family == "flux1" and both.pipeline_class is None and both.memory is None
+    assert both.next == tuple(f"porter plan {tmp_path / 'm'} --subfolder {name}" for name in "ab")
     found = plan(tmp_path / "m", subfolder="b")
     assert found.pipeline_class == "FluxPipeline" and found.subfolder == "b"
     assert found.components[0].files == ("scheduler/scheduler_config.json",)
@@ -337,3 +339,19 @@ def test_every_family_is_told_by_pipeline_class_and_by_component_class(family: s
         weights(tmp_path / class_name / "diffusion_pytorch_model.safetensors")
         write(tmp_path / class_name / "config.json", {"_class_name": class_name})
         assert plan(tmp_path / class_name).family == family
+
+
+def test_a_pointer_s_size_tells_the_parameters_of_a_released_model(tmp_path: Path) -> None:
+    """stable-diffusion-v1-5's U-Net as its repository has it, its inpainting sibling's, and a size that fits none."""
+    for size, parameters, channels in (
+        (3_438_167_540, 859_520_964, 4), (3_438_225_232, 859_535_364, 9), (3_438_225_232, None, None),
+        (3_400_000_000, None, 4),
+    ):  # fmt: skip
+        model = tmp_path / f"{size}-{channels}"
+        write(model / "unet" / "config.json", {"in_channels": channels} if channels else {})
+        entries = {"unet": ["diffusers", "UNet2DConditionModel"]}
+        write(model / "model_index.json", {"_class_name": "StableDiffusionPipeline", **entries})
+        write(model / "unet" / "diffusion_pytorch_model.safetensors", POINTER.replace("5678", str(size)))
+        part = plan(model).component("unet")
+        assert part and part.parameters == parameters
+        assert ("by its size" in part.note) == (parameters is not None)

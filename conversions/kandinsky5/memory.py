@@ -33,4 +33,12 @@ def forward(config: Mapping[str, Any], work: Workload) -> int:
     return int(work.batch * (tokens * max(turned, activated) + given * work.element) + tables)
 
 
+def kept(config: Mapping[str, Any], work: Workload) -> int:
+    """Parameters that stay in float32: the embedding of time, and what blocks make of it (6, 9 and 2 widths)."""
+    width, time = config["model_dim"], config["time_dim"]
+    parts = 6 * config["num_text_blocks"] + 9 * config["num_visual_blocks"] + 2
+    return int(parts * width * (time + 1) + time * (width + time + 2))
+
+
+KEPT = {"Kandinsky5Transformer3DModel": kept}
 FORMULAS = {"Kandinsky5Transformer3DModel": forward}

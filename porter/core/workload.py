@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from porter.core.defaults import Computed, call_source, class_source
+from porter.core.defaults import Computed, call_source, class_source, config_source
 from porter.core.errors import UsageError
 
 # Bytes of one element, by safetensors dtype code.
@@ -19,6 +19,7 @@ _UNITS = {"": 1, "B": 1} | {
     for end in ("", "B", "iB")
 }
 _VIDEO_FRAMES = 81
+LARGEST = 10**6  # of any size in a workload or a config; what is larger is a mistake, or meant to hurt
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Workload:
     spatial: int = 8
     temporal: int = 1
     upcasts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ELEMENT:
+            raise UsageError(f"unknown dtype {self.dtype!r}", expected=", ".join(ELEMENT), hint="--dtype BF16")
+        for name in ("height", "width", "frames", "batch", "text_tokens", "spatial", "temporal"):
+            if not 0 < (value := getattr(self, name)) <= LARGEST:
+                raise UsageError(
+                    f"{name} is {value}", expected=f"a whole number from 1 to {LARGEST}", hint=f"--{name} 512"
+                )
 
     @property
     def element(self) -> int:
@@ -103,8 +113,12 @@ def parse_bytes(text: str) -> int:
 
 
 def full_config(library: str | None, class_name: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the class's own defaults for what it leaves out, where the library is installed."""
-    source = class_source(library, class_name) if library and class_name else None
+    """`config` with its class's own defaults for what it leaves out, where the library is installed."""
+    model_type = config.get("model_type")
+    if library == "transformers":
+        source = config_source(model_type) if isinstance(model_type, str) else None
+    else:
+        source = class_source(library, class_name) if library and class_name else None
     defaults = source.defaults if source else {}
     return {key: value for key, value in defaults.items() if not isinstance(value, Computed)} | dict(config)
 
@@ -115,23 +129,24 @@ def latents_of(config: Mapping[str, Any], work: Workload) -> Workload:
     What the config says outright comes first; else each level but the last halves the picture, and levels that are said
     to compress time do so by their factor. Patches of the autoencoder count too.
     """
-    patch = _number(config.get("patch_size")) or 1
+    patch, patch_t = (_number(config.get(key)) or 1 for key in ("patch_size", "patch_size_t"))
+    halved = sum(map(bool, _row(config.get("spatio_temporal_scaling"))))
     spatial = _named(config, "spatial_compression_ratio", "scale_factor_spatial", "ffactor_spatial")
-    if spatial is None and (halved := config.get("spatio_temporal_scaling")):
-        spatial = patch * 2 ** sum(map(bool, halved))
-    if spatial is None and (steps := config.get("spatial_expansions")):
-        spatial = math.prod(steps)
+    if spatial is None and halved:
+        spatial = patch * 2**halved
+    if spatial is None and (steps := _row(config.get("spatial_expansions"))):
+        spatial = math.prod(_number(step) or 1 for step in steps)
     if spatial is None:
-        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+        widths = _row(config.get("block_out_channels")) or _row(config.get("encoder_block_out_channels"))
         spatial = 2 ** (len(widths) - 1) if widths else None
     temporal = _named(config, "temporal_compression_ratio", "scale_factor_temporal", "ffactor_temporal")
-    if temporal is None and (halved := config.get("spatio_temporal_scaling")):
-        temporal = (_number(config.get("patch_size_t")) or 1) * 2 ** sum(map(bool, halved))
-    if temporal is None and (steps := config.get("temporal_expansions")):
-        temporal = math.prod(steps)
-    if temporal is None and (halved := config.get("temperal_downsample")):
-        temporal = 2 ** sum(map(bool, halved))
-    return replace(work, spatial=int(spatial or work.spatial), temporal=int(temporal or 1))
+    if temporal is None and halved:
+        temporal = patch_t * 2**halved
+    if temporal is None and (steps := _row(config.get("temporal_expansions"))):
+        temporal = math.prod(_number(step) or 1 for step in steps)
+    if temporal is None:
+        temporal = 2 ** sum(map(bool, _row(config.get("temperal_downsample"))))
+    return replace(work, spatial=min(spatial or work.spatial, LARGEST), temporal=min(temporal, LARGEST))
 
 
 def default_workload(
@@ -198,13 +213,11 @@ def _sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | 
         if part.library != "diffusers" or is_decoder(part):
             continue
         config = full_config(part.library, part.class_name, part.config)
-        high, wide = config.get("sample_height"), config.get("sample_width")
-        if isinstance(high, int) and isinstance(wide, int) and high * wide > 0:
-            return high * spatial, wide * spatial
         size = config.get("sample_size")
-        high, wide = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-        if isinstance(high, int) and isinstance(wide, int) and high * wide > 0:
-            return high * spatial, wide * spatial
+        pairs = [(config.get("sample_height"), config.get("sample_width")), _row(size) or (size, size)]
+        for high, wide in (tuple(map(_number, pair)) for pair in pairs if len(pair) == 2):
+            if high and wide and max(high, wide) * spatial <= LARGEST:
+                return high * spatial, wide * spatial
     return None
 
 
@@ -224,4 +237,8 @@ def _named(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST else None
+
+
+def _row(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) and len(value) <= 16 else ()

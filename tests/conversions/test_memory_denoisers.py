@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
-from porter.core.memory import formula_of
+from porter.core.memory import estimate, formula_of
 from porter.core.workload import Workload
 from tests.memory_tracker import measure
 from tests.real_denoisers import DENOISERS, Denoiser
@@ -48,6 +49,31 @@ def test_a_denoiser_needs_what_the_tracker_sees(model: Denoiser, work: Workload)
     assert 0.85 <= estimate / measured <= 1.15, (estimate, measured)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A component as a plan knows it."""
+
+    name: str
+    library: str
+    class_name: str
+    config: dict[str, Any]
+    parameters: int
+    dtypes: dict[str, int]
+    bytes: int
+
+
+@pytest.mark.parametrize("name", ["Kandinsky-5.0-T2V-Lite", "Wan2.1-T2V-1.3B", "SD3-medium"])
+def test_weights_take_what_the_tracker_sees(name: str) -> None:
+    model = next(model for model in DENOISERS if model.name == name)
+    with torch.device("meta"):
+        state = getattr(diffusers, model.class_name)(**model.config).state_dict()
+    count = sum(tensor.numel() for tensor in state.values())
+    part = Part("transformer", "diffusers", model.class_name, model.config, count, {"F32": 4 * count}, 4 * count)
+    for dtype in ("BF16", "F32"):
+        seen = model.measured(replace(model.base, dtype=dtype)).weights
+        assert estimate([part], replace(model.base, dtype=dtype)).weights == pytest.approx(seen, rel=0.02), dtype
+
+
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "HunyuanVideo", "Wan2.1-T2V-14B", "HunyuanDiT-v1.2"])
 def test_an_estimate_grows_with_what_makes_it_grow(name: str) -> None:
     model = next(model for model in DENOISERS if model.name == name)
@@ -60,7 +86,7 @@ def test_an_estimate_grows_with_what_makes_it_grow(name: str) -> None:
 
 def test_formulas_import_no_torch() -> None:
     code = (
-        "import sys\nfrom porter.core.memory import formula_of\n"
+        "import sys\nfrom porter.core.memory import estimate, formula_of\n"
         f"assert all(formula_of(name) for name in {sorted({model.class_name for model in DENOISERS})})\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
     )

@@ -156,6 +156,9 @@ def _part(part: Sized, work: Workload) -> PartMemory:
         notes.append("force_upcast: computed in float32")
     if stage == "denoising":
         work = work.denoised
+    longest = config.get("max_position_embeddings")
+    if stage == "text encoding" and isinstance(longest, int) and 0 < longest < work.text_tokens:
+        work = replace(work, text_tokens=longest)  # a prompt is cut to what the encoder has positions for
     weights, activations = _weights(part, work), None
     try:
         facts = facts_of(config)
@@ -225,11 +228,14 @@ def _verdict(parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_
     for way, peak in _ways(stages):
         stage = max(stages, key=peak)
         need = peak(stage)
-        said.append(f"{way + ': ' if way != 'yes' else ''}{stage.stage} needs {gigabytes(need)}")
+        name = "all on the device" if way == "yes" else way
+        said.append(f"{name}: {stage.stage} needs {gigabytes(need)}")
         if need <= room:
             found = way
             break
     text = f"{'; '.join(said)}, of {gigabytes(device_memory)} less {gigabytes(RESERVE)} for the device's own"
+    if found == "no" and stage.stage == "decoding":
+        text += "; an autoencoder in tiles needs less, which is not estimated"
     out = [part for part in parts if part.activations is None]
     if out:
         text += f"; leaves out the activations of {', '.join(part.name for part in out)}"

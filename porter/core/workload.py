@@ -186,13 +186,16 @@ def default_workload(
         if key not in known:
             assumed.append(f"{key} {chosen[key]} ({why})")
     video = bool(call and call.knows("num_frames")) or (work.temporal > 1 and call is None)
-    frames = literal.get("num_frames")
-    chosen["frames"] = frames or (_VIDEO_FRAMES if video else 1)
+    choices = (
+        (literal.get("num_frames"), source), (_sample_frames(parts), "the denoiser's sample_frames"),
+        (_VIDEO_FRAMES, "no default is known"),
+    )  # fmt: skip
+    chosen["frames"], why = next((value, why) for value, why in choices if value) if video else (1, "")
     if video and "frames" not in known:
-        assumed.append(f"frames {chosen['frames']} ({source if frames else 'no default is known'})")
+        assumed.append(f"frames {chosen['frames']} ({why})")
     tokens = literal.get("max_sequence_length")
     chosen["text_tokens"] = tokens if isinstance(tokens, int) else _text_tokens(parts) or work.text_tokens
-    if "text_tokens" not in known:
+    if "text_tokens" not in known and any(part.name.startswith("text") for part in parts):
         assumed.append(f"{chosen['text_tokens']} text tokens ({source if isinstance(tokens, int) else 'assumed'})")
     scale = literal.get("guidance_scale")
     chosen["guidance"] = bool(call and call.batches_guidance and isinstance(scale, int | float) and scale > 1)
@@ -219,6 +222,11 @@ def _sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | 
             if high and wide and max(high, wide) * spatial <= LARGEST:
                 return high * spatial, wide * spatial
     return None
+
+
+def _sample_frames(parts: Iterable[Described]) -> int | None:
+    """Frames that the denoiser was made for, where its config says so."""
+    return next((frames for part in parts if (frames := _number(part.config.get("sample_frames")))), None)
 
 
 def _text_tokens(parts: Iterable[Described]) -> int | None:

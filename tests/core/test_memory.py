@@ -107,6 +107,15 @@ def test_defaults_are_the_installed_pipelines_own() -> None:
     assert work.denoised.batch == 2 and any("guidance" in line for line in assumed)
 
 
+def test_a_pipeline_that_takes_its_sizes_from_the_denoiser_is_followed() -> None:
+    config = {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
+    parts = [Part("transformer", "CogVideoXTransformer3DModel", config), Part("vae", "AutoencoderKLCogVideoX")]
+    work, assumed = default_workload("CogVideoXPipeline", parts)
+    assert (work.height, work.width, work.frames, work.guidance) == (480, 720, 49, True)
+    assert "frames 49 (the denoiser's sample_frames)" in assumed
+    assert not any("text tokens" in line for line in assumed)  # nothing here reads a text
+
+
 def test_what_the_user_says_is_no_assumption() -> None:
     parts = [Part("transformer", "WanTransformer3DModel"), Part("vae", "AutoencoderKLWan")]
     work, assumed = default_workload("WanPipeline", parts, height=720, width=1280, frames=None, dtype="F32")
@@ -142,10 +151,10 @@ def test_stages_hold_weights_and_the_largest_activation() -> None:
 @pytest.mark.parametrize(
     ("device", "fits", "said"),
     [
-        ("48GB", "yes", "decoding needs"),
+        ("48GB", "yes", "all on the device: decoding needs"),
         ("26GB", "with component offload", "with component offload: denoising needs 24.3 GB"),
         ("8GB", "with layer offload", "with layer offload: decoding needs"),
-        ("2GB", "no", "of 2.0 GB"),
+        ("2GB", "no", "of 2.0 GB less 1.0 GB for the device's own; an autoencoder in tiles needs less"),
     ],
 )
 def test_the_verdict_names_the_first_way_that_fits(device: str, fits: str, said: str) -> None:
@@ -223,6 +232,14 @@ def test_an_autoencoder_that_is_upcast_decodes_in_float32() -> None:
     )
     assert upcast.weights == 2 * plain.weights and upcast.activations == 2 * (plain.activations or 0)
     assert "force_upcast" in upcast.note
+
+
+def test_a_prompt_is_cut_to_what_its_encoder_has_positions_for() -> None:
+    clip = Part("text_encoder", "CLIPTextModel", {"model_type": "clip_text_model", "max_position_embeddings": 77,
+                "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+                1000, {"BF16": 2000}, "transformers", 2000)  # fmt: skip
+    short, long = (estimate([clip], Workload(text_tokens=tokens)).components[0].activations for tokens in (77, 512))
+    assert short and short == long
 
 
 def test_guidance_doubles_the_denoiser_alone() -> None:

@@ -4,13 +4,14 @@ The module is built on the meta device, its parameters become fake tensors (`Fak
 under `torch.distributed._tools.mem_tracker.MemTracker`, which follows every storage from its making to its release.
 
 The fake device is the CPU: fake CUDA tensors cannot even be indexed where torch was built without CUDA. The two
-functions whose kernels on CUDA allocate something else are put right in `_AsOnCuda`: attention is the fused kernel (flash
+functions whose kernels on CUDA allocate otherwise are put right in `_AsOnCuda`: attention is the fused kernel (flash
 for 16-bit types without a mask, memory-efficient otherwise; no matrix of scores), and `rms_norm` is one kernel. What
 kernels allocate inside themselves, the allocator's fragmentation and the CUDA context are not seen.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def measure(
     dtype: str = "BF16",
     call: Callable[..., Any] | None = None,
     explain: bool = False,
+    read: int = 1,
 ) -> Measured:
     """Peak memory of `build()(**inputs)`, in inference, without gradients.
 
@@ -60,6 +62,8 @@ def measure(
             `_keep_in_fp32_modules` stay in float32, as `from_pretrained` leaves them.
         call: what is run instead of `module(**inputs)`: `call(module, **inputs)`.
         explain: also list what is alive at the peak (slow).
+        read: what reading a whole number from a fake tensor answers, for modules that count a mask's entries. Masks
+            that index are all True: prompts fill their padding, which is the most that a module computes with.
     """
     with torch.device("meta"):
         module = build().eval()
@@ -72,7 +76,7 @@ def measure(
         if explain:
             tracker.label("weight", *module.parameters(), *module.buffers())
             tracker.label("input", *_tensors(given))
-        with _AsOnCuda(), tracker:
+        with _AsOnCuda(read), tracker:
             (call or _forward)(module, **given)
         return tracker.peak()
 
@@ -99,9 +103,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _tensor(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple) and value and all(isinstance(size, int) for size in value):
+    if type(value) is tuple and value and all(isinstance(size, int) for size in value):
         return torch.empty(value, dtype=dtype, device=DEVICE)
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype):
+    if type(value) is tuple and len(value) == 2 and isinstance(value[1], torch.dtype):
         return torch.empty(value[0], dtype=value[1], device=DEVICE)
     if isinstance(value, list):
         return [_tensor(item, dtype) for item in value]
@@ -119,7 +123,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Tracker(MemTracker):
-    """torch's tracker with the peak of the device alone; peaks of modules, which cost most of its time, are left out."""
+    """torch's tracker with the peak of the device alone, without the peaks of modules, which cost most of its time."""
 
     def __init__(self, explain: bool) -> None:
         super().__init__()
@@ -127,6 +131,7 @@ class _Tracker(MemTracker):
         self._made: dict[int, tuple[weakref.ref[Any], str, tuple[int, ...], str]] = {}
         self._alive: tuple[tuple[int, str, tuple[int, ...], str], ...] = ()
         self._most = 0
+        self._function = ""
 
     def label(self, what: str, *tensors: Tensor) -> None:
         """Notes what a tensor's storage holds, unless it is known."""
@@ -156,11 +161,13 @@ class _Tracker(MemTracker):
         pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self._function = str(func).removeprefix("aten.")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _track(self, reftype: Any, t: Tensor) -> None:
         if self._explain:
-            found = result if isinstance(result, tuple | list) else [result]
-            self.label(str(func).removeprefix("aten."), *(made for made in found if isinstance(made, Tensor)))
-        return result
+            self.label(self._function, t)
+        super()._track(reftype, t)
 
     @staticmethod
     def _non_weights(snapshot: Mapping[Any, int]) -> int:
@@ -177,13 +184,24 @@ class _Tracker(MemTracker):
 
 
 class _AsOnCuda(TorchFunctionMode):
-    """Functions whose kernels on CUDA allocate something else than those on the CPU."""
+    """Functions whose kernels on CUDA allocate something else than those on the CPU, or that need a tensor's values."""
+
+    def __init__(self, read: int) -> None:
+        super().__init__()
+        self._read = read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
             return _fused_attention(*args, **(kwargs or {}))
         if func is nn.functional.rms_norm:
             return _fused_rms_norm(*args, **(kwargs or {}))
+        if func is Tensor.item and not args[0].is_floating_point():
+            return self._read
+        if func is torch.nonzero:
+            return torch.zeros((args[0].numel(), args[0].dim()), dtype=torch.int64, device=args[0].device)
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and getattr(args[1], "dtype", None) is torch.bool:
+            picked = args[0].flatten(0, args[1].dim() - 1)
+            return picked.clone() if func is Tensor.__getitem__ else picked.copy_(args[2])
         return func(*args, **(kwargs or {}))
 
 
@@ -206,7 +224,7 @@ def _fused_attention(
 
 
 def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """A mask as the kernel takes it: numbers in the query's dtype, rows padded to 16 elements, expanded without a copy."""
+    """A mask as the kernel takes it: numbers in the query's dtype, rows padded to 16; expanding it copies nothing."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     length = mask.shape[-1]
@@ -216,5 +234,7 @@ def _bias(mask: Tensor, query: Tensor) -> Tensor:
 def _fused_rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """One kernel on CUDA, but where a class keeps its norms in float32 and the input is none."""
     if weight is not None and weight.dtype != x.dtype:
-        return nn.functional.rms_norm(x, shape, weight, eps)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Mismatch dtype")  # says that it is not fused, as on CUDA
+            return nn.functional.rms_norm(x, shape, weight, eps)
     return torch.empty_like(x)

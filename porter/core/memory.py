@@ -8,21 +8,17 @@ without one is named as not estimated. docs/memory.md says what is left out, and
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from porter.core.errors import BadInputError
+from porter.core.formulas import Formula, facts_of, formula_of, kept_of
 from porter.core.workload import ELEMENT, Described, Workload, full_config, is_decoder
 
 __all__ = ["Fits", "Formula", "Memory", "PartMemory", "Sized", "StageMemory", "Workload", "estimate", "formula_of"]
 
-Formula = Callable[[Mapping[str, Any], Workload], int]
 Stage = Literal["text encoding", "image encoding", "denoising", "decoding"]
 Fits = Literal["yes", "with component offload", "with layer offload", "no", "unknown"]
 STAGES: tuple[Stage, ...] = ("text encoding", "image encoding", "denoising", "decoding")
@@ -151,31 +147,6 @@ def estimate(
     return Memory(workload, device_memory, total, RESERVE, parts, stages, fits, reason, tuple(assumed), left_out)
 
 
-@cache
-def formula_of(class_name: str) -> Formula | None:
-    """The formula of a class, from the one module of the catalogue that names it; None where there is none."""
-    wanted = f'"{class_name}":'.encode()
-    for module, text in _modules():
-        if wanted in text:
-            table: Mapping[str, Formula] = importlib.import_module(module).FORMULAS
-            if class_name in table:
-                return table[class_name]
-    return None
-
-
-@cache
-def _modules() -> tuple[tuple[str, bytes], ...]:
-    """(module name, source) of every file of formulas, without importing any."""
-    spec = find_spec("conversions")
-    root = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-    files = [] if root is None else sorted([*root.glob("*/*memory.py"), *root.glob("common/*/memory.py")])
-    return tuple(
-        ("conversions." + ".".join(file.relative_to(root).with_suffix("").parts), file.read_bytes())
-        for file in files
-        if root is not None
-    )
-
-
 def _part(part: Sized, work: Workload) -> PartMemory:
     stage, notes = _stage_of(part), []
     name = part.class_name or ""
@@ -185,15 +156,25 @@ def _part(part: Sized, work: Workload) -> PartMemory:
         notes.append("force_upcast: computed in float32")
     if stage == "denoising":
         work = work.denoised
-    formula, activations = formula_of(name), None
-    if formula is None:
-        notes.append(f"activations not estimated: no formula for {name or 'a component without a class'}")
-    else:
-        try:
-            activations = formula(config, work)
-        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
-            notes.append(f"activations not estimated: its config does not say ({type(error).__name__}: {error})")
-    return PartMemory(part.name, name, stage, _weights(part, work), activations, _blocks(config), "; ".join(notes))
+    longest = config.get("max_position_embeddings")
+    if stage == "text encoding" and isinstance(longest, int) and 0 < longest < work.text_tokens:
+        work = replace(work, text_tokens=longest)  # a prompt is cut to what the encoder has positions for
+    weights, activations = _weights(part, work), None
+    try:
+        facts = facts_of(config)
+        kept = kept_of(name)
+        if kept is not None and work.element < ELEMENT["F32"] and (more := kept(facts, work)):
+            weights += more * (ELEMENT["F32"] - work.element)
+            notes.append(f"{more / 1e6:.0f} million parameters stay in float32")
+        if (formula := formula_of(name)) is not None:
+            if (found := int(formula(facts, work))) < 0:
+                raise ValueError("a negative size")
+            activations = found
+        else:
+            notes.append(f"activations not estimated: no formula for {name or 'a component without a class'}")
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
+        notes.append(f"activations not estimated: its config does not say ({type(error).__name__}: {error})")
+    return PartMemory(part.name, name, stage, weights, activations, _blocks(config), "; ".join(notes))
 
 
 def _weights(part: Sized, work: Workload) -> int:
@@ -247,11 +228,14 @@ def _verdict(parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_
     for way, peak in _ways(stages):
         stage = max(stages, key=peak)
         need = peak(stage)
-        said.append(f"{way + ': ' if way != 'yes' else ''}{stage.stage} needs {gigabytes(need)}")
+        name = "all on the device" if way == "yes" else way
+        said.append(f"{name}: {stage.stage} needs {gigabytes(need)}")
         if need <= room:
             found = way
             break
     text = f"{'; '.join(said)}, of {gigabytes(device_memory)} less {gigabytes(RESERVE)} for the device's own"
+    if found == "no" and stage.stage == "decoding":
+        text += "; an autoencoder in tiles needs less, which is not estimated"
     out = [part for part in parts if part.activations is None]
     if out:
         text += f"; leaves out the activations of {', '.join(part.name for part in out)}"

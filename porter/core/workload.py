@@ -19,6 +19,7 @@ _UNITS = {"": 1, "B": 1} | {
     for end in ("", "B", "iB")
 }
 _VIDEO_FRAMES = 81
+LARGEST = 10**6  # of any size in a workload or a config; what is larger is a mistake, or meant to hurt
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Workload:
     spatial: int = 8
     temporal: int = 1
     upcasts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ELEMENT:
+            raise UsageError(f"unknown dtype {self.dtype!r}", expected=", ".join(ELEMENT), hint="--dtype BF16")
+        for name in ("height", "width", "frames", "batch", "text_tokens", "spatial", "temporal"):
+            if not 0 < (value := getattr(self, name)) <= LARGEST:
+                raise UsageError(
+                    f"{name} is {value}", expected=f"a whole number from 1 to {LARGEST}", hint=f"--{name} 512"
+                )
 
     @property
     def element(self) -> int:
@@ -103,10 +113,10 @@ def parse_bytes(text: str) -> int:
 
 
 def full_config(library: str | None, class_name: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the class's own defaults for what it leaves out, where the library is installed."""
-    kind = config.get("model_type")
+    """`config` with its class's own defaults for what it leaves out, where the library is installed."""
+    model_type = config.get("model_type")
     if library == "transformers":
-        source = config_source(kind) if isinstance(kind, str) else None
+        source = config_source(model_type) if isinstance(model_type, str) else None
     else:
         source = class_source(library, class_name) if library and class_name else None
     defaults = source.defaults if source else {}
@@ -119,23 +129,24 @@ def latents_of(config: Mapping[str, Any], work: Workload) -> Workload:
     What the config says outright comes first; else each level but the last halves the picture, and levels that are said
     to compress time do so by their factor. Patches of the autoencoder count too.
     """
-    patch = _number(config.get("patch_size")) or 1
+    patch, patch_t = (_number(config.get(key)) or 1 for key in ("patch_size", "patch_size_t"))
+    halved = sum(map(bool, _row(config.get("spatio_temporal_scaling"))))
     spatial = _named(config, "spatial_compression_ratio", "scale_factor_spatial", "ffactor_spatial")
-    if spatial is None and (halved := config.get("spatio_temporal_scaling")):
-        spatial = patch * 2 ** sum(map(bool, halved))
-    if spatial is None and (steps := config.get("spatial_expansions")):
-        spatial = math.prod(steps)
+    if spatial is None and halved:
+        spatial = patch * 2**halved
+    if spatial is None and (steps := _row(config.get("spatial_expansions"))):
+        spatial = math.prod(_number(step) or 1 for step in steps)
     if spatial is None:
-        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+        widths = _row(config.get("block_out_channels")) or _row(config.get("encoder_block_out_channels"))
         spatial = 2 ** (len(widths) - 1) if widths else None
     temporal = _named(config, "temporal_compression_ratio", "scale_factor_temporal", "ffactor_temporal")
-    if temporal is None and (halved := config.get("spatio_temporal_scaling")):
-        temporal = (_number(config.get("patch_size_t")) or 1) * 2 ** sum(map(bool, halved))
-    if temporal is None and (steps := config.get("temporal_expansions")):
-        temporal = math.prod(steps)
-    if temporal is None and (halved := config.get("temperal_downsample")):
-        temporal = 2 ** sum(map(bool, halved))
-    return replace(work, spatial=int(spatial or work.spatial), temporal=int(temporal or 1))
+    if temporal is None and halved:
+        temporal = patch_t * 2**halved
+    if temporal is None and (steps := _row(config.get("temporal_expansions"))):
+        temporal = math.prod(_number(step) or 1 for step in steps)
+    if temporal is None:
+        temporal = 2 ** sum(map(bool, _row(config.get("temperal_downsample"))))
+    return replace(work, spatial=min(spatial or work.spatial, LARGEST), temporal=min(temporal, LARGEST))
 
 
 def default_workload(
@@ -175,13 +186,16 @@ def default_workload(
         if key not in known:
             assumed.append(f"{key} {chosen[key]} ({why})")
     video = bool(call and call.knows("num_frames")) or (work.temporal > 1 and call is None)
-    frames = literal.get("num_frames")
-    chosen["frames"] = frames or (_VIDEO_FRAMES if video else 1)
+    choices = (
+        (literal.get("num_frames"), source), (_sample_frames(parts), "the denoiser's sample_frames"),
+        (_VIDEO_FRAMES, "no default is known"),
+    )  # fmt: skip
+    chosen["frames"], why = next((value, why) for value, why in choices if value) if video else (1, "")
     if video and "frames" not in known:
-        assumed.append(f"frames {chosen['frames']} ({source if frames else 'no default is known'})")
+        assumed.append(f"frames {chosen['frames']} ({why})")
     tokens = literal.get("max_sequence_length")
     chosen["text_tokens"] = tokens if isinstance(tokens, int) else _text_tokens(parts) or work.text_tokens
-    if "text_tokens" not in known:
+    if "text_tokens" not in known and any(part.name.startswith("text") for part in parts):
         assumed.append(f"{chosen['text_tokens']} text tokens ({source if isinstance(tokens, int) else 'assumed'})")
     scale = literal.get("guidance_scale")
     chosen["guidance"] = bool(call and call.batches_guidance and isinstance(scale, int | float) and scale > 1)
@@ -202,14 +216,17 @@ def _sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | 
         if part.library != "diffusers" or is_decoder(part):
             continue
         config = full_config(part.library, part.class_name, part.config)
-        high, wide = config.get("sample_height"), config.get("sample_width")
-        if isinstance(high, int) and isinstance(wide, int) and high * wide > 0:
-            return high * spatial, wide * spatial
         size = config.get("sample_size")
-        high, wide = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-        if isinstance(high, int) and isinstance(wide, int) and high * wide > 0:
-            return high * spatial, wide * spatial
+        pairs = [(config.get("sample_height"), config.get("sample_width")), _row(size) or (size, size)]
+        for high, wide in (tuple(map(_number, pair)) for pair in pairs if len(pair) == 2):
+            if high and wide and max(high, wide) * spatial <= LARGEST:
+                return high * spatial, wide * spatial
     return None
+
+
+def _sample_frames(parts: Iterable[Described]) -> int | None:
+    """Frames that the denoiser was made for, where its config says so."""
+    return next((frames for part in parts if (frames := _number(part.config.get("sample_frames")))), None)
 
 
 def _text_tokens(parts: Iterable[Described]) -> int | None:
@@ -228,4 +245,8 @@ def _named(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST else None
+
+
+def _row(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) and len(value) <= 16 else ()

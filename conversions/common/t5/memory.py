@@ -41,4 +41,10 @@ def encode(config: Mapping[str, Any], work: Workload) -> int:
     return int(max(attention, feed_forward) + batch * tokens * (2 * INDEX + tokens))
 
 
+def kept(config: Mapping[str, Any], work: Workload) -> int:
+    """Parameters that stay in float32 after loading in float16: the last projections of the feed-forwards."""
+    return int(config["num_layers"] * config["d_ff"] * config["d_model"]) if work.dtype == "F16" else 0
+
+
+KEPT = {"T5EncoderModel": kept, "UMT5EncoderModel": kept}
 FORMULAS = {"T5EncoderModel": encode, "UMT5EncoderModel": encode}

@@ -1,0 +1,138 @@
+"""Memory formulas of denoisers against torch's tracker, for released models at real sizes; and the tracker itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from porter.core.memory import estimate, formula_of
+from porter.core.workload import Workload
+from tests.memory_tracker import measure
+from tests.real_denoisers import DENOISERS, Denoiser
+
+MIB = 2**20
+# Whose peak lies elsewhere in float32 than in bfloat16; the others' formulas know one moment, or are built on these.
+ELSEWHERE = {
+    "FluxTransformer2DModel", "WanTransformer3DModel", "LTXVideoTransformer3DModel", "CogView4Transformer2DModel",
+}  # fmt: skip
+
+
+def points() -> Iterator[Any]:
+    """Every model at every size, batch and dtype; in every run, the first model of a class at one or two of them."""
+    seen: set[str] = set()
+    for model in DENOISERS:
+        works = model.points()
+        for number, work in enumerate(works):
+            last = number == len(works) - 1 and model.class_name in ELSEWHERE
+            often = model.class_name not in seen and (number == 0 or last)
+            name = f"{model.name} {work.batch}x{work.frames}x{work.height}x{work.width} {work.dtype}"
+            yield pytest.param(model, work, id=name, marks=() if often else pytest.mark.slow)
+        seen.add(model.class_name)
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")  # diffusers in its own classes
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # float32 is what Mochi's positions are in without it
+@pytest.mark.parametrize(("model", "work"), list(points()))
+def test_a_denoiser_needs_what_the_tracker_sees(model: Denoiser, work: Workload) -> None:
+    formula = formula_of(model.class_name)
+    assert formula is not None
+    estimate, measured = formula(model.full(), work), model.measured(work).activations
+    print(f"{model.name:24}{work.dtype:5}{measured / MIB:10.1f} MiB measured, ratio {estimate / measured:.3f}")
+    assert 0.85 <= estimate / measured <= 1.15, (estimate, measured)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component as a plan knows it."""
+
+    name: str
+    library: str
+    class_name: str
+    config: dict[str, Any]
+    parameters: int
+    dtypes: dict[str, int]
+    bytes: int
+
+
+@pytest.mark.parametrize("name", ["Kandinsky-5.0-T2V-Lite", "Wan2.1-T2V-1.3B", "SD3-medium"])
+def test_weights_take_what_the_tracker_sees(name: str) -> None:
+    model = next(model for model in DENOISERS if model.name == name)
+    with torch.device("meta"):
+        state = getattr(diffusers, model.class_name)(**model.config).state_dict()
+    count = sum(tensor.numel() for tensor in state.values())
+    part = Part("transformer", "diffusers", model.class_name, model.config, count, {"F32": 4 * count}, 4 * count)
+    for dtype in ("BF16", "F32"):
+        seen = model.measured(replace(model.base, dtype=dtype)).weights
+        assert estimate([part], replace(model.base, dtype=dtype)).weights == pytest.approx(seen, rel=0.02), dtype
+
+
+@pytest.mark.parametrize("name", ["FLUX.1-dev", "HunyuanVideo", "Wan2.1-T2V-14B", "HunyuanDiT-v1.2"])
+def test_an_estimate_grows_with_what_makes_it_grow(name: str) -> None:
+    model = next(model for model in DENOISERS if model.name == name)
+    formula = formula_of(model.class_name)
+    assert formula is not None
+    at = formula(model.full(), model.base)
+    for more in ({"height": 2 * model.base.height}, {"batch": 2}, {"dtype": "F32"}, {"text_tokens": 1024}):
+        assert formula(model.full(), replace(model.base, **more)) > at, more
+
+
+def test_formulas_import_no_torch() -> None:
+    code = (
+        "import sys\nfrom porter.core.memory import estimate, formula_of\n"
+        f"assert all(formula_of(name) for name in {sorted({model.class_name for model in DENOISERS})})\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Steps(nn.Module):
+    """Five products of 8 MiB each, one after the other; `keep` lets them all live."""
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self.matrix, self.keep = nn.Linear(1024, 4096, bias=False), keep
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        kept = []
+        for _ in range(5):
+            product = self.matrix(x)
+            if self.keep:
+                kept.append(product)
+            del product
+        return kept
+
+
+@pytest.mark.parametrize(("keep", "alive"), [(False, 1), (True, 5)])
+def test_the_tracker_sees_what_is_released(keep: bool, alive: int) -> None:
+    seen = measure(lambda: Steps(keep), {"x": (1, 1024, 1024)})
+    assert seen.weights == 1024 * 4096 * 2
+    assert seen.activations == 2 * MIB + alive * 8 * MIB  # the input, and what lives
+
+
+class Attend(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, query: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.fused:
+            return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+        return (query @ query.transpose(-1, -2)).softmax(-1) @ query
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_the_tracker_counts_fused_attention_as_no_matrix_of_scores(dtype: str) -> None:
+    given = 8 * 4096 * 64 * (2 if dtype == "BF16" else 4)
+    shape = (1, 8, 4096, 64)
+    assert measure(lambda: Attend(True), {"query": shape}, dtype).activations == 2 * given
+    masked = measure(lambda: Attend(True), {"query": shape, "mask": ((1, 4096), torch.bool)}, dtype).activations
+    assert 2 * given < masked < 2.01 * given
+    assert measure(lambda: Attend(False), {"query": shape}, dtype).activations > 60 * given

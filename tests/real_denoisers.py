@@ -1,0 +1,192 @@
+"""Released denoisers as facts: what their configs say, and the shapes that their pipelines call them with.
+
+Configs name what differs from the class defaults of the installed diffusers. Sizes are pixels and frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+
+from porter.core.workload import Workload, full_config
+from tests import denoiser_inputs as inputs
+from tests.memory_tracker import Measured, measure
+
+Inputs = Callable[[Mapping[str, Any], Workload], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A released denoiser.
+
+    Attributes:
+        config: keyword arguments of the class.
+        shapes: (full config, workload) -> what `tests.memory_tracker.measure` makes tensors of.
+        base: the size it is used at, with its prompt's length and its autoencoder's compression.
+        other: another height, width and number of frames.
+    """
+
+    name: str
+    class_name: str
+    config: dict[str, Any]
+    shapes: Inputs
+    base: Workload
+    other: tuple[int, int, int]
+
+    def full(self) -> dict[str, Any]:
+        """The config with the defaults of the class."""
+        return full_config("diffusers", self.class_name, self.config)
+
+    def measured(self, work: Workload, explain: bool = False) -> Measured:
+        """What torch's tracker sees."""
+        build = getattr(diffusers, self.class_name)
+        given = self.shapes(self.full(), work)
+        return measure(lambda: build(**self.config), given, work.dtype, explain=explain, read=work.text_tokens)
+
+    def points(self) -> list[Workload]:
+        """Two sizes, with batches of 1 and 2, in bfloat16 and float32."""
+        height, width, frames = self.other
+        sizes = [self.base, replace(self.base, height=height, width=width, frames=frames)]
+        return [
+            replace(size, batch=batch, dtype=dtype) for dtype in ("BF16", "F32") for size in sizes for batch in (1, 2)
+        ]
+
+
+_WAN = {"ffn_dim": 13824, "num_layers": 40, "num_attention_heads": 40}
+_WAN_VIDEO = Workload(height=480, width=832, frames=81, temporal=4)
+_SD3 = Workload(text_tokens=256)
+_COG = {
+    "num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True, "sample_width": 90,
+    "sample_height": 60, "sample_frames": 49, "in_channels": 16,
+}  # fmt: skip
+_SANA = {"in_channels": 32, "out_channels": 32}
+_QWEN = {"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60}
+_SMALL = (512, 768, 1)
+DENOISERS = [
+    Denoiser("FLUX.1-dev", "FluxTransformer2DModel", {"guidance_embeds": True}, inputs.flux, Workload(), _SMALL),
+    Denoiser("FLUX.2-dev", "Flux2Transformer2DModel", {"num_layers": 8}, inputs.flux2, Workload(), _SMALL),
+    Denoiser(
+        "FLUX.2-klein-4B", "Flux2Transformer2DModel",
+        {
+            "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        }, inputs.flux2, Workload(), _SMALL,
+    ),
+    Denoiser(
+        "SD3-medium", "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        }, inputs.sd3, _SD3, _SMALL,
+    ),
+    Denoiser(
+        "SD3.5-medium", "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+        }, inputs.sd3, _SD3, _SMALL,
+    ),
+    Denoiser(
+        "SD3.5-large", "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+        }, inputs.sd3, _SD3, _SMALL,
+    ),
+    Denoiser(
+        "Qwen-Image", "QwenImageTransformer2DModel", _QWEN, inputs.qwen, Workload(height=1328, width=1328), _SMALL,
+    ),
+    Denoiser("Z-Image-Turbo", "ZImageTransformer2DModel", {}, inputs.z_image, Workload(), _SMALL),
+    Denoiser(
+        "Wan2.1-T2V-1.3B", "WanTransformer3DModel", {"ffn_dim": 8960, "num_layers": 30, "num_attention_heads": 12},
+        inputs.wan,
+        _WAN_VIDEO, (480, 480, 33),
+    ),
+    Denoiser(
+        "Wan2.1-T2V-14B", "WanTransformer3DModel", _WAN, inputs.wan, replace(_WAN_VIDEO, height=720, width=1280),
+        (480, 832, 49),
+    ),
+    Denoiser(
+        "Wan2.1-I2V-14B", "WanTransformer3DModel",
+        {**_WAN, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, inputs.wan, _WAN_VIDEO, (720,
+        1280, 33),
+    ),
+    Denoiser(
+        "HunyuanVideo", "HunyuanVideoTransformer3DModel", {"guidance_embeds": True}, inputs.hunyuan,
+        Workload(height=720, width=1280, frames=129, text_tokens=256, temporal=4), (544, 960, 61),
+    ),
+    Denoiser(
+        "LTX-Video", "LTXVideoTransformer3DModel", {}, inputs.ltx,
+        Workload(height=512, width=704, frames=161, text_tokens=128, spatial=32, temporal=8), (768, 1152, 97),
+    ),
+    Denoiser(
+        "Mochi-1", "MochiTransformer3DModel", {}, inputs.mochi,
+        Workload(height=480, width=848, frames=85, text_tokens=256, temporal=6), (480, 480, 19),
+    ),
+    Denoiser(
+        "CogVideoX-5b", "CogVideoXTransformer3DModel", _COG, inputs.cogvideox,
+        Workload(height=480, width=720, frames=49, text_tokens=226, temporal=4), (480, 480, 17),
+    ),
+    Denoiser(
+        "CogVideoX-2b", "CogVideoXTransformer3DModel", {"num_attention_heads": 30, "num_layers": 30},
+        inputs.cogvideox,
+        Workload(height=480, width=720, frames=49, text_tokens=226, temporal=4), (480, 720, 49),
+    ),
+    Denoiser(
+        "CogVideoX1.5-5B", "CogVideoXTransformer3DModel",
+        {**_COG, "sample_width": 300, "sample_height": 300, "sample_frames": 81, "patch_size_t": 2,
+        "patch_bias": False},
+        inputs.cogvideox, Workload(height=768, width=1360, frames=81, text_tokens=226, temporal=4), (480, 720, 49),
+    ),
+    Denoiser(
+        "Sana-1600M", "SanaTransformer2DModel", _SANA, inputs.sana, Workload(text_tokens=300, spatial=32), (2048,
+        2048, 1),
+    ),
+    Denoiser(
+        "Sana1.5-4.8B", "SanaTransformer2DModel", {**_SANA, "num_layers": 60, "qk_norm": "rms_norm_across_heads"},
+        inputs.sana,
+        Workload(text_tokens=300, spatial=32), (2048, 2048, 1),
+    ),
+    Denoiser(
+        "PixArt-Sigma-XL-2", "PixArtTransformer2DModel", {"caption_channels": 4096,
+        "use_additional_conditions": False},
+        inputs.pixart, Workload(text_tokens=300), _SMALL,
+    ),
+    Denoiser(
+        "AuraFlow-v0.3", "AuraFlowTransformer2DModel",
+        {"num_mmdit_layers": 4, "num_single_dit_layers": 32, "pos_embed_max_size": 9216}, inputs.auraflow,
+        Workload(text_tokens=256), (1536, 1536, 1),
+    ),
+    Denoiser(
+        "Lumina-Image-2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, inputs.lumina2,
+        Workload(text_tokens=256), _SMALL,
+    ),
+    Denoiser(
+        "CogView4-6B", "CogView4Transformer2DModel", {"num_layers": 28, "num_attention_heads": 32,
+        "attention_head_dim": 128, "text_embed_dim": 4096}, inputs.cogview4,
+        Workload(text_tokens=1024), _SMALL,
+    ),
+    Denoiser("Chroma1-HD", "ChromaTransformer2DModel", {}, inputs.chroma, Workload(), _SMALL),
+    Denoiser("DiT-XL-2-256", "DiTTransformer2DModel", {}, inputs.dit, Workload(height=256, width=256), (512, 512, 1)),
+    Denoiser(
+        "HunyuanDiT-v1.2", "HunyuanDiT2DModel",
+        {
+            "num_attention_heads": 16, "attention_head_dim": 88, "in_channels": 4, "patch_size": 2,
+            "sample_size": 128,
+            "hidden_size": 1408, "num_layers": 40, "mlp_ratio": 4.3637, "cross_attention_dim": 1024,
+            "cross_attention_dim_t5": 2048, "use_style_cond_and_image_meta_size": False,
+        }, inputs.hunyuan_dit, Workload(text_tokens=256), (1024, 768, 1),
+    ),
+    Denoiser(
+        "Kandinsky-5.0-T2V-Lite", "Kandinsky5Transformer3DModel",
+        {
+            "in_text_dim": 3584, "in_text_dim2": 768, "in_visual_dim": 16, "out_visual_dim": 16, "model_dim": 1792,
+            "ff_dim": 7168, "num_text_blocks": 2, "num_visual_blocks": 32, "axes_dims": (16, 24, 24),
+            "visual_cond": True,
+        }, inputs.kandinsky5, Workload(height=512, width=768, frames=121, temporal=4), (512, 512, 61),
+    ),
+    Denoiser("GLM-Image", "GlmImageTransformer2DModel", {}, inputs.glm_image, Workload(text_tokens=64), _SMALL),
+]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from porter.commands._render import console, escape
+from porter.commands._render import console, escape, hang
 from porter.core.checklist import Checklist, Guide, Step
 from porter.core.errors import visible
 
@@ -35,23 +35,26 @@ def print_checklist(checklist: Checklist) -> None:
     """Prints a checklist for people."""
     screen = console()
     done = sum(step.done for step in checklist.steps)
-    screen.print(f"[bold]{escape(_bare(checklist.title))}[/]  {done} of {len(checklist.steps)} done")
+    screen.print()
+    hang(screen, "checklist ", f"{_bare(checklist.title)}, {done} of {len(checklist.steps)} done", style="bold")
     commit = f" at {checklist.guide.commit}" if checklist.guide.commit else ""
-    screen.print(f"after {escape(checklist.guide.repository + commit)}: {escape(', '.join(checklist.guide.files))}")
+    after = f"after {checklist.guide.repository}{commit}: {', '.join(checklist.guide.files)}"
+    hang(screen, " " * 10, after, style="dim")
     for note in checklist.notes:
-        screen.print(f"[yellow]note[/] {escape(_bare(note))}")
+        hang(screen, "note      ", _bare(note), first_style="yellow")
     for group, steps in checklist.groups():
         screen.print(f"\n[bold]{escape(group)}[/]")
         for step in steps:
-            mark = "[green]\\[x][/]" if step.done else "\\[ ]"
-            screen.print(f"  {mark} {escape(_bare(step.text))}")
+            hang(screen, "  [x] " if step.done else "  [ ] ", _bare(step.text),
+                 first_style="green" if step.done else "")  # fmt: skip
             for label, paths in (("new", step.creates), ("edit", step.edits)):
                 for path in paths:
-                    screen.print(f"      [dim]{label:<4}[/] {escape(path)}")
+                    hang(screen, f"      {label:<4} ", path, first_style="dim", wrap=False)
             if step.command:
-                screen.print(f"      [dim]$[/] {escape(step.command)}")
+                hang(screen, "      $ ", step.command, first_style="dim", wrap=False)
             if step.why:
-                screen.print(f"      [dim]{escape(_bare(step.why))}[/]")
+                hang(screen, "      ", _bare(step.why), style="dim")
+    screen.print()
 
 
 def _details(step: Step) -> Iterator[str]:

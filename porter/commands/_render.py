@@ -54,17 +54,22 @@ def fact(
         style: of the whole line, or of the label alone.
         wrap: False for what is made to be pasted.
     """
+    hang(screen, label.ljust(LABEL), value, first_style=style, style="" if label_only else style, wrap=wrap)
+
+
+def hang(screen: Console, first: str, value: str, *, first_style: str = "", style: str = "", wrap: bool = True) -> None:
+    """`first` and then `value`, which goes on under its own beginning where the line is full; no markup in either."""
     from rich.text import Text
 
     shown = visible(value).replace("\n", "\\n").replace("\t", "\\t")
-    room = screen.width - LABEL
+    room = screen.width - len(first)
     rows = [shown]
     if wrap and not screen.soft_wrap and room > 20:
-        plain = Text(shown)
-        rows = [row.plain.rstrip() for row in plain.wrap(screen, room)] or [""]
+        rows = [row.plain.rstrip() for row in Text(shown).wrap(screen, room)] or [""]
     for number, row in enumerate(rows):
-        line = Text((label if number == 0 else "").ljust(LABEL), style=style)
-        line.append(row, style="default not bold" if style and label_only else "")
+        line = Text()
+        line.append(first if number == 0 else " " * len(first), style=first_style)
+        line.append(row, style=style)
         screen.print(line, soft_wrap=True)
 
 

@@ -101,13 +101,13 @@ DENOISERS = [
     ),
     Denoiser("Z-Image-Turbo", "ZImageTransformer2DModel", {}, inputs.z_image, Workload(), _SMALL),
     Denoiser(
+        "Wan2.1-T2V-14B", "WanTransformer3DModel", _WAN, inputs.wan, replace(_WAN_VIDEO, height=720, width=1280),
+        (480, 832, 49),
+    ),
+    Denoiser(
         "Wan2.1-T2V-1.3B", "WanTransformer3DModel", {"ffn_dim": 8960, "num_layers": 30, "num_attention_heads": 12},
         inputs.wan,
         _WAN_VIDEO, (480, 480, 33),
-    ),
-    Denoiser(
-        "Wan2.1-T2V-14B", "WanTransformer3DModel", _WAN, inputs.wan, replace(_WAN_VIDEO, height=720, width=1280),
-        (480, 832, 49),
     ),
     Denoiser(
         "Wan2.1-I2V-14B", "WanTransformer3DModel",

@@ -12,10 +12,12 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from porter.core.memory import estimate, formula_of
-from porter.core.workload import Workload
-from tests.memory_tracker import measure
+from porter.core.workload import Workload, full_config
+from tests import denoiser_inputs as inputs
+from tests.memory_tracker import DTYPES, cast, measure
 from tests.real_denoisers import DENOISERS, Denoiser
 
 MIB = 2**20
@@ -46,7 +48,7 @@ def test_a_denoiser_needs_what_the_tracker_sees(model: Denoiser, work: Workload)
     assert formula is not None
     estimate, measured = formula(model.full(), work), model.measured(work).activations
     print(f"{model.name:24}{work.dtype:5}{measured / MIB:10.1f} MiB measured, ratio {estimate / measured:.3f}")
-    assert 0.85 <= estimate / measured <= 1.15, (estimate, measured)
+    assert 0.95 <= estimate / measured <= 1.05, (estimate, measured)  # 15 % is promised; a wrong moment is less
 
 
 @dataclass(frozen=True)
@@ -136,3 +138,34 @@ def test_the_tracker_counts_fused_attention_as_no_matrix_of_scores(dtype: str) -
     masked = measure(lambda: Attend(True), {"query": shape, "mask": ((1, 4096), torch.bool)}, dtype).activations
     assert 2 * given < masked < 2.01 * given
     assert measure(lambda: Attend(False), {"query": shape}, dtype).activations > 60 * given
+
+
+SMALL_ENOUGH_TO_RUN = [
+    ("PixArtTransformer2DModel", {"num_layers": 2, "caption_channels": 4096, "use_additional_conditions": False},
+     inputs.pixart, Workload(dtype="F32", height=512, width=512, text_tokens=300)),
+    ("WanTransformer3DModel", {"num_layers": 2, "num_attention_heads": 12, "ffn_dim": 8960},
+     inputs.wan, Workload(dtype="BF16", height=240, width=416, frames=9, temporal=4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("class_name", "config", "shapes", "work"), SMALL_ENOUGH_TO_RUN)
+def test_the_tracker_counts_what_a_run_allocates(class_name: str, config: Any, shapes: Any, work: Workload) -> None:
+    """Two blocks of real width, run on the CPU with numbers; the profiler reports every allocation and release."""
+    build = getattr(diffusers, class_name)
+    given = shapes(full_config("diffusers", class_name, config), work)
+    module = build(**config).eval()
+    cast(module, DTYPES[work.dtype])
+    tensors = {
+        name: torch.zeros(value, dtype=DTYPES[work.dtype]) if isinstance(value[0], int) else torch.ones(value[0]).long()
+        for name, value in given.items()
+        if isinstance(value, tuple)
+    }
+    others = {name: value for name, value in given.items() if name not in tensors}
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        module(**tensors, **others)
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = sum(tensor.nbytes for tensor in tensors.values())
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert measure(lambda: build(**config), given, work.dtype).activations == pytest.approx(peak, rel=0.01)

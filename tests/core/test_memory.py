@@ -214,7 +214,7 @@ def test_no_formula_multiplies_text_or_lists(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": "INT4"}, {"height": 0}, {"width": -8}, {"frames": 0}, {"batch": 10**9}, {"text_tokens": 0}]
+    "wrong", [{"dtype": "INT4"}, {"height": 0}, {"width": -8}, {"frames": 0}, {"batch": 10**9}, {"text_tokens": -1}]
 )
 def test_an_impossible_workload_is_a_usage_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from porter.core.formulas import module_sources
 from porter.core.memory import estimate, formula_of
 from porter.core.workload import Workload, full_config
 from tests import denoiser_inputs as inputs
@@ -82,9 +84,20 @@ def test_an_estimate_grows_with_what_makes_it_grow(name: str) -> None:
         assert formula(model.full(), replace(model.base, **more)) > at, more
 
 
+def test_every_formula_is_found_by_its_class_and_by_no_other_module() -> None:
+    seen: set[str] = set()
+    for name, _ in module_sources():
+        module = importlib.import_module(name)
+        for class_name, formula in module.FORMULAS.items():
+            assert class_name not in seen and formula_of(class_name) is formula, (name, class_name)
+            seen.add(class_name)
+        assert set(getattr(module, "KEPT", {})) <= set(module.FORMULAS)
+    assert {model.class_name for model in DENOISERS} <= seen
+
+
 def test_formulas_import_no_torch() -> None:
     code = (
-        "import sys\nfrom porter.core.memory import estimate, formula_of\n"
+        "import sys\nfrom porter.core.memory import formula_of\n"
         f"assert all(formula_of(name) for name in {sorted({model.class_name for model in DENOISERS})})\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
     )

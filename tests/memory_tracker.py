@@ -67,7 +67,7 @@ def measure(
     """
     with torch.device("meta"):
         module = build().eval()
-    _cast(module, DTYPES[dtype])
+    cast(module, DTYPES[dtype])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         module._apply(lambda old: torch.empty(old.shape, dtype=old.dtype, device=DEVICE))
         given = {name: _tensor(value, DTYPES[dtype]) for name, value in inputs.items()}
@@ -85,7 +85,7 @@ def _forward(module: nn.Module, **given: Any) -> Any:
     return module(**given)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """The dtypes that `from_pretrained(dtype=…)` gives, with the class's exceptions."""
     keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     if isinstance(module, PreTrainedModel) and dtype != torch.float16:

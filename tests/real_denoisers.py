@@ -15,6 +15,9 @@ from porter.core.workload import Workload, full_config
 from tests import denoiser_inputs as inputs
 from tests.memory_tracker import Measured, measure
 
+DEPTHS = (
+    "num_layers", "num_single_layers", "n_layers", "num_mmdit_layers", "num_single_dit_layers", "num_visual_blocks",
+)  # fmt: skip
 Inputs = Callable[[Mapping[str, Any], Workload], dict[str, Any]]
 
 
@@ -39,6 +42,11 @@ class Denoiser:
     def full(self) -> dict[str, Any]:
         """The config with the defaults of the class."""
         return full_config("diffusers", self.class_name, self.config)
+
+    def shallow(self) -> Denoiser:
+        """The same widths with four blocks of each kind: the peak lies in one block, however many there are."""
+        cut = {key: 4 for key in DEPTHS if (self.full().get(key) or 0) > 4}
+        return replace(self, config=self.config | cut)
 
     def measured(self, work: Workload, explain: bool = False) -> Measured:
         """What torch's tracker sees."""
@@ -101,13 +109,13 @@ DENOISERS = [
     ),
     Denoiser("Z-Image-Turbo", "ZImageTransformer2DModel", {}, inputs.z_image, Workload(), _SMALL),
     Denoiser(
+        "Wan2.1-T2V-14B", "WanTransformer3DModel", _WAN, inputs.wan, replace(_WAN_VIDEO, height=720, width=1280),
+        (480, 832, 49),
+    ),
+    Denoiser(
         "Wan2.1-T2V-1.3B", "WanTransformer3DModel", {"ffn_dim": 8960, "num_layers": 30, "num_attention_heads": 12},
         inputs.wan,
         _WAN_VIDEO, (480, 480, 33),
-    ),
-    Denoiser(
-        "Wan2.1-T2V-14B", "WanTransformer3DModel", _WAN, inputs.wan, replace(_WAN_VIDEO, height=720, width=1280),
-        (480, 832, 49),
     ),
     Denoiser(
         "Wan2.1-I2V-14B", "WanTransformer3DModel",

@@ -37,7 +37,7 @@ def kept_of(class_name: str) -> Kept | None:
 def _table(class_name: str, name: str) -> Mapping[str, Any]:
     """The table `name` of the module whose source names a class; it alone is imported."""
     wanted = f'"{class_name}":'.encode()
-    for module, text in _modules():
+    for module, text in module_sources():
         if wanted in text:
             table: Mapping[str, Any] = getattr(importlib.import_module(module), name, {})
             return table
@@ -45,7 +45,7 @@ def _table(class_name: str, name: str) -> Mapping[str, Any]:
 
 
 @cache
-def _modules() -> tuple[tuple[str, bytes], ...]:
+def module_sources() -> tuple[tuple[str, bytes], ...]:
     """(module name, source) of every file of formulas, without importing any."""
     spec = find_spec("conversions")
     root = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None

@@ -52,10 +52,11 @@ class Workload:
     def __post_init__(self) -> None:
         if self.dtype not in ELEMENT:
             raise UsageError(f"unknown dtype {self.dtype!r}", expected=", ".join(ELEMENT), hint="--dtype BF16")
-        for name in ("height", "width", "frames", "batch", "text_tokens", "spatial", "temporal"):
-            if not 0 < (value := getattr(self, name)) <= LARGEST:
+        for name in ("height", "width", "frames", "batch", "spatial", "temporal", "text_tokens"):
+            least = 0 if name == "text_tokens" else 1
+            if not least <= (value := getattr(self, name)) <= LARGEST:
                 raise UsageError(
-                    f"{name} is {value}", expected=f"a whole number from 1 to {LARGEST}", hint=f"--{name} 512"
+                    f"{name} is {value}", expected=f"a whole number from {least} to {LARGEST}", hint=f"--{name} 512"
                 )
 
     @property

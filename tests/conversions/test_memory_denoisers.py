@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,29 +13,28 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+from porter.core.formulas import module_sources
 from porter.core.memory import estimate, formula_of
-from porter.core.workload import Workload
-from tests.memory_tracker import measure
+from porter.core.workload import Workload, full_config
+from tests import denoiser_inputs as inputs
+from tests.memory_tracker import DTYPES, cast, measure
 from tests.real_denoisers import DENOISERS, Denoiser
 
 MIB = 2**20
-# Whose peak lies elsewhere in float32 than in bfloat16; the others' formulas know one moment, or are built on these.
-ELSEWHERE = {
-    "FluxTransformer2DModel", "WanTransformer3DModel", "LTXVideoTransformer3DModel", "CogView4Transformer2DModel",
-}  # fmt: skip
 
 
 def points() -> Iterator[Any]:
-    """Every model at every size, batch and dtype; in every run, the first model of a class at one or two of them."""
+    """Every model at every size, batch and dtype; in every run, one model of a class, cut in depth, at two of them."""
     seen: set[str] = set()
     for model in DENOISERS:
         works = model.points()
-        for number, work in enumerate(works):
-            last = number == len(works) - 1 and model.class_name in ELSEWHERE
-            often = model.class_name not in seen and (number == 0 or last)
+        for work in works:
             name = f"{model.name} {work.batch}x{work.frames}x{work.height}x{work.width} {work.dtype}"
-            yield pytest.param(model, work, id=name, marks=() if often else pytest.mark.slow)
+            yield pytest.param(model, work, id=name, marks=pytest.mark.slow)
+            if model.class_name not in seen and work in (works[0], works[-1]):
+                yield pytest.param(model.shallow(), work, id=f"{name} shallow")
         seen.add(model.class_name)
 
 
@@ -46,7 +46,7 @@ def test_a_denoiser_needs_what_the_tracker_sees(model: Denoiser, work: Workload)
     assert formula is not None
     estimate, measured = formula(model.full(), work), model.measured(work).activations
     print(f"{model.name:24}{work.dtype:5}{measured / MIB:10.1f} MiB measured, ratio {estimate / measured:.3f}")
-    assert 0.85 <= estimate / measured <= 1.15, (estimate, measured)
+    assert 0.95 <= estimate / measured <= 1.05, (estimate, measured)  # 15 % is promised; a wrong moment is less
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,20 @@ def test_an_estimate_grows_with_what_makes_it_grow(name: str) -> None:
         assert formula(model.full(), replace(model.base, **more)) > at, more
 
 
+def test_every_formula_is_found_by_its_class_and_by_no_other_module() -> None:
+    seen: set[str] = set()
+    for name, _ in module_sources():
+        module = importlib.import_module(name)
+        for class_name, formula in module.FORMULAS.items():
+            assert class_name not in seen and formula_of(class_name) is formula, (name, class_name)
+            seen.add(class_name)
+        assert set(getattr(module, "KEPT", {})) <= set(module.FORMULAS)
+    assert {model.class_name for model in DENOISERS} <= seen
+
+
 def test_formulas_import_no_torch() -> None:
     code = (
-        "import sys\nfrom porter.core.memory import estimate, formula_of\n"
+        "import sys\nfrom porter.core.memory import formula_of\n"
         f"assert all(formula_of(name) for name in {sorted({model.class_name for model in DENOISERS})})\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
     )
@@ -136,3 +147,34 @@ def test_the_tracker_counts_fused_attention_as_no_matrix_of_scores(dtype: str) -
     masked = measure(lambda: Attend(True), {"query": shape, "mask": ((1, 4096), torch.bool)}, dtype).activations
     assert 2 * given < masked < 2.01 * given
     assert measure(lambda: Attend(False), {"query": shape}, dtype).activations > 60 * given
+
+
+SMALL_ENOUGH_TO_RUN = [
+    ("PixArtTransformer2DModel", {"num_layers": 2, "caption_channels": 4096, "use_additional_conditions": False},
+     inputs.pixart, Workload(dtype="F32", height=512, width=512, text_tokens=300)),
+    ("WanTransformer3DModel", {"num_layers": 2, "num_attention_heads": 12, "ffn_dim": 8960},
+     inputs.wan, Workload(dtype="BF16", height=240, width=416, frames=9, temporal=4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("class_name", "config", "shapes", "work"), SMALL_ENOUGH_TO_RUN)
+def test_the_tracker_counts_what_a_run_allocates(class_name: str, config: Any, shapes: Any, work: Workload) -> None:
+    """Two blocks of real width, run on the CPU with numbers; the profiler reports every allocation and release."""
+    build = getattr(diffusers, class_name)
+    given = shapes(full_config("diffusers", class_name, config), work)
+    module = build(**config).eval()
+    cast(module, DTYPES[work.dtype])
+    tensors = {
+        name: torch.zeros(value, dtype=DTYPES[work.dtype]) if isinstance(value[0], int) else torch.ones(value[0]).long()
+        for name, value in given.items()
+        if isinstance(value, tuple)
+    }
+    others = {name: value for name, value in given.items() if name not in tensors}
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        module(**tensors, **others)
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = sum(tensor.nbytes for tensor in tensors.values())
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert measure(lambda: build(**config), given, work.dtype).activations == pytest.approx(peak, rel=0.01)

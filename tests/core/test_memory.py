@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from porter.core.errors import BadInputError, UsageError
+from porter.core.formulas import facts_of
 from porter.core.memory import RESERVE, Memory, estimate, formula_of
 from porter.core.workload import Workload, default_workload, full_config, latents_of, parse_bytes
 
@@ -203,8 +204,17 @@ def test_a_config_that_does_not_tell_is_no_crash(class_name: str, value: Any) ->
     assert 0 < work.latent_height <= work.height and 0 < work.latent_frames <= work.frames
 
 
+@pytest.mark.parametrize("value", ["many", [1, 2], (1, 2)])
+def test_no_formula_multiplies_text_or_lists(value: Any) -> None:
+    fact = facts_of({"key": value})["key"]
+    assert fact == (value if isinstance(value, str) else tuple(value))
+    for multiply in (lambda: 3 * fact, lambda: fact * 3):
+        with pytest.raises(TypeError):
+            multiply()
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": "INT4"}, {"height": 0}, {"width": -8}, {"frames": 0}, {"batch": 10**9}, {"text_tokens": 0}]
+    "wrong", [{"dtype": "INT4"}, {"height": 0}, {"width": -8}, {"frames": 0}, {"batch": 10**9}, {"text_tokens": -1}]
 )
 def test_an_impossible_workload_is_a_usage_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

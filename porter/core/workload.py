@@ -165,9 +165,10 @@ def default_workload(
     known = {key: value for key, value in given.items() if value is not None}
     work, assumed = Workload(), []
     coder = next((part for part in parts if is_decoder(part)), None)
-    if coder is not None and coder.config:
-        work = latents_of(full_config(coder.library, coder.class_name, coder.config), work)
-    else:
+    told = latents_of(full_config(coder.library, coder.class_name, coder.config), work) if coder is not None else work
+    if coder is not None and (coder.config or told.spatial > 1):
+        work = told
+    else:  # without a config, a class's default of no compression says nothing
         assumed.append(f"no autoencoder: {work.spatial} pixels per latent position")
     call = call_source(pipeline_class) if pipeline_class else None
     if pipeline_class and call is None:

@@ -134,8 +134,8 @@ def test_every_error_ends_in_its_code(
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("porter.commands.plan.plan", broken)
-    assert cli.main(["plan", "x", *(["-v"] if verbose else [])]) == code
+    monkeypatch.setattr("porter.commands.plan.make_plan", broken)
+    assert cli.main(["plan", "builtin:tiny-flux", *(["-v"] if verbose else [])]) == code
     shown = capsys.readouterr()
     assert text in shown.err and shown.out == ""
     assert ("Traceback" in shown.err) == (verbose and code != 130)

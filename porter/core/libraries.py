@@ -85,6 +85,17 @@ def pipeline_generates(class_name: str) -> str | None:
 
 
 @cache
+def pipeline_optional(class_name: str) -> frozenset[str]:
+    """Roles that a diffusers pipeline runs without (`_optional_components`)."""
+    stated = re.search(rb"^    _optional_components\b[^=\n]*= *(\[[^\]]*\])", _pipeline_source(class_name) or b"", re.M)
+    try:
+        names = ast.literal_eval(stated[1].decode()) if stated else []
+    except (ValueError, SyntaxError):
+        return frozenset()
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+@cache
 def _pipeline_source(class_name: str) -> bytes | None:
     root = library_root("diffusers")
     if root is None or not class_name.isidentifier():

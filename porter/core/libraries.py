@@ -41,14 +41,36 @@ def library_has(library: str, class_name: str) -> bool | None:
     # transformers renamed its feature extractors of images, and reads files that name the old class with the new one.
     names = {class_name, class_name.removesuffix("Fast"), class_name.replace("FeatureExtractor", "ImageProcessor")}
     pattern = re.compile(rb"[\"'(](" + "|".join(map(re.escape, names)).encode() + rb")[\"']")
-    automatic = sorted((root / "models" / "auto").glob("*.py"))
-    if any(pattern.search(file_bytes(file)) for file in automatic):
+    if pattern.search(_automatic(library)):
         return True
     # A class outside the automatic tables: the folder that its name begins with (`CLIPTextModelWithProjection` → clip).
     lowered = class_name.lower()
-    folders = (folder for folder in (root / "models").glob("*/") if lowered.startswith(folder.name.replace("_", "")))
+    folders = (root / "models" / folder for folder in _folders(library) if lowered.startswith(folder.replace("_", "")))
     definition = re.compile(rb"^class (" + "|".join(map(re.escape, names)).encode() + rb")\b", re.MULTILINE)
     return any(definition.search(file_bytes(file)) for folder in folders for file in sorted(folder.glob("*.py")))
+
+
+@cache
+def _automatic(library: str) -> bytes:
+    """The automatic tables of a library: which class reads which model type."""
+    root = library_root(library)
+    files = sorted((root / "models" / "auto").glob("*.py")) if root else []
+    return b"\n".join(file_bytes(file) for file in files)
+
+
+@cache
+def _folders(library: str) -> tuple[str, ...]:
+    root = library_root(library)
+    return tuple(folder.name for folder in (root / "models").glob("*/")) if root else ()
+
+
+@cache
+def pipeline_module(module: str) -> bool:
+    """Whether `diffusers.pipelines` has a module of this name."""
+    root = library_root("diffusers")
+    if root is None or not module.isidentifier():
+        return False
+    return any((root / "pipelines" / place / module).is_dir() for place in ("", "deprecated"))
 
 
 @cache

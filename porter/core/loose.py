@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from porter.core.architectures import SURE, architectures, guesses
+from porter.core.components import component, known_component
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families
 from porter.core.libraries import library_has
@@ -15,7 +16,7 @@ from porter.core.pieces import by_tensors
 from porter.core.plan import ComponentPlan
 from porter.core.port import MANIFEST
 from porter.core.source import Source
-from porter.core.survey import INDEX, Survey, component, known_component, leftovers
+from porter.core.survey import INDEX, Survey, leftovers
 from porter.core.weights import CHECKPOINTS, Read, WeightSet, read_set, weight_sets
 
 MAX_SETS = 200  # checkpoints of one source that are looked into; more are listed by name

@@ -30,19 +30,26 @@ class Known(NamedTuple):
         return part.recipe if part and part.original_class == self.architecture.class_name else None
 
 
-def original_of(source: Source, known: Component, claimed: set[str]) -> WeightSet | None:
+def original_of(source: Source, family: Family, known: Component, claimed: set[str]) -> WeightSet | None:
     """The weights outside any component's folder that are `known` in its original layout: by name, then by tensors."""
     sets = [
         one for one in weight_sets(source.files, "") if not claimed & set(one.files) and _rank(known, one) is not None
     ]
     for one in sorted(sets, key=lambda one: (_rank(known, one), one.stem)):
         header = read_set(source, one).header
-        if header is None:  # a Git-LFS pointer: its name is all there is
-            return one
+        if header is None:  # a Git-LFS pointer: its name is all there is, if no other component's is like it
+            if _alone(one, known, family):
+                return one
+            continue
         best = next(iter(guesses({name: info.shape for name, info in header.items()}, 1)), None)
         if best and best.score >= SURE and _is(best.architecture, known):
             return one
     return None
+
+
+def _alone(one: WeightSet, known: Component, family: Family) -> bool:
+    """Whether no other component of the family has original files of this name (an all-in-one file is everybody's)."""
+    return all(_rank(part, one) is None for part in family.components if part is not known)
 
 
 def _rank(known: Component, one: WeightSet) -> int | None:

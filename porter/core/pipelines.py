@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
+from porter.core.components import component, known_component
 from porter.core.errors import BadInputError
 from porter.core.family import Family, families, family_of_pipeline
 from porter.core.layout import weightless
 from porter.core.originals import original_of
 from porter.core.plan import ComponentPlan, Layout
 from porter.core.source import Source
-from porter.core.survey import INDEX, MODULAR_INDEX, Survey, component, known_component, leftovers
-from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, read_set, weight_sets
+from porter.core.survey import INDEX, MODULAR_INDEX, Survey, leftovers
+from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, indexed, read_set, weight_sets
 
 _CONFIGS = (
     "config.json", "scheduler_config.json", "tokenizer_config.json", "processor_config.json",
     "preprocessor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 MAX_PIPELINES = 20
+MAX_COMPONENTS = 100
 Entry = tuple[str | None, str | None, dict[str, Any]]
 
 
@@ -52,12 +55,16 @@ def pipeline(source: Source, index_name: str = INDEX) -> Survey:
                     hint=f"repair {index_name}, or remove {name}/",
                 )  # fmt: skip
             found.settings[name] = value
+    if len(entries) > MAX_COMPONENTS:
+        raise BadInputError(
+            f"{index_name} names {len(entries)} components", expected=f"at most {MAX_COMPONENTS}",
+            hint="is it a pipeline?",
+        )  # fmt: skip
     source.prefetch(_wanted(source, entries))
     _refine_family(source, found, entries)
     claimed: set[str] = set()
     for name, entry in entries.items():
-        if "/" in name or "\\" in name or name.startswith("."):
-            raise BadInputError(f"{index_name} names a component {name!r}", expected="a plain name", hint="repair it")
+        _check_names(index_name, name, entry)
         if entry[1] is None:
             found.warnings.append(f"{name}: the pipeline leaves it out")
         else:
@@ -96,6 +103,24 @@ def nested(source: Source) -> Survey | None:
     found.places = tuple(places)
     leftovers(source, found)
     return found
+
+
+def _check_names(index_name: str, name: str, entry: Entry) -> None:
+    """Refuse names that are paths, or no names at all.
+
+    Raises:
+        BadInputError: always, for such a name.
+    """
+    library, class_name, _ = entry
+    for what, text, pattern in (
+        ("a component", name, r"[A-Za-z_][\w .-]{0,99}"), ("a library", library, r"[A-Za-z_]\w*(\.\w+)*"),
+        ("a class", class_name, r"[A-Za-z_]\w*"),
+    ):  # fmt: skip
+        if text is not None and (len(text) > 100 or not re.fullmatch(pattern, text)):
+            raise BadInputError(
+                f"{index_name}: {name[:60]!r} names {what} that is none", expected="a plain name, no path",
+                found=repr(text[:80]), hint="do not trust this repository; download it again from its author",
+            )  # fmt: skip
 
 
 def _class_name(index: Any) -> str | None:
@@ -162,12 +187,15 @@ def _components(source: Source, found: Survey, name: str, entry: Entry, claimed:
     if f"{folder}/{INDEX}" in source.files:
         return _inner_pipeline(source, found, name, folder)[0]
     config = _config(source, folder)
-    sets = weight_sets(source.files, folder)
+    sets = indexed(source, folder, weight_sets(source.files, folder))
     chosen = sets[0] if sets else None
+    if others := [file for one in sets[1:] if chosen and not one.standard for file in one.files]:
+        more = " …" if len(others) > 3 else ""
+        found.warnings.append(f"{name}: other weights in its folder, not counted: {', '.join(others[:3])}{more}")
     note = _others(sets)
     layout: Layout = "diffusers"
     known = known_component(found.family, name, class_name)
-    spare = original_of(source, known, claimed) if found.family and known else None
+    spare = original_of(source, found.family, known, claimed) if found.family and known else None
     if chosen is None and spare:
         chosen, layout = spare, "original"
     if spare:

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ _SHARD = re.compile(
 )
 _WHOLE = re.compile(rf"(?P<stem>.+?)\.(?P<kind>{_SUFFIX})")
 _VARIANT = re.compile(rf"({'|'.join(STANDARD)})\.(\w+)")
+_ONE_FILE = -1
+MAX_LOST = 50  # missing shards that are named
 _INDEX = re.compile(r"(?P<stem>.+?)\.(?P<kind>safetensors|bin)\.index(?:\.(?P<late>\w+))?\.json")
 
 
@@ -37,7 +40,7 @@ class WeightSet:
         kind: the suffix without its dot.
         variant: `fp16` and the like; empty for the plain set.
         files: every file of it, in shard order.
-        missing: numbers of the shards that the names promise and that are not here.
+        missing: numbers of the first 50 shards that the names promise and that are not here.
         index: the JSON file that says which tensor lies in which shard.
     """
 
@@ -84,13 +87,15 @@ def weight_sets(names: Iterable[str], folder: str | None = None) -> list[WeightS
             groups[key][int(match["number"])] = name
             promised[key] = max(promised[key], int(match["of"]))
         else:
-            groups[key][0] = name
+            groups[key][_ONE_FILE] = name
     found = []
     for key, numbered in groups.items():
-        if 0 in numbered:
-            found.append(WeightSet(*key, (numbered[0],)))
+        if _ONE_FILE in numbered:
+            found.append(WeightSet(*key, (numbered[_ONE_FILE],)))
             continue
-        lost = tuple(number for number in range(1, promised[key] + 1) if number not in numbered)
+        first = 0 if 0 in numbered else 1  # some count from zero
+        absent = (number for number in range(first, first + promised[key]) if number not in numbered)
+        lost = tuple(islice(absent, MAX_LOST))
         found.append(WeightSet(*key, tuple(numbered[n] for n in sorted(numbered)), lost, indexes.get(key)))
     return sorted(found, key=_preference)
 
@@ -154,6 +159,26 @@ def read_set(source: Source, one: WeightSet) -> Read:
             hint="download index and shards again",
         )  # fmt: skip
     return Read(header, metadata)
+
+
+def indexed(source: Source, folder: str, sets: list[WeightSet]) -> list[WeightSet]:
+    """`sets` of a component's folder, with the files that a standard index names instead of those of the names alone.
+
+    Raises:
+        BadInputError: the index is no index, or names a file outside its folder.
+    """
+    for stem in (f"{folder}/{name}" if folder else name for name in STANDARD):
+        for kind in ("safetensors", "bin"):
+            name = f"{stem}.{kind}.index.json"
+            if name not in source.files or any(one.stem == stem and one.kind == kind for one in sets):
+                continue
+            files = sorted(set(read_index(source, name).values()))
+            here = tuple(file for file in files if file in source.files)
+            if here:
+                lost = tuple(number for number, file in enumerate(files, 1) if file not in source.files)[:MAX_LOST]
+                left = [one for one in sets if not set(one.files) & set(here)]
+                return [WeightSet(stem, kind, "", here, lost, name), *left]
+    return sets
 
 
 def read_index(source: Source, name: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from porter.commands._render import fact, human_bytes, table
@@ -49,16 +49,16 @@ def work_line(memory: Mapping[str, Any]) -> str:
     return f"{work['width']} x {work['height']}{frames} in {work['dtype']}{batch}{passes}"
 
 
-def memory_markdown(memory: Mapping[str, Any]) -> list[str]:
-    """The estimate as lines of Markdown."""
+def memory_markdown(memory: Mapping[str, Any], text: Callable[[object], str]) -> list[str]:
+    """The estimate as lines of Markdown; `text` makes a value plain text."""
     lines = [f"{work_line(memory)}; weights {human_bytes(memory['weights'])}.", ""]
     lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|--:|--:|--:|"]
     for stage in memory["stages"]:
         lines.append(f"| {stage['stage']} | " + " | ".join(human_bytes(stage[key]) for key in _KEYS) + " |")
     if memory["device_memory"] is not None:
-        lines += ["", f"Fits: **{memory['fits']}** ({memory['reason']})"]
+        lines += ["", f"Fits: **{memory['fits']}** ({text(memory['reason'])})"]
     if memory["left_out"]:
-        lines += ["", f"Left out: activations of {', '.join(memory['left_out'])} (no formula)."]
+        lines += ["", f"Left out: activations of {text(', '.join(memory['left_out']))} (no formula)."]
     if memory["assumed"]:
-        lines += ["", "Assumed: " + "; ".join(memory["assumed"]) + "."]
+        lines += ["", "Assumed: " + text("; ".join(memory["assumed"])) + "."]
     return lines

@@ -8,7 +8,7 @@ from porter.commands._render import human_bytes, human_count
 from porter.core.errors import visible
 from porter.core.plan import STATUS_MEANING, PortPlan
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&@:-])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&@]|:(?=//)|(?<=[Ww])\.(?=\S))")  # what is markup inside a line
 
 
 def text(value: object) -> str:
@@ -37,7 +37,8 @@ def to_markdown(plan: PortPlan) -> str:
         f"- **Source**: {plan.kind}{where}{inner}, {plan.files} files, {size}{human_bytes(plan.bytes)} of weights",
         f"- **Pipeline**: {code(plan.pipeline_class or 'none named')}, family {text(plan.family or 'unknown')}",
         f"- **Style**: {plan.style} ({text(plan.style_reason)})",
-        f"- **Licence**: {text(stated)}" + (f", gated ({text(plan.gated)})" if plan.gated else ""),
+        f"- **Licence**: {text(', '.join([str(stated), *plan.licence.get('files', [])]))}"
+        + (f", gated ({text(plan.gated)})" if plan.gated else ""),
     ]
     if plan.closest:
         rule = "reuse or extend" if plan.closest.reusable else "a family of its own"
@@ -49,7 +50,7 @@ def to_markdown(plan: PortPlan) -> str:
         cells = (
             text(part.name), text(part.library or "–"), code(part.class_name or "?"),
             human_count(part.parameters) if part.layout not in ("none", "elsewhere") else "–",
-            " ".join(part.dtypes) or "–", human_bytes(part.bytes), part.status,
+            text(" ".join(part.dtypes) or "–"), human_bytes(part.bytes), part.status,
             code(part.recipe) if part.recipe else text(part.location or "–"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -58,12 +59,18 @@ def to_markdown(plan: PortPlan) -> str:
         *(f"- *{status}*: {STATUS_MEANING[status]}" for status in sorted({p.status for p in plan.components})),
     ]
     notes = [f"- {text(part.name)}: {text(part.note)}" for part in plan.components if part.note]
+    notes += [f"- {text(part.name)}: {text(part.model)}" for part in plan.components if part.model]
+    notes += [f"- {text(part.name)}: its class is defined by {code(part.custom_code)}, which was not run"
+              for part in plan.components if part.custom_code]  # fmt: skip
+    notes += [
+        f"- {text(extra.file)}: {text(extra.name)}, {human_bytes(extra.bytes)}: {extra.note}" for extra in plan.extras
+    ]
     notes += [f"- {text(part.name)}: tied, {text(line)}" for part in plan.components for line in part.shared]
     lines += ["", "### Notes", "", *notes] if notes else []
     if plan.memory:
         from porter.commands._memory import memory_markdown
 
-        lines += ["", "### Memory", "", *memory_markdown(plan.memory)]
+        lines += ["", "### Memory", "", *memory_markdown(plan.memory, text)]
     if plan.risks:
         lines += ["", "### Risks", "", "| pitfall | where | value | what goes wrong |", "|--:|---|---|---|"]
         lines += [

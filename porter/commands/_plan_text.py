@@ -31,6 +31,9 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
     fact(screen, "total", f"{total}{without}, {human_bytes(result.bytes)}")
     for status in sorted({part.status for part in result.components}):
         fact(screen, status, STATUS_MEANING[status], style="dim")
+    for extra in result.extras:
+        size = f"{human_count(extra.parameters)}, {human_bytes(extra.bytes)}"
+        fact(screen, "beside", f"{extra.file}: {extra.name} ({size}): {extra.note}", style="dim")
     for part in result.components:
         _details(screen, part, verbose=verbose)
     _memory(screen, result, verbose=verbose)
@@ -67,7 +70,9 @@ def _components(result: PortPlan, width: int) -> Table:
     names = ["component", "class", "params", "dtypes", "size", "status", "config", "files"]
     shown = [name for name in names if width >= _FROM.get(name, 0)]
     last = [name for name in ("files", "config") if name in shown][:1]
-    rows = table(*shown, right=("params", "size"), cut=last, fold=("component", "class") if width < 96 else ())
+    rows = table(
+        *shown, right=("params", "size"), cut=last, fold=("component", "class", "dtypes") if width < 128 else ()
+    )
     for part in result.components:
         cells = {
             "component": escape(part.name),

@@ -41,8 +41,10 @@ def _console(*, stderr: bool) -> Console:
             return super().render_str(visible(text), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    known = stream.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Ours(file=stream, width=None if known else 140, highlight=False, soft_wrap=not known)
+    columns = os.environ.get("COLUMNS", "")
+    given = columns.isdecimal() and len(columns) < 6 and int(columns) > 0
+    width = min(max(int(columns), 40), 1000) if given else None if stream.isatty() else 140
+    return Ours(file=stream, width=width, highlight=False, soft_wrap=not given and not stream.isatty())
 
 
 def fact(

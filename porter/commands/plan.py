@@ -11,13 +11,28 @@ from porter.commands._plan_text import print_plan
 from porter.commands._render import escape, notes, print_json
 from porter.core.atomic import write_json
 from porter.core.checkpoint import dtype_code
-from porter.core.errors import UsageError
+from porter.core.errors import PorterError, UsageError, visible
 from porter.core.plan import make_plan
 from porter.core.source import open_source
 from porter.core.targets import TARGETS
 from porter.core.workload import ELEMENT, parse_bytes
 
 SIZE = click.IntRange(1, 100_000)
+
+
+def _dtype(name: str) -> str:
+    """The code of a dtype that a model can run in.
+
+    Raises:
+        UsageError: there is none such.
+    """
+    try:
+        code = dtype_code(name)
+    except PorterError:
+        code = ""
+    if code not in ELEMENT:
+        raise UsageError(f"--dtype {name} is no dtype to run in", expected="bfloat16, float16, float32 or float64")
+    return code
 
 
 @click.command(name="plan", short_help="Show what a model holds and what each component needs.")
@@ -57,9 +72,7 @@ def command(
     """
     if markdown and as_json:
         raise UsageError("--markdown and --json both want stdout", hint="one of them; -o FILE saves the JSON too")
-    code = dtype_code(dtype) if dtype is not None else None
-    if code is not None and code not in ELEMENT:
-        raise UsageError(f"--dtype {dtype} is no dtype to run in", expected="bfloat16, float16 or float32", found=code)
+    code = _dtype(dtype) if dtype is not None else None
     room = parse_bytes(device_memory) if device_memory is not None else None
     if target is not None and target not in TARGETS:
         raise UsageError(f"no target is called {target!r}", expected=" | ".join(TARGETS), hint=f"porter plan {model}")
@@ -75,7 +88,7 @@ def command(
 
         click.echo(to_markdown(result), nl=False)
     elif quiet:
-        click.echo("\n".join(result.next))
+        click.echo("\n".join(visible(line).replace("\n", " ") for line in result.next))
     else:
         print_plan(result, verbose=verbose)
     if out and not quiet:

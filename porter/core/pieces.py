@@ -15,7 +15,7 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
 from porter.core.originals import ENCODERS, Known, belongs
-from porter.core.plan import ComponentPlan, Layout, Status
+from porter.core.plan import ComponentPlan, Extra, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
 from porter.core.weights import Read, WeightSet, totals
@@ -60,8 +60,26 @@ def by_tensors(
     built: dict[int, ComponentPlan] = {}
     # The largest first: a denoiser names the family, which then decides about what several families share.
     for number in sorted(range(len(pieces)), key=lambda n: -sum(map(prod, pieces[n].shapes.values()))):
-        built[number] = _known(file, pieces[number]) if pieces[number].sure else _unknown(file, pieces[number])
-    return [built[number] for number in range(len(pieces))]
+        piece = pieces[number]
+        if what := _extra(piece, pieces):
+            count, dtypes = totals(file.plain[piece.prefix + key] for key in piece.shapes)
+            found.extras.append(Extra(what[0], one.files[0], count, sum(dtypes.values()), what[1]))
+        else:
+            built[number] = _known(file, piece) if piece.sure else _unknown(file, piece)
+    return [built[number] for number in sorted(built)]
+
+
+def _extra(piece: Part, pieces: list[Part]) -> tuple[str, str] | None:
+    """(name, note) of a piece that is no component of its own."""
+    best = piece.sure
+    averaged = bool(re.match(r"(model_)?ema(_model|_state_dict)?\.|averaged?_model\.", piece.prefix))
+    twin = any(other.sure and best and other is not piece and not other.prefix.startswith(piece.prefix)
+               and other.sure.architecture is best.architecture for other in pieces)  # fmt: skip
+    if (averaged and twin) or (piece.shapes and best is None and all(map(_is_copy, piece.shapes))):
+        return "averaged copies", "an averaged (EMA) copy of another component's weights"
+    if piece.shapes and best is None and all(_SCHEDULE.fullmatch(name) for name in piece.shapes):
+        return "noise schedule", "buffers that a scheduler computes from its config"
+    return None
 
 
 def _sorted_out(piece: Part) -> list[Part]:
@@ -96,8 +114,14 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     if layout == "diffusers":
         class_name = known.architecture.class_name
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
-        status = "reuse" if library and not file.quantised else "port"
-        status = "native" if status == "reuse" and known.component and known.component.native else status
+        whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
+        status = "reuse" if library and not file.quantised and whole else "port"
+        if not whole:
+            words.append(
+                f"{class_name} loads it from a safetensors file of its own, without {piece.prefix or 'the rest'}"
+            )
+        native = known.component is not None and known.component.native is not None and bool(file.config)
+        status = "native" if status == "reuse" and native else status
     elif known.recipe and not file.quantised:
         if file.alone and not piece.prefix:
             recipe, status = known.recipe, "convert"
@@ -115,14 +139,8 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
 
 
 def _unknown(file: _Checkpoint, piece: Part) -> ComponentPlan:
-    """A piece that is no known layout: its nearest ones, or what it is instead of a model."""
+    """A piece that is no known layout, with its nearest ones."""
     label = file.one.files[0]
-    if piece.shapes and all(map(_is_copy, piece.shapes)):
-        return _component(file, piece, f"{label}: averaged copies", status="reuse", layout="unknown", config={},
-                          note="an averaged (EMA) copy of another component's weights")  # fmt: skip
-    if piece.shapes and all(_SCHEDULE.fullmatch(name) for name in piece.shapes):
-        return _component(file, piece, f"{label}: noise schedule", status="reuse", layout="unknown", config={},
-                          note="buffers that a scheduler computes from its config")  # fmt: skip
     file.found.warnings.append(f"{label}: no known layout; its tensors are {_templates(piece.shapes)}")
     name = label if file.alone else f"{label}: the rest"
     return _component(file, piece, name, status="port", layout="unknown", config=file.config, note=file.note)

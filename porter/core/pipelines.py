@@ -37,6 +37,11 @@ def pipeline(source: Source, index_name: str = INDEX) -> Survey:
         raise BadInputError(
             f"{index_name} names no pipeline class", expected="a `_class_name`", hint="is it a pipeline?"
         )
+    if not re.fullmatch(r"[A-Za-z_]\w{0,99}", class_name):
+        raise BadInputError(
+            f"{index_name}: its pipeline class is no class name", expected="a plain name such as MyPipeline",
+            found=repr(class_name[:80]), hint="do not trust this repository; download it again from its author",
+        )  # fmt: skip
     found = Survey(class_name, family_of_pipeline(class_name))
     if not isinstance(index["_class_name"], str):
         found.warnings.append(f"the pipeline {class_name} is code of the repository; never run")

@@ -21,10 +21,10 @@ SCHEMA = "porter.plan/1"
 Layout = Literal["original", "diffusers", "none", "elsewhere", "unread", "unknown"]
 Status = Literal["native", "reuse", "convert", "port", "missing"]
 STATUS_MEANING: Mapping[str, str] = {
-    "native": "in the target layout; runs on the native runtime",
+    "native": "in the target layout; a native module runs it",
     "reuse": "used as it is, through its library's class",
     "convert": "in the original layout; a recipe converts it",
-    "port": "no recipe or no class is known: one has to be written",
+    "port": "no recipe or class takes it as it is: its note says why",
     "missing": "named by the pipeline, but no weights are here",
 }
 
@@ -83,6 +83,22 @@ class ComponentPlan:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Tensors of a checkpoint that are no component: averaged copies, buffers of the training code.
+
+    Attributes:
+        name: what they are.
+        bytes: theirs alone, not the file's.
+    """
+
+    name: str
+    file: str
+    parameters: int
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True)
 class Kin:
     """The closest known family.
 
@@ -106,6 +122,7 @@ class PortPlan:
     Attributes:
         content: size of every file by its path: what the plan was made from, and what a later step checks.
         settings: entries of the index that are no components.
+        extras: tensors that are no component, and count in no total.
         licence: what is declared (`license`, `license_name`, `license_link`), and files that hold terms.
         gated: how the source is gated, None where it is not.
         verdict: what parity said of it, where the source is a port: `passed`, `failed`, `stale` or `missing`.
@@ -122,6 +139,7 @@ class PortPlan:
     style: Style
     style_reason: str
     components: tuple[ComponentPlan, ...]
+    extras: tuple[Extra, ...]
     files: int
     bytes: int
     parameters: int | None
@@ -156,9 +174,10 @@ class PortPlan:
             raise BadInputError("not a plan", expected=SCHEMA, found=str(document.get("schema")), hint="porter plan")
         rest = {key: value for key, value in document.items() if key != "schema"}
         parts, risks, kin = rest.get("components", ()), rest.get("risks", ()), rest.get("closest")
-        own, inner, risky, near = ({f.name for f in fields(kind)} for kind in (PortPlan, ComponentPlan, Risk, Kin))
-        pairs = [(own, rest), *((inner, part) for part in parts), *((risky, risk) for risk in risks)]
-        for wanted, given in [*pairs, *([(near, kin)] if kin is not None else [])]:
+        pairs: list[tuple[type, Any]] = [(PortPlan, rest), *((ComponentPlan, part) for part in parts)]
+        pairs += [(Risk, risk) for risk in risks] + [(Extra, extra) for extra in rest.get("extras", ())]
+        for kind, given in [*pairs, *([(Kin, kin)] if kin is not None else [])]:
+            wanted = {field.name for field in fields(kind)}
             if not isinstance(given, dict) or set(given) != wanted:
                 odd = ", ".join(sorted(wanted ^ set(given))) if isinstance(given, dict) else repr(given)[:60]
                 raise BadInputError("a plan with missing or unknown keys", found=odd, hint="porter plan -o plan.json")
@@ -168,6 +187,7 @@ class PortPlan:
         whole = {
             **rest, **{name: tuple(rest[name]) for name in ("warnings", "next")},
             "components": built, "risks": tuple(Risk(**risk) for risk in risks), "closest": closest,
+            "extras": tuple(Extra(**extra) for extra in rest["extras"]),
         }  # fmt: skip
         return cls(**whole)
 
@@ -234,6 +254,7 @@ def make_plan(
         style=style,
         style_reason=reason,
         components=tuple(parts),
+        extras=tuple(found.extras),
         files=len(source.files),
         bytes=sum(part.bytes for part in parts),
         parameters=sum(known) if known else None,
@@ -267,7 +288,8 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
     model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
     pin = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
     pin += f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
-    runs = found.family is not None and found.family.pipeline is not None and found.pipeline_class is not None
+    family = found.family
+    runs = family is not None and family.pipeline is not None and found.pipeline_class in family.pipeline_classes[:1]
     generate = f'porter generate {model} "a prompt"'
     if found.verdict:
         run = [generate] if runs else []
@@ -279,12 +301,12 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
     if any(part.status == "convert" for part in parts):
         bare = [part for part in parts if part.status == "convert" and not part.config]
         config = " --config CONFIG.json" if bare else ""
-        only = f" --component {parts[0].name}" if bare and len(parts) > 1 else ""
+        only = f" --component {shlex.quote(bare[0].name)}" if bare and len(parts) > 1 else ""
         return [f"porter convert {model}{pin}{only}{config} -o {port}"]
     if location := next((part.location for part in parts if part.location), None):
         return [f"porter plan {shlex.quote('/'.join(location.partition('@')[0].split('/')[:2]))}"]
     if any(part.status in ("port", "missing") for part in parts) or source.kind == "file":
-        return ["porter families"]
+        return [f"porter plan {model}{pin} --target porter"]
     if source.kind == "hub":
         return [
             f"hf download {model}{pin} --local-dir {shlex.quote(source.name)}",

@@ -34,6 +34,7 @@ class Source(ABC):
         given: the name as the user typed it.
         revision: the commit, for a hub source.
         subfolder: the folder inside the source that is looked at alone.
+        tensors: how many were read of it so far.
         files: every file by its path inside the source, in sorted order.
         declared: what the model's card says of it: `license…`, `gated`, `base_model`, …; see `porter.core.card`.
     """
@@ -43,6 +44,7 @@ class Source(ABC):
     given: str
     revision: str | None = None
     subfolder: str | None = None
+    tensors: int = 0
     files: Mapping[str, FileInfo]
 
     @cached_property

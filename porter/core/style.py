@@ -22,7 +22,10 @@ def style_of(found: Survey) -> tuple[Style, str]:
         return "Hybrid", f"{writes} writes a caption or tokens before denoising ({found.pipeline_class})"
     if found.family:
         if found.pipeline_class and found.pipeline_class != (found.family.pipeline_classes or ("",))[0]:
-            return found.family.style, f"{found.family.style_reason} ({found.pipeline_class}, of {found.family.title})"
+            return (
+                found.family.style,
+                f"{found.pipeline_class}, a variant of {found.family.title}: its stages, own callbacks",
+            )
         return found.family.style, found.family.style_reason
     own_code = [part.name for part in found.components if part.custom_code]
     talking = next(
@@ -48,4 +51,7 @@ def style_of(found: Survey) -> tuple[Style, str]:
         return "Modular", "no denoiser is here; nothing demands a stage of its own"
     if not found.components or all(part.class_name is None for part in found.components):
         return "Modular", "unknown architecture: nothing is known that would demand a stage of its own"
-    return "Modular", "standard text-to-image or -video: encoders, denoiser, decoder"
+    roles = [part.name for part in found.components]
+    if any(name.startswith("text_encoder") for name in roles) and "vae" in roles:
+        return "Modular", "standard text-to-image or -video: encoders, denoiser, decoder"
+    return "Modular", "nothing here captions, emits tokens or needs code of its own before denoising"

@@ -12,7 +12,7 @@ from porter.core.defaults import ClassSource, class_source, config_source
 from porter.core.errors import BadInputError
 from porter.core.family import Family
 from porter.core.libraries import LIBRARIES
-from porter.core.plan import ComponentPlan
+from porter.core.plan import ComponentPlan, Extra
 from porter.core.port import MANIFEST, Port, is_manifest
 from porter.core.risks import Risk, risks_of
 from porter.core.source import LocalSource, Source
@@ -37,6 +37,7 @@ class Survey:
     pipeline_class: str | None = None
     family: Family | None = None
     components: list[ComponentPlan] = field(default_factory=list)
+    extras: list[Extra] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     headers: dict[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
     near: dict[str, list[Guess]] = field(default_factory=dict)

@@ -27,6 +27,7 @@ _SHARD = re.compile(
 _WHOLE = re.compile(rf"(?P<stem>.+?)\.(?P<kind>{_SUFFIX})")
 _VARIANT = re.compile(rf"({'|'.join(STANDARD)})\.(\w+)")
 _ONE_FILE = -1
+MAX_TENSORS = 200_000  # of one source; the largest pipelines have some thousands
 MAX_LOST = 50  # missing shards that are named
 _INDEX = re.compile(r"(?P<stem>.+?)\.(?P<kind>safetensors|bin)\.index(?:\.(?P<late>\w+))?\.json")
 
@@ -130,7 +131,7 @@ def read_set(source: Source, one: WeightSet) -> Read:
 
     Raises:
         CheckpointError: a header breaks its format, a tensor stands in two shards, or the index says otherwise.
-        BadInputError: the index is no index, or names a file outside its folder.
+        BadInputError: the index is no index, or names a file outside its folder; more tensors than any model has.
     """
     places = read_index(source, one.index) if one.index else None
     if any(source.files[name].lfs_pointer for name in one.files):
@@ -139,6 +140,12 @@ def read_set(source: Source, one: WeightSet) -> Read:
     metadata: dict[str, str] = {}
     for name in one.files:
         tensors, said = source.header(name)
+        source.tensors += len(tensors)
+        if source.tensors > MAX_TENSORS:
+            raise BadInputError(
+                f"{source.given} holds more tensors than any model", expected=f"at most {MAX_TENSORS} in all its files",
+                found=f"{source.tensors} up to {name}", hint="name one checkpoint of it",
+            )  # fmt: skip
         if twice := next((key for key in tensors if key in header), None):
             raise CheckpointError(
                 f"{name}: tensor {twice!r} stands in another shard too", expected="each tensor once",

@@ -72,12 +72,16 @@ SCHEMA = json.loads((ROOT / "docs" / "plan.schema.json").read_text())
 
 
 def hostile(tmp_path: Path, tiny_flux: Path) -> Path:
-    """A model whose names try to be markup, table cells, mentions and lines of their own."""
+    """A model whose names and values try to be markup, table cells, mentions and lines of their own."""
     model = Path(shutil.copytree(tiny_flux, tmp_path / "m|`od`el"))
-    index = json.loads((model / "model_index.json").read_text())
-    index["vae"] = ["diffusers", "Auto|encoder`KL`\n# Title <script>@all"]
-    (model / "model_index.json").write_text(json.dumps(index))
+    for file in (model / "text_encoder" / "config.json", model / "text_encoder_2" / "config.json"):
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "hidden_act": HOSTILE, "dense_act_fn": HOSTILE}))
+    (model / HOSTILE.replace("/", "")).with_suffix(".safetensors").write_bytes((model / "ae.safetensors").read_bytes())
     return model
+
+
+HOSTILE = "gelu|`x`\n# Title <script>@all [a](http://b)\x1b]0;x\x07"
 
 
 def test_the_document_follows_its_schema(tmp_path: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]) -> None:

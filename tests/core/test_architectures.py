@@ -75,8 +75,8 @@ def test_an_all_in_one_file_is_taken_apart(tmp_path: Path) -> None:
     assert best and best.architecture.family == "sd1" and best.score == 1.0
     planned = plan(sparse(tmp_path / "v1-5.safetensors", whole))
     assert [part.name for part in planned.components[:2]] == ["unet", "vae"]
-    assert planned.components[2].note.startswith("an averaged (EMA) copy") and planned.family == "sd1"
-    sizes = sum(part.bytes for part in planned.components)
+    assert [extra.name for extra in planned.extras] == ["averaged copies"] and planned.family == "sd1"
+    sizes = sum(part.bytes for part in planned.components) + planned.extras[0].bytes
     assert sizes == sum(2 * math.prod(shape) for shape in whole.values())
 
 
@@ -125,8 +125,32 @@ def test_everything_in_an_all_in_one_file_has_a_name(tmp_path: Path) -> None:
     found = plan(sparse(tmp_path / "all.safetensors", whole))
     assert [(part.name, part.class_name) for part in found.components] == [
         ("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection"),
-        ("unet", "UNet2DConditionModel"), ("all.safetensors: averaged copies", None),
-        ("all.safetensors: noise schedule", None),
+        ("unet", "UNet2DConditionModel"),
     ]  # fmt: skip
-    assert found.family == "sdxl" and found.parameters == sum(map(math.prod, whole.values()))
+    assert {extra.name for extra in found.extras} == {"averaged copies", "noise schedule"}
+    counted = (found.parameters or 0) + sum(extra.parameters for extra in found.extras)
+    assert found.family == "sdxl" and counted == sum(map(math.prod, whole.values()))
     assert not any("no known layout" in line for line in found.warnings)
+
+
+def test_an_averaged_copy_under_a_prefix_of_its_own_is_no_second_component(tmp_path: Path) -> None:
+    names = names_of(by_name("flux1", "transformer", "original"))
+    whole = {f"model.{name}": shape for name, shape in names.items()} | {f"ema.{n}": s for n, s in names.items()}
+    found = plan(sparse(tmp_path / "both.safetensors", whole))
+    assert [part.name for part in found.components] == ["transformer"] and found.extras[0].name == "averaged copies"
+    assert found.parameters == sum(map(math.prod, names.values()))
+
+
+def test_a_pruned_model_is_not_called_a_released_one(tmp_path: Path) -> None:
+    names = names_of(by_name("flux1", "transformer", "original"))
+    pruned = {n: s for n, s in names.items() if not n.startswith("double_blocks.") or int(n.split(".")[1]) < 8}
+    assert plan(sparse(tmp_path / "dev.safetensors", names)).components[0].model
+    assert plan(sparse(tmp_path / "flex.safetensors", pruned)).components[0].model is None
+
+
+def test_half_a_model_has_a_closest_family(tmp_path: Path) -> None:
+    names = names_of(by_name("flux1", "transformer", "original"))
+    half = {name: shape for name, shape in names.items() if name.startswith("double_blocks")}
+    found = plan(sparse(tmp_path / "half.safetensors", half))
+    assert found.family is None and found.closest
+    assert found.closest.family == "flux1" and not found.closest.reusable and found.closest.differences

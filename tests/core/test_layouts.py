@@ -355,3 +355,55 @@ def test_a_pointer_s_size_tells_the_parameters_of_a_released_model(tmp_path: Pat
         part = plan(model).component("unet")
         assert part and part.parameters == parameters
         assert ("by its size" in part.note) == (parameters is not None)
+
+
+def test_what_a_component_s_folder_says_and_holds_must_agree(sharded: Path) -> None:
+    """Zero-based shards, an index with names of its own, other classes, LoRA factors and scales: nothing is silent."""
+    folder = sharded / "transformer"
+    for file in folder.glob("*"):
+        if file.name != "config.json":
+            file.unlink()
+    for i in range(3):
+        weights(folder / f"diffusion_pytorch_model-0000{i}-of-00003.safetensors", f"t{i}.weight")
+    part = plan(sharded).component("transformer")
+    assert part and len(part.files) == 3 and part.parameters == 12
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    weights(folder / "part_x.safetensors", "x.weight")
+    weights(folder / "part_y.safetensors", "y.weight")
+    found = plan(sharded)
+    assert any("other weights in its folder, not counted: transformer/part_y" in line for line in found.warnings)
+    places = {"x.weight": "part_x.safetensors", "y.weight": "part_y.safetensors"}
+    write(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": places})
+    found = plan(sharded)
+    part = found.component("transformer")
+    assert part and part.parameters == 8 and not any("not counted" in line for line in found.warnings)
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", {**config, "_class_name": "SD3Transformer2DModel"})
+    text = "\n".join(plan(sharded).warnings)
+    assert "its config says SD3Transformer2DModel" in text and "are not those of FluxTransformer2DModel: 0%" in text
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    (folder / "part_y.safetensors").unlink()
+    weights(folder / "part_x.safetensors", "a.lora_A.weight", "a.lora_B.weight")
+    part = plan(sharded).component("transformer")
+    assert part and part.status == "port"
+    weights(folder / "part_x.safetensors", "a.weight", "a.weight.absmax", "a.weight.quant_map")
+    part = plan(sharded).component("transformer")
+    assert part and part.quantised and "bitsandbytes" in part.quantised and part.status == "reuse"
+
+
+@pytest.mark.parametrize(
+    "entry", [["/abs/path", "T"], ["diffusers", "../../x"], ["diffusers", "A" * 300], ["a b", "T"]]
+)
+def test_paths_are_no_class_names(entry: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "m" / "model_index.json", {"_class_name": "P", "transformer": entry})
+    with pytest.raises(BadInputError, match="that is none"):
+        plan(tmp_path / "m")
+
+
+def test_the_next_command_quotes_a_hostile_name(tiny_flux: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    weights(tmp_path / "m" / "$(touch PWNED).safetensors", "odd.name")
+    shutil.copy(tiny_flux / "flux1-tiny.safetensors", tmp_path / "m")
+    (command,) = plan(tmp_path / "m").next
+    assert "PWNED" not in command and "--component transformer" in command

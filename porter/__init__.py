@@ -18,7 +18,7 @@ from porter.core.version import VERSION as __version__
 __all__ = ["__version__", "convert", "load", "parity", "plan"]
 
 _PUBLIC = {
-    "plan": ("porter.core.plan", "plan"),
+    "plan": ("porter.core.planning", "plan"),
     "convert": ("porter.core.convert", "convert"),
     "parity": ("porter.api", "parity"),
     "load": ("porter.api", "load"),

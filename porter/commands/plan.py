@@ -12,7 +12,7 @@ from porter.commands._render import escape, notes, print_json
 from porter.core.atomic import write_json
 from porter.core.checkpoint import dtype_code
 from porter.core.errors import PorterError, UsageError, visible
-from porter.core.plan import make_plan
+from porter.core.planning import make_plan
 from porter.core.source import open_source
 from porter.core.targets import TARGETS
 from porter.core.workload import ELEMENT, parse_bytes

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from porter.core.errors import BadInputError
 from porter.core.plan import PortPlan
+from porter.core.records import check_keys
 from porter.core.targets import TARGETS, Target, Template, target_named
 from porter.core.targets.checks import check
 from porter.core.targets.facts import Facts, Piece, facts_of
@@ -97,11 +98,8 @@ class Checklist:
             raise BadInputError("not a checklist", expected=SCHEMA, found=shown(str(document.get("schema"))))
         rest = {key: value for key, value in document.items() if key != "schema"}
         every: list[tuple[Any, Any]] = [(cls, rest), (Guide, rest.get("guide"))]
-        for kind, given in every + [(Step, step) for step in rest.get("steps") or ()]:
-            wanted = {field.name for field in fields(kind)}
-            if not isinstance(given, Mapping) or set(given) != wanted:
-                odd = ", ".join(sorted(map(str, wanted ^ set(given if isinstance(given, Mapping) else ()))))
-                raise BadInputError("a checklist with missing or unknown keys", found=shown(odd))
+        every += [(Step, step) for step in rest.get("steps") or ()]
+        check_keys(every, "checklist", "porter plan --target")
         guide = Guide(**{**rest["guide"], "files": tuple(rest["guide"]["files"])})
         steps = tuple(
             Step(**{**step, "creates": tuple(step["creates"]), "edits": tuple(step["edits"])}) for step in rest["steps"]

@@ -17,7 +17,8 @@ from porter.core.checkpoint import read_header
 from porter.core.errors import BadInputError, CheckpointError, ResourceError, UsageError
 from porter.core.files import check_json
 from porter.core.jobs import Copy, Job, Preparation
-from porter.core.plan import PortPlan, make_plan
+from porter.core.plan import PortPlan
+from porter.core.planning import make_plan
 from porter.core.port import MANIFEST, SCHEMA, file_record, file_sha256, is_manifest
 from porter.core.prepare import forward
 from porter.core.restore import inverse

@@ -35,6 +35,8 @@ _SECONDARY = re.compile(r"(tokenizer|processor|feature_extractor|safety_checker|
 def closest(found: Survey) -> Kin | None:
     """The family that covers most of `found`; None where none covers enough to be worth a look."""
     parts = {part.name: part for part in found.components if not _SECONDARY.search(part.name)}
+    if found.places:  # several pipelines: each has its own
+        return None
     if found.family is None and found.pipeline_class is None:
         return _nearest(parts)
     if not any(part.class_name or part.guesses for part in parts.values()):

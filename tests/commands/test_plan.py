@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 
 from porter import cli
-from porter.core.plan import ComponentPlan, PortPlan, plan
+from porter.core.plan import ComponentPlan, PortPlan
+from porter.core.planning import plan
 from tests.sparse_models import flux_file, flux_folder
 
 

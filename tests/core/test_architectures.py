@@ -9,7 +9,7 @@ import pytest
 
 from porter.core.architectures import Architecture, architectures, fold, guesses, parts, template
 from porter.core.family import families
-from porter.core.plan import plan
+from porter.core.planning import plan
 from tests.sparse_models import names_of, sparse
 
 Shapes = dict[str, tuple[int, ...]]

@@ -21,7 +21,8 @@ from porter.commands._checklist import print_checklist, to_markdown
 from porter.core.checklist import TARGETS, Checklist, Step, checklist
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import families, proof
-from porter.core.plan import PortPlan, plan
+from porter.core.plan import PortPlan
+from porter.core.planning import plan
 from porter.core.targets import Target, target_named
 from porter.core.targets.checks import OF_A_MODEL, OF_A_PIECE
 from porter.core.targets.names import camel, derive, role, snake
@@ -422,7 +423,7 @@ def test_unknown_targets_and_documents_are_refused(plans: dict[str, PortPlan]) -
 
 def test_no_torch_is_imported(plans: dict[str, PortPlan]) -> None:
     code = (
-        "import sys; from porter.core.plan import plan; from porter.core.checklist import TARGETS, checklist;"
+        "import sys; from porter.core.planning import plan; from porter.core.checklist import TARGETS, checklist;"
         "found = plan('builtin:tiny-flux'); [checklist(found, t) for t in TARGETS];"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from porter.core.errors import CheckpointError, MissingError
 from porter.core.headers import read_any
 from porter.core.pickles import read_pickled
-from porter.core.plan import plan
+from porter.core.planning import plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,7 +114,7 @@ def test_what_a_pickle_names_is_never_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_torch_files_are_read_without_torch(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
-    code = "import sys; from porter.core.plan import plan; plan(sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys; from porter.core.planning import plan; plan(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=True, cwd=ROOT)
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from porter.core.architectures import architectures
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.family import families
-from porter.core.plan import plan
+from porter.core.planning import plan
 from tests.sparse_models import names_of, sparse
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5678\n"

@@ -15,7 +15,8 @@ from porter import builtin
 from porter.core.errors import BadInputError, CheckpointError
 from porter.core.layout import weightless
 from porter.core.libraries import library_has
-from porter.core.plan import PortPlan, plan
+from porter.core.plan import PortPlan
+from porter.core.planning import plan
 from porter.core.version import VERSION
 from porter.core.weights import WeightSet, weight_sets
 

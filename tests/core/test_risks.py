@@ -11,7 +11,7 @@ import pytest
 from transformers import CLIPTextConfig, T5Config
 
 from porter.core.defaults import class_source, config_source
-from porter.core.plan import plan
+from porter.core.planning import plan
 from porter.core.risks import risks_of, unusual
 
 ROOT = Path(__file__).parents[2]

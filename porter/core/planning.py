@@ -1,0 +1,134 @@
+"""`make_plan`: the plan of a source, from names, JSON files and headers alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from porter.core.memory import estimate
+from porter.core.plan import ComponentPlan, PortPlan
+from porter.core.similarity import closest
+from porter.core.source import Source, open_source
+from porter.core.style import style_of
+from porter.core.survey import Survey, survey
+from porter.core.terms import terms
+from porter.core.workload import default_workload
+
+
+def plan(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    offline: bool | None = None,
+) -> PortPlan:
+    """The plan of `model`: a hub id, a folder, a file or `builtin:<name>`. See `make_plan` and `open_source`."""
+    return make_plan(open_source(model, revision=revision, subfolder=subfolder, token=token, offline=offline))
+
+
+def make_plan(
+    source: Source,
+    *,
+    workload: Mapping[str, Any] | None = None,
+    device_memory: int | None = None,
+    target: str | None = None,
+) -> PortPlan:
+    """The plan of an opened source. Reads JSON files and headers, never weights.
+
+    Args:
+        workload: fields of `porter.core.workload.Workload` that the memory estimate is for; others by default.
+        device_memory: bytes of the device that it shall fit.
+        target: framework whose checklist is filled in (`porter.core.checklist.TARGETS`).
+
+    Raises:
+        BadInputError: not a pipeline, or a file that breaks its format.
+        UsageError: an unknown target.
+    """
+    found = survey(source)
+    licence, gate = terms(source)
+    parts = [_with_terms(source, part, licence, gate) for part in found.components]
+    found.components = parts
+    if gate:
+        found.warnings.append(f"gated repository ({gate}): its terms hold for every port of it")
+    known = [part.parameters for part in parts if part.parameters is not None]
+    style, reason = style_of(found)
+    sized = [p for p in parts if p.layout not in ("none", "elsewhere") and p.class_name and (p.bytes or p.parameters)]
+    work, assumed = default_workload(found.pipeline_class, parts, **(workload or {}))
+    once = list({part.name: part for part in reversed(sized)}.values())[::-1]
+    twice = sorted({part.name for part in sized if not any(part is kept for kept in once)})
+    assumed += tuple(f"the first {name} of {sum(part.name == name for part in sized)}" for name in twice)
+    single = sized and not found.places  # several pipelines do not run at once
+    memory = estimate(once, work, device_memory, assumed).to_json() if single else None
+    made = PortPlan(
+        source=source.spec,
+        kind=source.kind,
+        revision=source.revision,
+        subfolder=source.subfolder,
+        pipeline_class=found.pipeline_class,
+        family=found.family.name if found.family else None,
+        style=style,
+        style_reason=reason,
+        components=tuple(parts),
+        extras=tuple(found.extras),
+        files=len(source.files),
+        bytes=sum(part.bytes for part in parts),
+        parameters=sum(known) if known else None,
+        closest=closest(found),
+        licence=licence,
+        gated=gate,
+        verdict=found.verdict,
+        settings=found.settings,
+        risks=tuple(found.risks()),
+        warnings=tuple(found.warnings),
+        next=tuple(_next_commands(source, found)),
+        content={name: info.size for name, info in source.files.items()},
+        memory=memory,
+    )
+    if target is None:
+        return made
+    from porter.core.checklist import checklist
+
+    return replace(made, checklist=checklist(made, target).to_json())
+
+
+def _with_terms(source: Source, part: ComponentPlan, licence: Mapping[str, Any], gate: str | None) -> ComponentPlan:
+    own = next((name for name in source.files if name.startswith(f"{part.name}/LICEN")), None)
+    stated = licence.get("license_name") or licence.get("license")
+    return part.replace(licence=own or (str(stated) if stated else None), gated=gate is not None)
+
+
+def _next_commands(source: Source, found: Survey) -> list[str]:
+    """Commands to paste, the most useful first."""
+    parts = found.components
+    model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
+    pin = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
+    pin += f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
+    family = found.family
+    runs = family is not None and family.pipeline is not None and found.pipeline_class in family.pipeline_classes[:1]
+    generate = f'porter generate {model} "a prompt"'
+    if found.verdict:
+        run = [generate] if runs else []
+        return [f"porter parity {model}", *run]
+    if found.places:
+        return [f"porter plan {model}{pin} --subfolder {shlex.quote(place)}" for place in found.places[:4]]
+    if any(source.files[name].lfs_pointer for part in parts for name in part.files):
+        return [f"git -C {shlex.quote(source.spec)} lfs pull", f"porter plan {model}"]
+    if any(part.status == "convert" for part in parts):
+        bare = [part for part in parts if part.status == "convert" and not part.config]
+        config = " --config CONFIG.json" if bare else ""
+        only = f" --component {shlex.quote(bare[0].name)}" if bare and len(parts) > 1 else ""
+        return [f"porter convert {model}{pin}{only}{config} -o {port}"]
+    if location := next((part.location for part in parts if part.location), None):
+        return [f"porter plan {shlex.quote('/'.join(location.partition('@')[0].split('/')[:2]))}"]
+    if any(part.status in ("port", "missing") for part in parts) or source.kind == "file":
+        return [f"porter plan {model}{pin} --target porter"]
+    if source.kind == "hub":
+        return [
+            f"hf download {model}{pin} --local-dir {shlex.quote(source.name)}",
+            f"porter plan {shlex.quote(source.name)}",
+        ]
+    return [generate] if runs else [f"porter plan {model}{pin} --target porter"]

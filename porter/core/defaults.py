@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from porter.core.classbody import Computed, arguments, fields_of, lineage, literal_of, names, states
 from porter.core.installed import class_block, file_bytes, library_root, listed_files, matching, model_files
 
 __all__ = [
@@ -39,23 +40,6 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
 
 # A class's head, or the type that it states.
 _TYPE_ROWS = re.compile(rb'^class (\w+)|^    model_type(?:: [\w\[\]]+)? = "([\w.-]+)"', re.MULTILINE)
-_INFINITE = {"float('inf')": float("inf"), "-float('inf')": -float("inf")}
-
-
-class Computed:
-    """A default that is no literal: an expression of the source."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Computed) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
 
 
 @dataclass(frozen=True)
@@ -117,7 +101,7 @@ def call_source(pipeline_class: str) -> CallSource | None:
             return None
         if not isinstance(function, ast.FunctionDef):
             return None
-        defaults, required = _arguments(function)
+        defaults, required = arguments(function)
         return CallSource(
             f"{root.name}/{file.relative_to(root)}:{found[0]}", defaults, tuple(required),
             batches_guidance=_BATCHED.search(found[1]) is not None, upcasts_decoder=b"force_upcast" in found[1],
@@ -175,10 +159,10 @@ def _kept_modules(class_name: str, model_type: str) -> tuple[tuple[str, ...], tu
         if b"_keep_in_fp32_modules" not in text:
             return (), ()
         kept: dict[str, tuple[str, ...]] = {}
-        for each in _lineage(text, class_name):
+        for each in lineage(text, class_name):
             for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-                if _states(each, name):
-                    kept[name] = _names(_literal_of(each, name))
+                if states(each, name):
+                    kept[name] = names(literal_of(each, name))
         return kept.get("_keep_in_fp32_modules", ()), kept.get("_keep_in_fp32_modules_strict", ())
     return (), ()
 
@@ -211,89 +195,18 @@ def _files(root: Path, library: str) -> Iterator[Path]:
 
 def _read(root: Path, file: Path, class_name: str) -> ClassSource:
     text = file_bytes(file)
-    lineage = _lineage(text, class_name)
     defaults: dict[str, Any] = {}
     required: list[str] = []
     keep: tuple[str, ...] = ()
-    for each in lineage:
-        defaults |= _fields(each)
+    for each in lineage(text, class_name):
+        defaults |= fields_of(each)
         for part in each.body:
             if isinstance(part, ast.FunctionDef) and part.name == "__init__":
-                own, needed = _arguments(part)
+                own, needed = arguments(part)
                 defaults |= own
                 required += needed
-        if _states(each, "_keep_in_fp32_modules"):
-            keep = _names(_literal_of(each, "_keep_in_fp32_modules"))
+        if states(each, "_keep_in_fp32_modules"):
+            keep = names(literal_of(each, "_keep_in_fp32_modules"))
     place = class_block(text, class_name)
     line = place[0] if place else 0
     return ClassSource(f"{root.name}/{file.relative_to(root)}:{line}", defaults, tuple(required), keep)
-
-
-def _lineage(text: bytes, class_name: str) -> list[ast.ClassDef]:
-    """The class and its base classes in the same file, bases first, so that the class's own values win."""
-    found: list[ast.ClassDef] = []
-    waiting = [class_name]
-    while waiting and len(found) < 8:
-        block = class_block(text, waiting.pop())
-        try:
-            nodes = ast.parse(block[1]).body if block else []
-        except SyntaxError:
-            nodes = []
-        for node in nodes[:1]:
-            if isinstance(node, ast.ClassDef) and node.name not in [known.name for known in found]:
-                found.insert(0, node)
-                waiting += [base.id for base in node.bases if isinstance(base, ast.Name)]
-    return found
-
-
-def _fields(node: ast.ClassDef) -> dict[str, Any]:
-    """Annotated class attributes with values: the fields of a dataclass."""
-    return {
-        part.target.id: _value(part.value)
-        for part in node.body
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.value is not None
-    }
-
-
-def _arguments(function: ast.FunctionDef) -> tuple[dict[str, Any], list[str]]:
-    given = function.args
-    names = [argument.arg for argument in (*given.posonlyargs, *given.args)][1:]
-    values: list[ast.expr | None] = [None] * (len(names) - len(given.defaults)) + list(given.defaults)
-    pairs = [*zip(names, values, strict=True)] + [
-        (argument.arg, value) for argument, value in zip(given.kwonlyargs, given.kw_defaults, strict=True)
-    ]
-    return (
-        {name: _value(value) for name, value in pairs if value is not None},
-        [name for name, value in pairs if value is None],
-    )
-
-
-def _value(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError):
-        text = ast.unparse(node)
-        return _INFINITE.get(text.replace('"', "'"), Computed(text))
-
-
-def _statements(node: ast.ClassDef, name: str) -> Iterator[ast.expr]:
-    """Values that a class's body gives to `name`."""
-    for part in node.body:
-        if not isinstance(part, ast.Assign | ast.AnnAssign) or part.value is None:
-            continue
-        targets = part.targets if isinstance(part, ast.Assign) else [part.target]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            yield part.value
-
-
-def _states(node: ast.ClassDef, name: str) -> bool:
-    return any(True for _ in _statements(node, name))
-
-
-def _literal_of(node: ast.ClassDef, name: str) -> Any:
-    found = next((_value(value) for value in _statements(node, name)), None)
-    return None if isinstance(found, Computed) else found
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list | tuple | set) else ()

@@ -74,12 +74,19 @@ def risks_of_all(parts: Sequence[Part], *, upcasts: bool | None = None) -> list[
     Args:
         upcasts: whether the pipeline heeds an autoencoder's `force_upcast`; None where the pipeline is unknown.
     """
-    around = Facts(
-        "", "", {}, latent_channels=_latent_channels(parts), upcasts=upcasts,
-        clip_text_encoders=sum(part.config.get("model_type") == "clip_text_model" for part in parts),
-    )  # fmt: skip
-    found = [weighed for part in parts for weighed in _weighed(part, around)]
+    pipelines: dict[str, list[Part]] = {}  # a source may hold several, each in a folder of its own
+    for part in parts:
+        pipelines.setdefault(part.name.rpartition("/")[0], []).append(part)
+    found = [weighed for together in pipelines.values() for weighed in _risks_within(together, upcasts)]
     return [risk for _, risk in sorted(found, key=lambda weighed: -weighed[0])]
+
+
+def _risks_within(parts: Sequence[Part], upcasts: bool | None) -> Iterator[tuple[int, Risk]]:
+    """The risks of components that work together, with their weights."""
+    clips = sum(part.config.get("model_type") == "clip_text_model" for part in parts)
+    around = Facts("", "", {}, latent_channels=_latent_channels(parts), clip_text_encoders=clips, upcasts=upcasts)
+    for part in parts:
+        yield from _weighed(part, around)
 
 
 def _latent_channels(parts: Sequence[Part]) -> int | None:
@@ -149,7 +156,8 @@ def _against_defaults(part: Part, source: ClassSource, told: set[str]) -> Iterab
         if key in part.config or key in told:
             continue
         if source.file.startswith("diffusers/models"):
-            matters = jsonable(default) not in _HARMLESS and _SENSITIVE.search(key) is not None
+            harmless = default is not True and jsonable(default) in _HARMLESS  # 1 == True
+            matters = not harmless and _SENSITIVE.search(key) is not None
         else:
             matters = source.file.startswith("diffusers/schedulers") and _left_to_scheduler(key, part.config)
         if matters:

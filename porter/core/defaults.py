@@ -9,11 +9,19 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from porter.core.classbody import Computed, arguments, fields_of, lineage, literal_of, names, states
+from porter.core.installed import class_block, file_bytes, library_root, listed_files, matching, model_files
+
+__all__ = [
+    "CallSource", "ClassSource", "Computed", "call_source", "class_block", "class_source", "config_source",
+    "file_bytes", "library_root", "listed_files", "with_kept_modules",
+]  # fmt: skip
 
 # Tables of lazy imports, which name the file of a class.
 _LISTS: Mapping[str, tuple[str, ...]] = {"diffusers": ("models", "schedulers")}
@@ -30,23 +38,8 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-_INFINITE = {"float('inf')": float("inf"), "-float('inf')": -float("inf")}
-
-
-class Computed:
-    """A default that is no literal: an expression of the source."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Computed) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
+# A class's head, or the type that it states.
+_TYPE_ROWS = re.compile(rb'^class (\w+)|^    model_type(?:: [\w\[\]]+)? = "([\w.-]+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -57,13 +50,15 @@ class ClassSource:
         file: path inside the library, with the line of the class.
         defaults: parameter -> default value; a `Computed` where it is no literal.
         required: parameters without a default.
-        keep_in_fp32: patterns of modules that the library keeps in float32 (`_keep_in_fp32_modules`).
+        keep_in_fp32: names of modules that the library keeps in float32 whatever dtype it is asked for.
+        keep_from_float16: those that it keeps in float32 only where it is asked for float16.
     """
 
     file: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     keep_in_fp32: tuple[str, ...] = ()
+    keep_from_float16: tuple[str, ...] = ()
 
     def knows(self, key: str) -> bool:
         """Whether the class takes a parameter of this name."""
@@ -94,8 +89,8 @@ def call_source(pipeline_class: str) -> CallSource | None:
     if f'"{pipeline_class}"'.encode() not in file_bytes(root / "pipelines" / "__init__.py"):
         return None
     folders = [file.with_suffix("") for file in listed_files(root / "pipelines", pipeline_class)]
-    near = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    for file in dict.fromkeys([*near, *sorted(root.glob("pipelines/*/*.py"))]):
+    near = (file for folder in folders for file in matching(str(folder), "*.py"))
+    for file in chain(near, matching(str(root), "pipelines/*/*.py")):
         found = class_block(file_bytes(file), pipeline_class)
         signature = found and re.search(rb"^    def __call__\(.*?^    \)", found[1], re.MULTILINE | re.DOTALL)
         if not found or not signature:
@@ -106,7 +101,7 @@ def call_source(pipeline_class: str) -> CallSource | None:
             return None
         if not isinstance(function, ast.FunctionDef):
             return None
-        defaults, required = _arguments(function)
+        defaults, required = arguments(function)
         return CallSource(
             f"{root.name}/{file.relative_to(root)}:{found[0]}", defaults, tuple(required),
             batches_guidance=_BATCHED.search(found[1]) is not None, upcasts_decoder=b"force_upcast" in found[1],
@@ -123,7 +118,7 @@ def class_source(library: str, class_name: str) -> ClassSource | None:
         return None
     wanted = f"class {class_name}".encode()
     listed = [file for place in _LISTS.get(library, ()) for file in listed_files(root / place, class_name)]
-    for file in dict.fromkeys([*listed, *_files(root, library)]):
+    for file in chain(listed, _files(root, library)):
         if wanted in (text := file_bytes(file)) and class_block(text, class_name):
             return _read(root, file, class_name)
     return None
@@ -135,131 +130,83 @@ def config_source(model_type: str) -> ClassSource | None:
     root = library_root("transformers")
     if root is None or not re.fullmatch(r"[\w-]+", model_type):
         return None
-    wanted = re.compile(rb'^    model_type(?:: [\w\[\]]+)? = "' + model_type.encode() + rb'"', re.MULTILINE)
-    plain = model_type.replace("-", "_")
-    # A text model's type begins with its folder's name: `clip_text_model` stands in `clip`.
-    near = [
-        f for i in range(len(plain), 1, -1) for f in sorted((root / "models" / plain[:i]).glob("configuration_*.py"))
-    ]
-    for file in dict.fromkeys([*near, *_files(root, "transformers")]):
+    file = next(
+        (near for near in model_files(root, model_type, "configuration_*.py") if model_type in _types(near)), None
+    )
+    file = file or _every_type(root).get(model_type)
+    return _read(root, file, _types(file)[model_type]) if file else None
+
+
+def with_kept_modules(source: ClassSource, class_name: str, model_type: str) -> ClassSource:
+    """A transformers config's source with the float32-keep modules of the model class.
+
+    transformers heeds `_keep_in_fp32_modules` for float16 only, and `…_strict` for bfloat16 too
+    (its `PreTrainedModel`); a class without them has those of its bases in the same file.
+    """
+    loosely, strictly = _kept_modules(class_name, model_type)
+    return replace(source, keep_in_fp32=strictly, keep_from_float16=loosely)
+
+
+@cache
+def _kept_modules(class_name: str, model_type: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    root = library_root("transformers")
+    if root is None or not class_name.isidentifier() or not re.fullmatch(r"[\w-]+", model_type):
+        return (), ()
+    for file in model_files(root, model_type, "modeling_*.py"):
         text = file_bytes(file)
-        if found := wanted.search(text):
-            heads = re.findall(rb"^class (\w+)", text[: found.start()], re.MULTILINE)
-            return _read(root, file, heads[-1].decode()) if heads else None
-    return None
+        if class_block(text, class_name) is None:
+            continue
+        if b"_keep_in_fp32_modules" not in text:
+            return (), ()
+        kept: dict[str, tuple[str, ...]] = {}
+        for each in lineage(text, class_name):
+            for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+                if states(each, name):
+                    kept[name] = names(literal_of(each, name))
+        return kept.get("_keep_in_fp32_modules", ()), kept.get("_keep_in_fp32_modules_strict", ())
+    return (), ()
 
 
-def library_root(library: str) -> Path | None:
-    """The folder of an installed library, or None; it is not imported."""
-    spec = find_spec(library) if library.isidentifier() else None
-    places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places))) if places else None
+@cache
+def _types(file: Path) -> Mapping[str, str]:
+    """model_type -> class, of a configuration file."""
+    found: dict[str, str] = {}
+    head = ""
+    for row in _TYPE_ROWS.finditer(file_bytes(file)):
+        head = row[1].decode() if row[1] else head
+        if row[2] and head:
+            found.setdefault(row[2].decode(), head)
+    return found
 
 
-def listed_files(place: Path, class_name: str) -> list[Path]:
-    """The file that a library's table of lazy imports names for a class."""
-    text = file_bytes(place / "__init__.py")
-    rows = re.finditer(rb'_import_structure\["([\w.]+)"\]([^_]*(?:_(?!import_structure)[^_]*)*)', text)
-    inside = [row[1].decode() for row in rows if f'"{class_name}"'.encode() in row[2]]
-    return [place / (name.replace(".", "/") + ".py") for name in inside]
+@cache
+def _every_type(root: Path) -> Mapping[str, Path]:
+    found: dict[str, Path] = {}
+    for file in _files(root, "transformers"):
+        for model_type in _types(file):
+            found.setdefault(model_type, file)
+    return found
 
 
 def _files(root: Path, library: str) -> Iterator[Path]:
     for place in _PLACES.get(library, ()):
-        yield from sorted(root.glob(place))
-
-
-def class_block(text: bytes, class_name: str) -> tuple[int, bytes] | None:
-    """(line, source) of a top-level class, cut out so that its file need not be parsed.
-
-    It ends where the next function, class or decorator begins: strings in it may have lines at the left margin.
-    """
-    end = rb"(?=^(?:class|def|async def) \w|^@\w|\Z)"
-    found = re.search(rb"^class " + class_name.encode() + rb"\b.*?" + end, text, re.MULTILINE | re.DOTALL)
-    return (text.count(b"\n", 0, found.start()) + 1, found[0]) if found else None
-
-
-def file_bytes(file: Path) -> bytes:
-    """A file's content; empty where it cannot be read."""
-    try:
-        return file.read_bytes()
-    except OSError:
-        return b""
+        yield from matching(str(root), place)
 
 
 def _read(root: Path, file: Path, class_name: str) -> ClassSource:
     text = file_bytes(file)
-    lineage = _lineage(text, class_name)
     defaults: dict[str, Any] = {}
     required: list[str] = []
     keep: tuple[str, ...] = ()
-    for each in lineage:
-        defaults |= _fields(each)
+    for each in lineage(text, class_name):
+        defaults |= fields_of(each)
         for part in each.body:
             if isinstance(part, ast.FunctionDef) and part.name == "__init__":
-                own, needed = _arguments(part)
+                own, needed = arguments(part)
                 defaults |= own
                 required += needed
-        found = _literal_of(each, "_keep_in_fp32_modules")
-        keep = tuple(found) if isinstance(found, list | tuple | set) else keep
+        if states(each, "_keep_in_fp32_modules"):
+            keep = names(literal_of(each, "_keep_in_fp32_modules"))
     place = class_block(text, class_name)
     line = place[0] if place else 0
     return ClassSource(f"{root.name}/{file.relative_to(root)}:{line}", defaults, tuple(required), keep)
-
-
-def _lineage(text: bytes, class_name: str) -> list[ast.ClassDef]:
-    """The class and its base classes in the same file, bases first, so that the class's own values win."""
-    found: list[ast.ClassDef] = []
-    waiting = [class_name]
-    while waiting and len(found) < 8:
-        block = class_block(text, waiting.pop())
-        try:
-            nodes = ast.parse(block[1]).body if block else []
-        except SyntaxError:
-            nodes = []
-        for node in nodes[:1]:
-            if isinstance(node, ast.ClassDef) and node.name not in [known.name for known in found]:
-                found.insert(0, node)
-                waiting += [base.id for base in node.bases if isinstance(base, ast.Name)]
-    return found
-
-
-def _fields(node: ast.ClassDef) -> dict[str, Any]:
-    """Annotated class attributes with values: the fields of a dataclass."""
-    return {
-        part.target.id: _value(part.value)
-        for part in node.body
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.value is not None
-    }
-
-
-def _arguments(function: ast.FunctionDef) -> tuple[dict[str, Any], list[str]]:
-    given = function.args
-    names = [argument.arg for argument in (*given.posonlyargs, *given.args)][1:]
-    values: list[ast.expr | None] = [None] * (len(names) - len(given.defaults)) + list(given.defaults)
-    pairs = [*zip(names, values, strict=True)] + [
-        (argument.arg, value) for argument, value in zip(given.kwonlyargs, given.kw_defaults, strict=True)
-    ]
-    return (
-        {name: _value(value) for name, value in pairs if value is not None},
-        [name for name, value in pairs if value is None],
-    )
-
-
-def _value(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError):
-        text = ast.unparse(node)
-        return _INFINITE.get(text.replace('"', "'"), Computed(text))
-
-
-def _literal_of(node: ast.ClassDef, name: str) -> Any:
-    for part in node.body:
-        targets = (
-            part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets) and part.value is not None:  # type: ignore[attr-defined]
-            found = _value(part.value)  # type: ignore[attr-defined]
-            return None if isinstance(found, Computed) else found
-    return None

@@ -1,20 +1,21 @@
 """What a port is likely to get wrong, told from the configs: the pitfalls that this model's own values trigger.
 
-Numbers are those of the pitfall catalogue in docs/pitfalls.md. A rule looks at one key of one component's config; it
-knows keys and values, never a family. Defaults come from the class that will read the config (`defaults.py`).
+Numbers are those of the pitfall catalogue in docs/pitfalls.md; the rules are in `pitfalls.py`. Defaults come from the
+class that will read the config (`defaults.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from porter.core.defaults import ClassSource
+from porter.core.defaults import ClassSource, Computed
+from porter.core.pitfalls import RULES, Config, Facts
 
-_UNSET = object()
-Config = Mapping[str, Any]
+# Weights of what no rule of pitfalls.py finds.
+_NOISY_STEP, _KEPT, _STATEFUL_STEP, _LEFT_OUT, _IGNORED = 57, 65, 41, 20, 10
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Risk:
     Attributes:
         component: the component whose config says so.
         pitfall: number in the catalogue.
-        key: the config key.
+        key: the config key; `text_config.<key>` where it stands inside one.
         value: its value.
         text: what goes wrong where it is overlooked.
     """
@@ -37,144 +38,155 @@ class Risk:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """`when(value, config)` on the first of `keys` that the config has triggers the pitfall."""
+class Part:
+    """One component.
 
-    pitfall: int
-    keys: tuple[str, ...]
-    text: str
-    when: Callable[[Any, Config], bool] = lambda value, _: value not in (None, False, 0, "", [], {})
+    Attributes:
+        source: its class, for defaults and float32-keep modules; None where it is not installed.
+    """
 
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _differs(expected: float) -> Callable[[Any, Config], bool]:
-    return lambda value, _: (n := _number(value)) is not None and n != expected
+    name: str
+    class_name: str | None
+    config: Config
+    source: ClassSource | None = None
 
 
-def _grouped(value: Any, config: Config) -> bool:
-    heads = _number(config.get("num_attention_heads", config.get("num_heads")))
-    keys = _number(value)
-    return heads is not None and keys is not None and 0 < keys < heads
-
-
-RULES: tuple[Rule, ...] = (
-    # what the latents mean
-    Rule(30, ("scaling_factor",), "latents are multiplied by it after encoding and divided before decoding; once each"),
-    Rule(30, ("shift_factor",), "the shift comes before the scale when encoding, after it when decoding"),
-    Rule(30, ("latents_mean",), "latents are normalised by channel means and deviations, not by one factor"),
-    Rule(15, ("use_quant_conv", "use_post_quant_conv"), "no 1x1 convolution stands between latents and decoder",
-         lambda value, _: value is False),
-    Rule(9, ("force_upcast",), "this autoencoder overflows in float16; decode in float32 or bfloat16"),
-    Rule(43, ("patch_size",), "tokens are packed patches: (height, width, channel) order differs between codebases",
-         lambda value, _: (max((v for v in value if isinstance(v, int)), default=0) if isinstance(value, list)
-                           else _number(value) or 0) > 1),
-    # positions
-    Rule(36, ("axes_dims_rope", "axes_dim", "rope_axes_dim", "axes_dims"),
-         "rotary positions on several axes: interleaved or split halves, and which axis comes first"),
-    Rule(47, ("rope_theta", "theta"), "the rotary base is not 10000", _differs(10_000.0)),
-    Rule(56, ("rope_scaling", "rope_parameters"), "rotary positions are scaled by length"),
-    Rule(56, ("rope_max_seq_len", "pos_embed_max_size", "pos_embed_seq_len"),
-         "positions are cut from a table of this size"),
-    # conditioning
-    Rule(32, ("guidance_embeds", "guidance_embed"),
-         "guidance is an input of the model: no second pass, and guidance_scale 0 is a value, not `unset`"),
-    Rule(32, ("guidance_embeds", "guidance_embed"), "no guidance input: distilled (one pass) or classifier-free (two)",
-         lambda value, _: value is False),
-    Rule(3, ("boundary_ratio",), "two denoisers take turns at this share of the timesteps"),
-    Rule(21, ("expand_timesteps",), "every token has a timestep of its own"),
-    Rule(52, ("num_hidden_layers", "num_layers"), "pipelines may take an inner layer's states; which one, is code",
-         lambda value, config: str(config.get("model_type", "")).startswith("clip") and (_number(value) or 0) >= 23),
-    Rule(46, ("hidden_act", "activation_fn", "hidden_activation", "dense_act_fn", "feed_forward_proj", "act_fn"),
-         "GELU exists exactly, with tanh and as x·sigmoid(1.702x); they differ by less than 1e-3",
-         lambda value, _: "gelu" in str(value)),
-    Rule(37, ("num_key_value_heads", "num_kv_heads"), "groups of heads share keys: repeat_interleave, not repeat",
-         _grouped),
-    Rule(54, ("pad_token_id",), "padding and end of text are one token: which position is pooled, depends on it",
-         lambda value, config: value is not None and value == config.get("eos_token_id")),
-    Rule(54, ("eos_token_id",), "the config's end of text is 2, the tokenizer's is not: the highest id is pooled",
-         lambda value, config: value == 2 and str(config.get("model_type", "")).startswith("clip")),
-    # small numbers that pass 1e-3
-    Rule(45, ("eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_epsilon"),
-         "an epsilon other than the usual 1e-6 and 1e-5; a wrong one passes a gate of 1e-3",
-         lambda value, _: _number(value) not in (1e-6, 1e-5, None)),
-    Rule(45, ("qk_norm",), "queries and keys are normalised: by head or across heads, with an epsilon of its own"),
-    Rule(60, ("attention_scale", "softmax_scale", "query_pre_attn_scalar", "attn_logit_softcapping"),
-         "attention is not scaled by 1/sqrt(head_dim)"),
-    Rule(49, ("flip_sin_to_cos", "freq_shift", "downscale_freq_shift", "frequency_embedding_size"),
-         "the timestep's sines: order, frequency shift and scale have variants",
-         lambda value, _: value is not None),
-    # schedulers
-    Rule(27, ("use_dynamic_shifting",), "the schedule depends on the number of image tokens: count them after packing"),
-    Rule(28, ("shift", "flow_shift"), "sigmas are shifted; a caller that shifts its own shifts twice", _differs(1.0)),
-    Rule(29, ("prediction_type",), "the model predicts a velocity or the sample, not noise",
-         lambda value, _: value in ("v_prediction", "sample", "flow_prediction")),
-    Rule(2, ("timestep_spacing", "steps_offset"), "which timesteps are taken, and whether they are whole numbers",
-         lambda value, _: value not in (None, 0, "linspace")),
-    Rule(2, ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), "sigmas are respaced"),
-    Rule(31, ("solver_order",), "a multistep solver keeps earlier steps: 4 steps may agree where 8 do not",
-         lambda value, _: (_number(value) or 0) > 1),
-    Rule(17, ("rescale_betas_zero_snr",), "the last timestep has no signal left"),
-)  # fmt: skip
 # Classes whose step draws noise, or keeps state between steps.
 _STATEFUL = re.compile(r"(Multistep|UniPC|LMS|PNDM|DEIS|Heun|KDPM2)")
 _NOISY = re.compile(r"(Ancestral|SDE|LCM|TCD|DDPM)")
-
-
-def risks_of(name: str, class_name: str | None, config: Config, source: ClassSource | None) -> list[Risk]:
-    """The risks of one component.
-
-    Args:
-        source: its class, for defaults and float32-keep modules; None where it is not installed.
-    """
-    found = [
-        Risk(name, rule.pitfall, key, config[key], rule.text)
-        for rule in RULES
-        for key in [next((key for key in rule.keys if key in config), None)]
-        if key is not None and rule.when(config[key], config)
-    ]
-    if class_name and _STATEFUL.search(class_name):
-        found.append(Risk(name, 6, "_class_name", class_name, "the scheduler keeps state between steps: reset it"))
-    if class_name and _NOISY.search(class_name):
-        found.append(
-            Risk(name, 1, "_class_name", class_name, "each step draws noise: from whose generator, in which order")
-        )
-    if source:
-        if source.keep_in_fp32:
-            kept = ", ".join(source.keep_in_fp32)
-            found.append(
-                Risk(name, 42, "_keep_in_fp32_modules", kept, "these stay float32 whatever the weights' dtype")
-            )
-        found += _against_defaults(name, config, source)
-    return found
-
-
 _SENSITIVE = re.compile(
     r"(eps|norm|theta|rope|axes|scal|shift|act|qk|bias|patch|guidance|mean|std|beta|prediction|interpol|flip|freq|mask)"
 )
+# Values that change nothing.
+_HARMLESS = (None, False, 0, 1, "", "default", "none")
+# What a model was trained with, and a scheduler's config may leave to its class.
+_SCHEDULE = ("prediction_type", "beta_schedule", "timestep_spacing")
 
 
-def _against_defaults(name: str, config: Config, source: ClassSource) -> Iterable[Risk]:
-    """Keys that the class does not know, and sensitive ones that the config leaves to the class."""
-    if not source.defaults and not source.required:
+def risks_of(name: str, class_name: str | None, config: Config, source: ClassSource | None) -> list[Risk]:
+    """The risks of one component alone; see `risks_of_all`."""
+    return risks_of_all([Part(name, class_name, config, source)])
+
+
+def risks_of_all(parts: Sequence[Part], *, upcasts: bool | None = None) -> list[Risk]:
+    """The risks of a pipeline's components, those first that break a port most.
+
+    Args:
+        upcasts: whether the pipeline heeds an autoencoder's `force_upcast`; None where the pipeline is unknown.
+    """
+    pipelines: dict[str, list[Part]] = {}  # a source may hold several, each in a folder of its own
+    for part in parts:
+        pipelines.setdefault(part.name.rpartition("/")[0], []).append(part)
+    found = [weighed for together in pipelines.values() for weighed in _risks_within(together, upcasts)]
+    return [risk for _, risk in sorted(found, key=lambda weighed: -weighed[0])]
+
+
+def _risks_within(parts: Sequence[Part], upcasts: bool | None) -> Iterator[tuple[int, Risk]]:
+    """The risks of components that work together, with their weights."""
+    clips = sum(part.config.get("model_type") == "clip_text_model" for part in parts)
+    around = Facts("", "", {}, latent_channels=_latent_channels(parts), clip_text_encoders=clips, upcasts=upcasts)
+    for part in parts:
+        yield from _weighed(part, around)
+
+
+def _latent_channels(parts: Sequence[Part]) -> int | None:
+    for part in parts:
+        full = _full(part)
+        if Facts(part.name, part.class_name or "", full).autoencoder:
+            channels = full.get("latent_channels", full.get("z_dim"))
+            if isinstance(channels, int):
+                return channels
+    return None
+
+
+def _full(part: Part) -> dict[str, Any]:
+    """A config with its class's literal defaults, and with what its `text_config` says under dotted names."""
+    defaults = part.source.defaults if part.source else {}
+    given = {key: jsonable(value) for key, value in defaults.items() if not isinstance(value, Computed)}
+    inner = part.config.get("text_config")
+    nested = {f"text_config.{key}": value for key, value in inner.items()} if isinstance(inner, Mapping) else {}
+    return {**given, **nested, **part.config}
+
+
+def _weighed(part: Part, around: Facts) -> Iterator[tuple[int, Risk]]:
+    """The risks of one component, with their weights."""
+    full, name, class_name, source = _full(part), part.name, part.class_name or "", part.source
+    facts = replace(around, name=name, class_name=class_name, config=full)
+    stated = set(part.config) | {key for key in full if key.startswith("text_config.")}
+    # The defaults of a diffusers model are what its released weights were trained with, or not: so they count.
+    counted = source is not None and source.file.startswith("diffusers/models")
+    told: set[str] = set()
+    for rule in RULES:
+        key = next((key for key in rule.keys if key in stated), None)
+        if key is None and (counted or rule.pitfall == 52):
+            key = next((key for key in rule.keys if key in full), None)
+        if key is None or not rule.when(full[key], facts):
+            continue
+        told.add(key)
+        text = rule.text if isinstance(rule.text, str) else rule.text(full[key])
+        left = f"; not in the config: the class's default holds ({source.file})" if source and key not in stated else ""
+        yield rule.weight, Risk(name, rule.pitfall, key, full[key], text + left)
+    if _STATEFUL.search(class_name):
+        text = "the scheduler keeps state between steps: reset it"
+        yield _STATEFUL_STEP, Risk(name, 6, "_class_name", class_name, text)
+    if _NOISY.search(class_name):
+        text = "each step draws noise: from whose generator, in which order"
+        yield _NOISY_STEP, Risk(name, 1, "_class_name", class_name, text)
+    if source:
+        yield from _kept(name, source)
+        yield from _against_defaults(part, source, told)
+
+
+def _kept(name: str, source: ClassSource) -> Iterator[tuple[int, Risk]]:
+    if source.keep_in_fp32:
+        kept = ", ".join(source.keep_in_fp32)
+        text = "these stay float32 whatever the weights' dtype"
+        yield _KEPT, Risk(name, 42, "_keep_in_fp32_modules", kept, text)
+    if source.keep_from_float16:
+        kept = ", ".join(source.keep_from_float16)
+        text = "these stay float32 where the model is loaded in float16 (bfloat16 they take)"
+        yield _KEPT, Risk(name, 42, "_keep_in_fp32_modules", kept, text)
+
+
+def _against_defaults(part: Part, source: ClassSource, told: set[str]) -> Iterable[tuple[int, Risk]]:
+    """Sensitive keys that the config leaves to the class, and, as one risk, those that the class does not know."""
+    if not source.file.startswith("diffusers") or not (source.defaults or source.required):
         return
-    for key in config:
-        known = key.startswith("_") or key == "quantization_config" or source.knows(key)
-        if not known and source.file.startswith("diffusers"):
-            yield Risk(name, 12, key, config[key], f"{source.file} takes no such parameter: it is ignored")
     for key, default in source.defaults.items():
-        if default in (None, False) or key in config or not _SENSITIVE.search(key):
+        if key in part.config or key in told:
             continue
         if source.file.startswith("diffusers/models"):
-            yield Risk(
-                name,
-                12,
-                key,
-                jsonable(default),
-                f"not in the config: the class's default {default!r} holds ({source.file})",
-            )
+            harmless = default is not True and jsonable(default) in _HARMLESS  # 1 == True
+            matters = not harmless and _SENSITIVE.search(key) is not None
+        else:
+            matters = source.file.startswith("diffusers/schedulers") and _left_to_scheduler(key, part.config)
+        if matters:
+            text = f"not in the config: the class's default {default!r} holds ({source.file})"
+            yield _LEFT_OUT, Risk(part.name, 12, key, jsonable(default), text)
+    unknown = {
+        key: value
+        for key, value in part.config.items()
+        if not key.startswith("_") and key != "quantization_config" and not source.knows(key)
+    }
+    if unknown:
+        first, *more = unknown
+        if more:
+            text = f"{source.file} takes no such parameters, they are ignored: {', '.join(unknown)}"
+            yield _IGNORED, Risk(part.name, 12, f"{first} and {len(more)} more", unknown, text)
+        else:
+            text = f"{source.file} takes no such parameter: it is ignored"
+            yield _IGNORED, Risk(part.name, 12, first, unknown[first], text)
+
+
+def _left_to_scheduler(key: str, config: Config) -> bool:
+    """Whether the schedule hangs on a key that is left out."""
+    if key == "shift":
+        return not config.get("use_dynamic_shifting")
+    if key == "use_dynamic_shifting":  # its constants are given, and yet it is off
+        return any(given in config for given in ("base_shift", "max_shift"))
+    if key == "flow_shift":
+        return bool(config.get("use_flow_sigmas"))
+    return key in _SCHEDULE and not config.get("use_flow_sigmas")
 
 
 def unusual(config: Config, source: ClassSource | None) -> dict[str, tuple[Any, Any]]:

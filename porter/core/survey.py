@@ -8,13 +8,13 @@ from typing import Any
 
 from porter.core.architectures import Guess
 from porter.core.checkpoint import TensorInfo
-from porter.core.defaults import ClassSource, class_source, config_source
+from porter.core.defaults import ClassSource, call_source, class_source, config_source, with_kept_modules
 from porter.core.errors import BadInputError
 from porter.core.family import Family
 from porter.core.libraries import LIBRARIES
 from porter.core.plan import ComponentPlan, Extra
 from porter.core.port import MANIFEST, Port, is_manifest
-from porter.core.risks import Risk, risks_of
+from porter.core.risks import Part, Risk, risks_of_all
 from porter.core.source import LocalSource, Source
 from porter.core.weights import WEIGHT_SUFFIXES
 
@@ -47,11 +47,13 @@ class Survey:
 
     def risks(self) -> list[Risk]:
         """What the components' own configs make likely to go wrong."""
-        found = []
-        for part in self.components:
-            if part.config and part.class_name and not part.custom_code:
-                found += risks_of(part.name, part.class_name, part.config, source_of(part))
-        return found
+        parts = [
+            Part(part.name, part.class_name, part.config, source_of(part))
+            for part in self.components
+            if part.config and part.class_name and not part.custom_code
+        ]
+        call = call_source(self.pipeline_class) if self.pipeline_class else None
+        return risks_of_all(parts, upcasts=call.upcasts_decoder if call else None)
 
 
 def survey(source: Source) -> Survey:
@@ -87,10 +89,13 @@ def _evidence(source: Source, found: Survey) -> None:
 
 
 def source_of(part: ComponentPlan) -> ClassSource | None:
-    """The class that will read a component's config, for its defaults."""
+    """The class that will read a component's config, for its defaults; None for a config of the original code."""
+    if part.layout == "original":
+        return None
     if part.library == "transformers":
         model_type = part.config.get("model_type")
-        return config_source(model_type) if isinstance(model_type, str) else None
+        found = config_source(model_type) if isinstance(model_type, str) else None
+        return with_kept_modules(found, part.class_name or "", str(model_type)) if found else None
     return class_source(part.library, part.class_name) if part.library in LIBRARIES and part.class_name else None
 
 

@@ -31,13 +31,20 @@ def print_memory(screen: Console, memory: Mapping[str, Any], *, verbose: bool) -
             note = f" ({part['note']})" if part["note"] else ""
             fact(screen, "", f"{part['name']}: weights {human_bytes(part['weights'])}, activations {shown}{note}")
     if memory["left_out"]:
-        fact(screen, "left out", f"activations of {', '.join(memory['left_out'])}: no formula")
+        fact(screen, "left out", f"activations of {left_out(memory)}")
     if memory["assumed"]:
         fact(screen, "assumed", "; ".join(memory["assumed"]), style="dim")
     screen.print()
 
 
 _KEYS = ("resident", "component_offload", "layer_offload")
+
+
+def left_out(memory: Mapping[str, Any]) -> str:
+    """The components whose activations are not estimated, by what is missing."""
+    said = {"formula": "no formula", "config": "its config is not here or does not say"}
+    parts = {why: [part["name"] for part in memory["components"] if part["missing"] == why] for why in said}
+    return "; ".join(f"{', '.join(names)} ({said[why]})" for why, names in parts.items() if names)
 
 
 def work_line(memory: Mapping[str, Any]) -> str:
@@ -58,7 +65,7 @@ def memory_markdown(memory: Mapping[str, Any], text: Callable[[object], str]) ->
     if memory["device_memory"] is not None:
         lines += ["", f"Fits: **{memory['fits']}** ({text(memory['reason'])})"]
     if memory["left_out"]:
-        lines += ["", f"Left out: activations of {text(', '.join(memory['left_out']))} (no formula)."]
+        lines += ["", f"Left out: activations of {text(left_out(memory))}."]
     if memory["assumed"]:
         lines += ["", "Assumed: " + text("; ".join(memory["assumed"])) + "."]
     return lines

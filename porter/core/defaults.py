@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from porter.core.calls import numbers, text_calls
 from porter.core.classbody import Computed, arguments, fields_of, lineage, literal_of, names, states
 from porter.core.installed import class_block, file_bytes, library_root, listed_files, matching, model_files
 
@@ -26,7 +27,7 @@ __all__ = [
 # Tables of lazy imports, which name the file of a class.
 _LISTS: Mapping[str, tuple[str, ...]] = {"diffusers": ("models", "schedulers")}
 # What a pipeline does to its latents where it computes both passes of classifier-free guidance in one forward.
-_BATCHED = re.compile(rb"torch\.cat\(\[\w*latents\w*\] \* 2|latents\w*\.repeat\(2\b")
+_BATCHED = re.compile(rb"torch\.cat\(\[(?:\w*latents\w*|intermediate_images)\] \* 2|latents\w*\.repeat\(2\b")
 _SIZES = re.compile(rb"^        self\.default_(height|width|sample_size) = (\d{1,6})$", re.MULTILINE)
 # Where classes of a library stand, in the order of likelihood; only class names that occur there are ever parsed.
 _PLACES: Mapping[str, tuple[str, ...]] = {
@@ -73,11 +74,15 @@ class CallSource(ClassSource):
         batches_guidance: whether both passes of classifier-free guidance go through the denoiser in one forward.
         upcasts_decoder: whether an autoencoder whose config says `force_upcast` is computed in float32 after float16.
         sizes: what its constructor sets as default sizes: `height` and `width` in pixels, `sample_size` in latents.
+        numbers: what else its text says where nobody says otherwise (`porter.core.calls.numbers`).
+        text_calls: how it asks its text encoders (`porter.core.calls.text_calls`).
     """
 
     batches_guidance: bool = False
     upcasts_decoder: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    text_calls: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
 
 @cache
@@ -88,9 +93,11 @@ def call_source(pipeline_class: str) -> CallSource | None:
         return None
     if f'"{pipeline_class}"'.encode() not in file_bytes(root / "pipelines" / "__init__.py"):
         return None
-    folders = [file.with_suffix("") for file in listed_files(root / "pipelines", pipeline_class)]
+    places = (root / "pipelines", root / "pipelines" / "deprecated")
+    folders = [file.with_suffix("") for place in places for file in listed_files(place, pipeline_class)]
     near = (file for folder in folders for file in matching(str(folder), "*.py"))
-    for file in chain(near, matching(str(root), "pipelines/*/*.py")):
+    rest = (file for place in places for file in matching(str(place), "*/*.py"))  # only looked for where needed
+    for file in chain(near, rest):
         found = class_block(file_bytes(file), pipeline_class)
         signature = found and re.search(rb"^    def __call__\(.*?^    \)", found[1], re.MULTILINE | re.DOTALL)
         if not found or not signature:
@@ -106,6 +113,7 @@ def call_source(pipeline_class: str) -> CallSource | None:
             f"{root.name}/{file.relative_to(root)}:{found[0]}", defaults, tuple(required),
             batches_guidance=_BATCHED.search(found[1]) is not None, upcasts_decoder=b"force_upcast" in found[1],
             sizes={name.decode(): int(size) for name, size in _SIZES.findall(found[1])},
+            numbers=numbers(found[1]), text_calls=text_calls(found[1]),
         )  # fmt: skip
     return None
 

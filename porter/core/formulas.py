@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from porter.core.workload import LARGEST, Workload
+from porter.core.compression import LARGEST
+from porter.core.workload import Workload
 
 Formula = Callable[[Mapping[str, Any], Workload], int]
 # (config, workload) -> parameters of a class that stay in float32 when it is loaded in the workload's dtype.

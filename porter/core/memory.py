@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
+from porter.core.described import Described, full_config, is_autoencoder
 from porter.core.errors import BadInputError
 from porter.core.formulas import Formula, facts_of, formula_of, kept_of
-from porter.core.workload import ELEMENT, Described, Workload, full_config, is_decoder
+from porter.core.workload import ELEMENT, Workload
 
 __all__ = ["Fits", "Formula", "Memory", "PartMemory", "Sized", "StageMemory", "Workload", "estimate", "formula_of"]
 
@@ -49,9 +50,10 @@ class PartMemory:
 
     Attributes:
         weights: bytes on the device, in the workload's dtype; quantised numbers stay as they are stored.
-        activations: bytes at the peak of one call beside the weights; None where the class has no formula.
+        activations: bytes at the peak of one call beside the weights; None where they are not estimated.
         blocks: repeated blocks that its config names; 1 where it names none.
         note: what was assumed or left out.
+        missing: what an estimate of the activations lacks: a `formula`, or a `config` that is here and says enough.
     """
 
     name: str
@@ -61,6 +63,7 @@ class PartMemory:
     activations: int | None
     blocks: int
     note: str = ""
+    missing: Literal["", "formula", "config"] = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Memory:
                 raise BadInputError("a memory estimate with missing or unknown keys", found=found, hint="porter plan")
         return cls(**{
             **document,
-            "workload": Workload(**document["workload"]),
+            "workload": Workload(**{**document["workload"], "guessed": tuple(document["workload"]["guessed"])}),
             "components": tuple(PartMemory(**part) for part in parts),
             "stages": tuple(StageMemory(**stage) for stage in stages),
             "assumed": tuple(document["assumed"]),
@@ -143,38 +146,44 @@ def estimate(
     total = sum(part.weights for part in parts)
     stages = tuple(found for stage in STAGES if (found := _stage(stage, parts, total)))
     left_out = tuple(part.name for part in parts if part.activations is None)
-    fits, reason = _verdict(parts, stages, device_memory)
+    fits, reason = _verdict(parts, stages, device_memory, workload.guessed)
     return Memory(workload, device_memory, total, RESERVE, parts, stages, fits, reason, tuple(assumed), left_out)
 
 
 def _part(part: Sized, work: Workload) -> PartMemory:
     stage, notes = _stage_of(part), []
     name = part.class_name or ""
-    config = full_config(part.library, name, part.config)
+    config = full_config(part.library, name, part.config) if part.config else {}
     if stage == "decoding" and work.dtype == "F16" and config.get("force_upcast") and work.upcasts:
         work = replace(work, dtype="F32")
         notes.append("force_upcast: computed in float32")
-    if stage == "denoising":
-        work = work.denoised
+    work = work.denoised if stage == "denoising" else work.asked(part.name)
     longest = config.get("max_position_embeddings")
     if stage == "text encoding" and isinstance(longest, int) and 0 < longest < work.text_tokens:
         work = replace(work, text_tokens=longest)  # a prompt is cut to what the encoder has positions for
     weights, activations = _weights(part, work), None
+    missing: Literal["", "formula", "config"] = ""
     try:
-        facts = facts_of(config)
-        kept = kept_of(name)
+        formula, facts, kept = formula_of(name), facts_of(config), kept_of(name) if config else None
         if kept is not None and work.element < ELEMENT["F32"] and (more := kept(facts, work)):
             weights += more * (ELEMENT["F32"] - work.element)
             notes.append(f"{more / 1e6:.0f} million parameters stay in float32")
-        if (formula := formula_of(name)) is not None:
-            if (found := int(formula(facts, work))) < 0:
-                raise ValueError("a negative size")
-            activations = found
-        else:
+        if formula is None:
+            missing = "formula"
             notes.append(f"activations not estimated: no formula for {name or 'a component without a class'}")
+        elif not config:  # its class's defaults need not be this model's
+            missing = "config"
+            notes.append("activations not estimated: its config is not here")
+        elif (found := int(formula(facts, work))) < 0:
+            raise ValueError("a negative size")
+        else:
+            activations = found
     except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
+        missing = "config"
         notes.append(f"activations not estimated: its config does not say ({type(error).__name__}: {error})")
-    return PartMemory(part.name, name, stage, weights, activations, _blocks(config), "; ".join(notes))
+    if not config:
+        notes.append("its blocks are not known: layer offload is counted with all of it on the device")
+    return PartMemory(part.name, name, stage, weights, activations, _blocks(config), "; ".join(notes), missing)
 
 
 def _weights(part: Sized, work: Workload) -> int:
@@ -187,7 +196,7 @@ def _weights(part: Sized, work: Workload) -> int:
 def _stage_of(part: Sized) -> Stage:
     """The stage that a component works in, by the names that pipelines give."""
     name, class_name = part.name, part.class_name or ""
-    if is_decoder(part) or name in ("vocoder", "safety_checker", "watermark", "latent_upsampler"):
+    if is_autoencoder(part) or name in ("vocoder", "safety_checker", "watermark", "latent_upsampler"):
         return "decoding"
     if name.startswith(("image_encoder", "feature_extractor", "vision")) or "Vision" in class_name:
         return "image encoding"
@@ -217,7 +226,9 @@ def _stage(stage: Stage, parts: Sequence[PartMemory], total: int) -> StageMemory
     )
 
 
-def _verdict(parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_memory: int | None) -> tuple[Fits, str]:
+def _verdict(
+    parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_memory: int | None, guessed: Sequence[str]
+) -> tuple[Fits, str]:
     """The first way that fits, and a line with its figures and those of the ways that do not."""
     if device_memory is None:
         return "unknown", "no device memory was given"
@@ -241,6 +252,14 @@ def _verdict(parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_
         text += f"; leaves out the activations of {', '.join(part.name for part in out)}"
     if found != "no" and any(part.stage in ("denoising", "decoding") for part in out):
         found = "unknown"  # what is left out there may be more than all the rest
+    if blind := [part.name for part in parts if part.missing == "config" and part.blocks == 1 and part.weights > room]:
+        text += f"; the blocks of {', '.join(blind)} are not known, so layer offload may need less"
+    if guessed:
+        text += f"; {' and '.join(guessed)}: only guessed, say {' '.join(f'--{name} N' for name in guessed)}"
+    least = [replace(part, activations=0) for part in parts if part.name not in blind]
+    floor = max((bare.layer_offload for stage in STAGES if (bare := _stage(stage, least, 0))), default=0)
+    if (guessed or blind) and (found != "no" or floor <= room):
+        found = "unknown"  # only what no size changes can be refused
     return found, text  # type: ignore[return-value]
 
 

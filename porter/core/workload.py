@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from porter.core.defaults import Computed, call_source, class_source, config_source
+from porter.core.calls import OTHERS
+from porter.core.compression import LARGEST, compression, number
+from porter.core.defaults import CallSource, Computed, call_source
+from porter.core.described import (
+    Described,
+    full_config,
+    is_decoder,
+    sample_frames,
+    sample_size,
+    text_tokens,
+)
 from porter.core.errors import UsageError
 
 # Bytes of one element, by safetensors dtype code.
@@ -18,8 +27,9 @@ _UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for end in ("", "B", "iB")
 }
-_VIDEO_FRAMES = 81
-LARGEST = 10**6  # of any size in a workload or a config; what is larger is a mistake, or meant to hurt
+_SIDE, _VIDEO_FRAMES = 1024, 81  # where nothing says a size
+_PIXELS = (3, 6)  # channels of a denoiser that works on pictures themselves, or on two at once
+_NOBODY = "no default is known"
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,11 @@ class Workload:
         spatial: pixels per latent position, each way.
         temporal: frames per latent frame, the first frame standing alone.
         upcasts: whether the pipeline decodes in float32 after float16 where `force_upcast` is in the config.
+        text_mask: whether a text encoder is given an attention mask.
+        hidden_states: whether a text encoder is asked for the output of every layer.
+        text_cache: whether a language model keeps keys and values for tokens to come.
+        text_calls: the last three for each text encoder by its component's name, where the pipeline's source says it.
+        guessed: names of sizes that nothing says; no verdict is built on them.
     """
 
     dtype: str = "BF16"
@@ -48,6 +63,11 @@ class Workload:
     spatial: int = 8
     temporal: int = 1
     upcasts: bool = False
+    text_mask: bool = True
+    hidden_states: bool = True
+    text_cache: bool = True
+    text_calls: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    guessed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in ELEMENT:
@@ -81,18 +101,11 @@ class Workload:
         """The workload of one forward of the denoiser: its batch holds both passes of guidance, where it does."""
         return replace(self, batch=2 * self.batch, guidance=False) if self.guidance else self
 
-
-class Described(Protocol):
-    """What is known of a component without its weights."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def library(self) -> str | None: ...
-    @property
-    def class_name(self) -> str | None: ...
-    @property
-    def config(self) -> Mapping[str, Any]: ...
+    def asked(self, encoder: str) -> Workload:
+        """The workload of one forward of a text encoder, as its pipeline asks it."""
+        how = self.text_calls.get(encoder, {})
+        mask, states = how.get("text_mask", self.text_mask), how.get("hidden_states", self.hidden_states)
+        return replace(self, text_mask=mask, hidden_states=states, text_cache=how.get("text_cache", self.text_cache))
 
 
 def parse_bytes(text: str) -> int:
@@ -113,90 +126,57 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def full_config(library: str | None, class_name: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with its class's own defaults for what it leaves out, where the library is installed."""
-    model_type = config.get("model_type")
-    if library == "transformers":
-        source = config_source(model_type) if isinstance(model_type, str) else None
-    else:
-        source = class_source(library, class_name) if library and class_name else None
-    defaults = source.defaults if source else {}
-    return {key: value for key, value in defaults.items() if not isinstance(value, Computed)} | dict(config)
-
-
 def latents_of(config: Mapping[str, Any], work: Workload) -> Workload:
-    """`work` with the compression of an autoencoder, from its full config.
-
-    What the config says outright comes first; else each level but the last halves the picture, and levels that are said
-    to compress time do so by their factor. Patches of the autoencoder count too.
-    """
-    patch, patch_t = (_number(config.get(key)) or 1 for key in ("patch_size", "patch_size_t"))
-    halved = sum(map(bool, _row(config.get("spatio_temporal_scaling"))))
-    spatial = _named(config, "spatial_compression_ratio", "scale_factor_spatial", "ffactor_spatial")
-    if spatial is None and halved:
-        spatial = patch * 2**halved
-    if spatial is None and (steps := _row(config.get("spatial_expansions"))):
-        spatial = math.prod(_number(step) or 1 for step in steps)
-    if spatial is None:
-        widths = _row(config.get("block_out_channels")) or _row(config.get("encoder_block_out_channels"))
-        spatial = 2 ** (len(widths) - 1) if widths else None
-    temporal = _named(config, "temporal_compression_ratio", "scale_factor_temporal", "ffactor_temporal")
-    if temporal is None and halved:
-        temporal = patch_t * 2**halved
-    if temporal is None and (steps := _row(config.get("temporal_expansions"))):
-        temporal = math.prod(_number(step) or 1 for step in steps)
-    if temporal is None:
-        temporal = 2 ** sum(map(bool, _row(config.get("temperal_downsample"))))
-    return replace(work, spatial=min(spatial or work.spatial, LARGEST), temporal=min(temporal, LARGEST))
+    """`work` with the compression of an autoencoder, from its full config (`porter.core.compression`)."""
+    spatial, temporal = compression(config)
+    return replace(work, spatial=spatial or work.spatial, temporal=temporal)
 
 
 def default_workload(
-    pipeline_class: str | None, components: Iterable[Described], **given: Any
+    pipeline_class: str | None, components: Iterable[Described], family_pipeline: str | None = None, **given: Any
 ) -> tuple[Workload, tuple[str, ...]]:
     """The call that a user makes who sets nothing but `given`, and every assumption as a line.
 
-    Defaults are literals of the installed pipeline's `__call__`; else the denoiser's `sample_size` times the
-    autoencoder's compression; else 1024 x 1024, and 81 frames for a video.
+    Defaults are literals of the installed pipeline's `__call__`; else what its constructor sets; else the denoiser's
+    `sample_size` times the autoencoder's compression; else 1024 x 1024, and 81 frames for a video, which are guesses.
 
     Args:
+        family_pipeline: whose call is taken where `pipeline_class` is unknown or not installed.
         given: fields of Workload; None counts as not given.
     """
-    parts = list(components)
+    parts, assumed = list(components), []
     known = {key: value for key, value in given.items() if value is not None}
-    work, assumed = Workload(), []
-    coder = next((part for part in parts if is_decoder(part)), None)
-    told = latents_of(full_config(coder.library, coder.class_name, coder.config), work) if coder is not None else work
-    if coder is not None and (coder.config or told.spatial > 1):
-        work = told
-    else:  # without a config, a class's default of no compression says nothing
-        assumed.append(f"no autoencoder: {work.spatial} pixels per latent position")
     call = call_source(pipeline_class) if pipeline_class else None
+    caller, source = pipeline_class, f"{pipeline_class}.__call__"
     if pipeline_class and call is None:
         assumed.append(f"{pipeline_class} is not installed: its defaults are not known")
+    if call is None and family_pipeline and (call := call_source(family_pipeline)):
+        caller, source = family_pipeline, f"as {family_pipeline} is called"
+    figures = call.numbers if call else {}
+    work, line = _latents(parts, figures)
+    assumed += [line] if line else []
     literal = {key: value for key, value in (call.defaults if call else {}).items() if not isinstance(value, Computed)}
-    source = f"{pipeline_class}.__call__"
     sizes = call.sizes if call else {}
     square = sizes.get("sample_size", 0) * work.spatial
-    sample = _sample_size(parts, work.spatial) or (0, 0)
+    sound = call is not None and not call.knows("height") and any("audio" in key for key in call.defaults)
+    sample = (not sound and sample_size(parts, work.spatial)) or (0, 0)  # of a sound it is no picture's
     chosen: dict[str, Any] = {}
+    guessed: list[str] = []
     for key, own in zip(("height", "width"), sample, strict=True):
         options = (
-            (literal.get(key), source), (sizes.get(key) or square, f"{pipeline_class}'s constructor"),
-            (own, "the denoiser's sample_size"), (1024, "no default is known"),
+            (literal.get(key) or figures.get(key), source), (sizes.get(key) or square, f"{caller}'s constructor"),
+            (own, "the denoiser's sample_size"), (figures.get("sample", 0) * work.spatial, f"{caller}'s constructor"),
+            (_SIDE, _NOBODY),
         )  # fmt: skip
-        chosen[key], why = next((value, why) for value, why in options if value)
-        if key not in known:
-            assumed.append(f"{key} {chosen[key]} ({why})")
-    video = bool(call and call.knows("num_frames")) or (work.temporal > 1 and call is None)
-    choices = (
-        (literal.get("num_frames"), source), (_sample_frames(parts), "the denoiser's sample_frames"),
-        (_VIDEO_FRAMES, "no default is known"),
-    )  # fmt: skip
-    chosen["frames"], why = next((value, why) for value, why in choices if value) if video else (1, "")
-    if video and "frames" not in known:
-        assumed.append(f"frames {chosen['frames']} ({why})")
+        _choose(key, options, known, chosen, assumed, guessed)
+    if _makes_video(call, work, parts):
+        frames = (
+            (literal.get("num_frames"), source), sample_frames(parts), (figures.get("frames"), source),
+            (_VIDEO_FRAMES, _NOBODY),
+        )  # fmt: skip
+        _choose("frames", frames, known, chosen, assumed, guessed)
     tokens = literal.get("max_sequence_length")
-    chosen["text_tokens"] = tokens if isinstance(tokens, int) else _text_tokens(parts) or work.text_tokens
+    chosen["text_tokens"] = tokens if isinstance(tokens, int) else text_tokens(parts) or work.text_tokens
     if "text_tokens" not in known and any(part.name.startswith("text") for part in parts):
         assumed.append(f"{chosen['text_tokens']} text tokens ({source if isinstance(tokens, int) else 'assumed'})")
     scale = literal.get("guidance_scale")
@@ -204,51 +184,51 @@ def default_workload(
     if chosen["guidance"] and "guidance" not in known:
         assumed.append(f"classifier-free guidance: the denoiser's batch is doubled ({source}: guidance_scale {scale})")
     chosen["upcasts"] = bool(call and call.upcasts_decoder)
-    return replace(work, **(chosen | known)), tuple(assumed)
+    asked = call.text_calls if call else {}
+    said = {part.name: asked.get(part.name, asked.get(OTHERS)) for part in parts if part.name.startswith("text_enc")}
+    chosen["text_calls"] = {name: dict(how) for name, how in said.items() if how is not None}
+    return replace(work, **(chosen | {"guessed": tuple(guessed)} | known)), tuple(assumed)
 
 
-def is_decoder(part: Described) -> bool:
-    """Whether a component turns latents into pictures."""
-    return part.name.split("_")[0] in ("vae", "vqvae", "movq") or str(part.class_name).startswith("Autoencoder")
+def _choose(
+    key: str, options: Iterable[tuple[int | None, str]], known: Mapping[str, Any], chosen: dict[str, Any],
+    assumed: list[str], guessed: list[str],
+) -> None:  # fmt: skip
+    """Notes the first option that says a size, and why; a guess too, unless the user gave it."""
+    chosen[key], why = next((value, why) for value, why in options if value)
+    if key not in known:
+        assumed.append(f"{key} {chosen[key]} ({why})")
+        guessed += [key] if why == _NOBODY else []
 
 
-def _sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | None:
-    """(height, width) in pixels that the denoiser was made for, where its config says so."""
-    for part in parts:
-        if part.library != "diffusers" or is_decoder(part):
-            continue
-        config = full_config(part.library, part.class_name, part.config)
-        size = config.get("sample_size")
-        pairs = [(config.get("sample_height"), config.get("sample_width")), _row(size) or (size, size)]
-        for high, wide in (tuple(map(_number, pair)) for pair in pairs if len(pair) == 2):
-            if high and wide and max(high, wide) * spatial <= LARGEST:
-                return high * spatial, wide * spatial
-    return None
+def _latents(parts: Iterable[Described], figures: Mapping[str, int]) -> tuple[Workload, str | None]:
+    """A workload with the autoencoder's compression, and what was assumed for it."""
+    parts, work = list(parts), Workload()
+    coder = min((part for part in parts if is_decoder(part)), key=lambda part: part.name != "vae", default=None)
+    if coder is not None:
+        told = latents_of(full_config(coder.library, coder.class_name, coder.config), work)
+        if coder.config:
+            return told, None
+        if told.spatial > 1:  # a class's default of no compression says nothing
+            return told, f"{coder.name}: its config is not here: {_positions(told)}, its class's default"
+    elif any(
+        number(part.config.get("in_channels")) in _PIXELS for part in parts if part.name in ("unet", "transformer")
+    ):
+        return replace(work, spatial=1), "no autoencoder: one pixel per latent position"
+    work = replace(work, spatial=figures.get("spatial", work.spatial), temporal=figures.get("temporal", work.temporal))
+    lacks = "no autoencoder" if coder is None else f"{coder.name}: its config is not here"
+    return work, f"{lacks}: {_positions(work)}"
 
 
-def _sample_frames(parts: Iterable[Described]) -> int | None:
-    """Frames that the denoiser was made for, where its config says so."""
-    return next((frames for part in parts if (frames := _number(part.config.get("sample_frames")))), None)
+def _positions(work: Workload) -> str:
+    return f"{work.spatial} pixels{f' and {work.temporal} frames' if work.temporal > 1 else ''} per latent position"
 
 
-def _text_tokens(parts: Iterable[Described]) -> int | None:
-    """Longest prompt that a tokenizer's or a text encoder's own config names, where that is a prompt's length."""
-    lengths = [
-        part.config.get(key)
+def _makes_video(call: CallSource | None, work: Workload, parts: Iterable[Described]) -> bool:
+    """By the call's parameters; without a call by the latents, or by the denoiser's class."""
+    if call is not None:
+        return call.knows("num_frames")
+    return work.temporal > 1 or any(
+        part.library == "diffusers" and ("3D" in str(part.class_name) or "Video" in str(part.class_name))
         for part in parts
-        for key in ("max_position_embeddings", "model_max_length")
-        if part.name.startswith(("text_encoder", "tokenizer"))
-    ]
-    return max((n for n in lengths if isinstance(n, int) and 0 < n <= 512), default=None)
-
-
-def _named(config: Mapping[str, Any], *keys: str) -> int | None:
-    return next((value for key in keys if (value := _number(config.get(key)))), None)
-
-
-def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST else None
-
-
-def _row(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) and len(value) <= 16 else ()
+    )

@@ -110,6 +110,15 @@ ENCODERS = [
         "flux2", "Mistral3ForConditionalGeneration", "Mistral3Config",
         {"text_config": {"model_type": "mistral", **MISTRAL}}, ((512, 1), (128, 2)),
     ),
+    # As some pipelines ask: FLUX.1, Stable Diffusion 1.5 and 3, Sana, FLUX.2 without keys and values.
+    Released("t5 unmasked", "T5EncoderModel", "T5Config", T5, ((512, 1), (512, 2), (256, 1)), PLAIN, mask=False),
+    Released("umt5 unmasked", "UMT5EncoderModel", "UMT5Config", T5, ((512, 1), (128, 2)), PLAIN, mask=False),
+    Released("clip l last", "CLIPTextModel", "CLIPTextConfig", CLIP_L, ((77, 1), (77, 2)), PLAIN, mask=False),
+    Released("sana", "Gemma2Model", "Gemma2Config", GEMMA2, ((300, 1), (300, 2)), PLAIN),
+    Released(
+        "no cache", "Qwen3ForCausalLM", "Qwen3Config", QWEN3, ((512, 1),),
+        {"output_hidden_states": True, "use_cache": False},
+    ),
 ]  # fmt: skip
 
 # Classes whose formula others check in every run.
@@ -120,9 +129,9 @@ def checks() -> Iterator[Any]:
     for model in ENCODERS:
         for number, (tokens, batch) in enumerate(model.sizes):
             for dtype in ("BF16", "F16", "F32"):
-                often = (number, dtype) == (0, "BF16") and model.class_name not in ALIKE
+                often = (number, dtype) == (0, "BF16") and (model.class_name not in ALIKE or model.name == "no cache")
                 marks = () if often else pytest.mark.slow
-                name = f"{model.class_name} {batch}x{tokens} {dtype}"
+                name = f"{model.name} {model.class_name} {batch}x{tokens} {dtype}"
                 yield pytest.param(model, tokens, batch, dtype, id=name, marks=marks)
 
 
@@ -134,6 +143,9 @@ def test_encoding_needs_what_the_tracker_sees(model: Released, tokens: int, batc
     if "Vision" in model.class_name:
         inputs = {"pixel_values": (batch, 3, config.image_size, config.image_size)}
     measured = measure(lambda: getattr(transformers, model.class_name)(config), inputs | model.call, dtype)
-    work = Workload(dtype, batch=batch, text_tokens=tokens)
+    states, cache = model.call["output_hidden_states"], model.call.get("use_cache", True)
+    work = Workload(
+        dtype, batch=batch, text_tokens=tokens, text_mask=model.mask, hidden_states=states, text_cache=cache
+    )
     estimate = formula_of(model.class_name)(config.to_dict(), work)
     assert 0.85 <= estimate / measured.activations <= 1.15, (estimate, measured.activations)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from porter.core.described import full_config
 from porter.core.errors import BadInputError, UsageError
 from porter.core.formulas import facts_of
 from porter.core.memory import RESERVE, Memory, estimate, formula_of
-from porter.core.workload import Workload, default_workload, full_config, latents_of, parse_bytes
+from porter.core.workload import Workload, default_workload, latents_of, parse_bytes
 
 GB = 10**9
 

@@ -15,16 +15,17 @@ INDEX = 8  # bytes of a token id
 
 
 def encode(config: Mapping[str, Any], work: Workload) -> int:
-    """Bytes at the peak of one encoding with `output_hidden_states=True`, as Stable Diffusion XL and 3 call it.
+    """Bytes at the peak of one encoding, with every layer's output (Stable Diffusion XL, 3) or without (1.5, FLUX.1).
 
-    The peak is inside the last layer's feed-forward: every layer's input (n·B·L·d), the sum after attention and its
-    normalised copy (2·B·L·d), and the activation: two tensors of B·L·f, three for `quick_gelu`. Called without hidden
-    states, as FLUX.1 does, all inputs but two fall away; either is a hundredth of the weights.
+    The peak is inside the last layer's feed-forward: with hidden states every layer's input (n·B·L·d), without them the
+    first's and this one's (2·B·L·d); the sum after attention and its normalised copy (2·B·L·d), and the activation: two
+    tensors of B·L·f, three for `quick_gelu`.
     """
     tokens = work.text_tokens
     if limit := config.get("max_position_embeddings"):
         tokens = min(tokens, limit)
-    return work.batch * tokens * (_layers(config, config["num_hidden_layers"]) * work.element + INDEX)
+    kept = config["num_hidden_layers"] if work.hidden_states else 2
+    return work.batch * tokens * (_layers(config, kept) * work.element + INDEX)
 
 
 def look(config: Mapping[str, Any], work: Workload, *, states: bool) -> int:

@@ -16,10 +16,11 @@ Text = Mapping[str, Any]
 
 
 def encode(config: Text, work: Workload, *, logits: bool = False, fused_gate: bool = False) -> int:
-    """Bytes at the peak of one forward with `output_hidden_states=True` and an attention mask.
+    """Bytes at the peak of one forward, with every layer's output (`output_hidden_states=True`) or without.
 
-    Held for all layers: every layer's input ((n + 1)·B·L·d) and, unless the config says `use_cache: false`, the keys
-    and values that would serve the next token. On top of that, the larger of two moments:
+    Held for all layers: with hidden states every layer's input ((n + 1)·B·L·d), without them the embeddings, this
+    layer's input and the rotary positions (3·B·L·d); and, unless the config or the call says `use_cache=False`, the
+    keys and values that would serve the next token. On top of that, the larger of two moments:
 
     1. the last layer's feed-forward: the sum after attention and its normalised copy, the gate's activation, the other
        half and their product (3·B·L·f; 4 where one projection makes both halves and cannot be freed in part);
@@ -28,11 +29,16 @@ def encode(config: Text, work: Workload, *, logits: bool = False, fused_gate: bo
     text = config.get("text_config") or config
     layers, width, heads = text["num_hidden_layers"], text["hidden_size"], text["num_attention_heads"]
     head = text.get("head_dim") or width // heads
-    cache = 2 * layers * (text.get("num_key_value_heads") or heads) * head if text.get("use_cache", True) else 0
+    cache = (
+        2 * layers * (text.get("num_key_value_heads") or heads) * head
+        if work.text_cache and text.get("use_cache", True)
+        else 0
+    )
     inside = width + (4 if fused_gate else 3) * text["intermediate_size"]
     last = max(inside, text["vocab_size"] if logits else 0)
-    values = (layers + 1) * width + cache + last
-    return int(work.batch * work.text_tokens * (values * work.element + 2 * INDEX + work.text_tokens))
+    values = (layers + 1 if work.hidden_states else 3) * width + cache + last
+    indices = INDEX * (2 if work.text_mask else 1)
+    return int(work.batch * work.text_tokens * (values * work.element + indices + work.text_tokens))
 
 
 FORMULAS = {

@@ -11,8 +11,6 @@ from typing import Any
 
 from porter.core.memory import Workload
 
-FACTOR = 8  # pixels per latent position, each way
-
 
 def denoise(config: Mapping[str, Any], work: Workload) -> int:
     """Bytes at the peak of one forward on `work.batch` latents (twice the images under classifier-free guidance).
@@ -29,7 +27,7 @@ def denoise(config: Mapping[str, Any], work: Workload) -> int:
     widths = list(config["block_out_channels"])
     layers = config["layers_per_block"]
     depth = [layers] * len(widths) if isinstance(layers, int) else list(layers)
-    finest = (work.height // FACTOR) * (work.width // FACTOR)
+    finest = work.latent_height * work.latent_width
     positions = [finest >> 2 * level for level in range(len(widths))]
     skips = [widths[0] * positions[0]]  # in the order in which the way down leaves them
     for level, width in enumerate(widths):

@@ -57,7 +57,8 @@ def make_plan(
     known = [part.parameters for part in parts if part.parameters is not None]
     style, reason = style_of(found)
     sized = [p for p in parts if p.layout not in ("none", "elsewhere") and p.class_name and (p.bytes or p.parameters)]
-    work, assumed = default_workload(found.pipeline_class, parts, **(workload or {}))
+    home = next(iter((*found.family.shared_pipelines, *found.family.pipeline_classes)), None) if found.family else None
+    work, assumed = default_workload(found.pipeline_class, parts, home, **(workload or {}))
     once = list({part.name: part for part in reversed(sized)}.values())[::-1]
     twice = sorted({part.name for part in sized if not any(part is kept for kept in once)})
     assumed += tuple(f"the first {name} of {sum(part.name == name for part in sized)}" for name in twice)

@@ -79,8 +79,10 @@ class Rule:
 
 
 def number(value: Any) -> float | None:
-    """A number of a config, or None; true and false are none."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number of a config, or None; true and false are none, nor is an integer beyond any float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if isinstance(value, float) or value.bit_length() < 1024 else None
 
 
 def _largest(value: Any) -> float:

@@ -188,7 +188,7 @@ def test_a_config_of_the_original_code_is_not_judged_by_the_class() -> None:
 
 
 def test_survey_finds_the_kept_modules_and_heeds_the_pipeline() -> None:
-    encoder = _planned(T5_XXL, "T5EncoderModel", "transformers", "transformers").replace(name="text_encoder_2")
+    encoder = _planned(T5_XXL, "T5EncoderModel", "transformers", "diffusers").replace(name="text_encoder_2")
     vae = _planned(FLUX_VAE, "AutoencoderKL", "diffusers", "diffusers").replace(name="vae")
     found = Survey(pipeline_class="FluxPipeline", components=[encoder, vae]).risks()
     kept = [risk for risk in found if risk.pitfall == 42]

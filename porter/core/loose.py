@@ -10,7 +10,7 @@ from porter.core.architectures import SURE, architectures, guesses
 from porter.core.components import component, known_component
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families
-from porter.core.libraries import library_has
+from porter.core.libraries import library_has, pipeline_optional
 from porter.core.originals import ENCODERS, belongs, named_by_class, named_by_file
 from porter.core.pieces import by_tensors
 from porter.core.plan import ComponentPlan
@@ -60,7 +60,9 @@ def loose(source: Source) -> Survey:
     if found.family:
         found.components = _encoders(found.family, _second(found.family, found.components))
     whole = {part.name for part in found.components}
-    if found.family and (absent := [part.name for part in found.family.components if part.name not in whole]):
+    optional = pipeline_optional(found.family.pipeline_classes[0]) if found.family else ()
+    roles = [part.name for part in found.family.components if part.name not in optional] if found.family else []
+    if found.family and (absent := [role for role in roles if role not in whole]):
         found.warnings.append(f"not a whole pipeline; {found.family.title} also has {', '.join(absent)}")
     elif len(found.components) == 1 and found.components[0].config:
         found.warnings.append("one component, not a pipeline: there is no model_index.json")

@@ -29,6 +29,8 @@ _VARIANT = re.compile(rf"({'|'.join(STANDARD)})\.(\w+)")
 _ONE_FILE = -1
 MAX_TENSORS = 200_000  # of one source; the largest pipelines have some thousands
 MAX_LOST = 50  # missing shards that are named
+# Files with a checkpoint's suffix that hold no model: other runtimes' data, and what training leaves behind.
+_NO_MODEL = re.compile(r"(openvino|onnx|optimizer|scheduler|training_args|random_states|rng_state|scaler)[\w.-]*$")
 _INDEX = re.compile(r"(?P<stem>.+?)\.(?P<kind>safetensors|bin)\.index(?:\.(?P<late>\w+))?\.json")
 
 
@@ -76,7 +78,7 @@ def weight_sets(names: Iterable[str], folder: str | None = None) -> list[WeightS
         if folder is not None and parent != folder:
             continue
         match = _INDEX.fullmatch(base) or _SHARD.fullmatch(base) or _WHOLE.fullmatch(base)
-        if match is None:
+        if match is None or _NO_MODEL.match(base):
             continue
         stem, kind, late = match["stem"], match["kind"], match.groupdict().get("late")
         varied = _VARIANT.fullmatch(stem)

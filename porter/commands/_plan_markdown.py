@@ -85,5 +85,12 @@ def to_markdown(plan: PortPlan) -> str:
         from porter.core.checklist import Checklist
 
         lines += ["", checklist_markdown(Checklist.from_json(plan.checklist)).strip()]
-    lines += ["", "### Next", "", "```sh", *(visible(line).replace("```", "` ` `") for line in plan.next), "```"]
+    lines += [
+        "",
+        "### Next",
+        "",
+        "```sh",
+        *(visible(line).replace("\n", " ").replace("```", "` ` `") for line in plan.next),
+        "```",
+    ]
     return "\n".join(lines) + "\n"

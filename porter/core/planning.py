@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -123,8 +124,9 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
         config = " --config CONFIG.json" if bare else ""
         only = f" --component {shlex.quote(bare[0].name)}" if bare and len(parts) > 1 else ""
         return [f"porter convert {model}{pin}{only}{config} -o {port}"]
-    if location := next((part.location for part in parts if part.location), None):
-        return [f"porter plan {shlex.quote('/'.join(location.partition('@')[0].split('/')[:2]))}"]
+    places = [part.location.partition("@")[0] for part in parts if part.location]
+    if location := next((place for place in places if re.fullmatch(r"[\w.-]+/[\w./-]+", place)), None):
+        return [f"porter plan {shlex.quote('/'.join(location.split('/')[:2]))}"]
     if any(part.status in ("port", "missing") for part in parts) or source.kind == "file":
         return [f"porter plan {model}{pin} --target porter"]
     if source.kind == "hub":

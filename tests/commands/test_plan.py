@@ -163,3 +163,30 @@ def test_real_sizes_take_little_memory_and_no_torch(kind: str, tmp_path: Path) -
     part = next(part for part in document["components"] if part["name"] == "transformer")
     assert part["parameters"] == 11_901_408_320 and part["dtypes"] == {"BF16": 23_802_816_640}
     assert document["family"] == "flux1" and part["model"].startswith("FLUX.1-dev")
+
+
+def test_nothing_a_model_says_steers_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = [None, None, {"type_hint": ["diffusers", "UNet2DConditionModel"],
+                          "pretrained_model_name_or_path": "a\x1b]0;x\x07\nrm -rf ~/b"}]  # fmt: skip
+    (tmp_path / "modular_model_index.json").write_text(json.dumps({"_class_name": "P", "unet": entry}))
+    for options in ([], ["-q"], ["-v"], ["--markdown"]):
+        assert cli.main(["plan", str(tmp_path), *options]) == 0
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown and "\x07" not in shown
+        assert not any(line.strip().startswith("rm -rf") for line in shown.splitlines())
+    for columns in ("0", "1", "99999999"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert cli.main(["plan", str(tmp_path)]) == 0
+        assert "UNet2DConditionModel" in capsys.readouterr().out.replace("\n", "").replace(" ", "")
+
+
+@pytest.mark.parametrize("options", [
+    ["--dtype", "int8"], ["--dtype", ""], ["--dtype", "BF17"], ["--device-memory", "-5GB"], ["--height", "0"],
+    ["--target", "nonsense"], ["--frames", "1000000000"],
+])  # fmt: skip
+def test_options_that_make_no_sense(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "builtin:tiny-flux", *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from porter.core.architectures import architectures
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.family import families
+from porter.core.libraries import pipeline_components, pipeline_optional
 from porter.core.planning import plan
 from tests.sparse_models import names_of, sparse
 
@@ -407,3 +408,32 @@ def test_the_next_command_quotes_a_hostile_name(tiny_flux: Path, tmp_path: Path)
     shutil.copy(tiny_flux / "flux1-tiny.safetensors", tmp_path / "m")
     (command,) = plan(tmp_path / "m").next
     assert "PWNED" not in command and "--component transformer" in command
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_a_family_s_own_pipeline_is_like_itself(family: str, tmp_path: Path) -> None:
+    """Its plainest pipeline, with what diffusers' constructor asks for and without what it calls optional."""
+    class_name = families()[family].pipeline_classes[0]
+    asked = pipeline_components(class_name)
+    if asked is None:
+        pytest.skip(f"the installed diffusers has no {class_name}")
+    roles = {role: names for role, names in asked.items() if role not in pipeline_optional(class_name)}
+    every = {part.name: part.class_names[0] for part in families()[family].components}
+    named = {
+        role: every.get(role, names[0]) if names[0].endswith("Schedulers") else names[0]
+        for role, names in roles.items()
+    }
+    entries = {role: ["diffusers", name] for role, name in named.items()}
+    write(tmp_path / "m" / "model_index.json", {"_class_name": class_name, **entries})
+    kin = plan(tmp_path / "m").closest
+    assert kin and kin.family == family and kin.score >= 0.95, kin
+
+
+def test_a_class_of_several_families_is_proof_of_none(tmp_path: Path) -> None:
+    entries = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    write(tmp_path / "m" / "model_index.json", {"_class_name": "StrangePipeline", **entries})
+    kin = plan(tmp_path / "m").closest
+    assert kin is None or not kin.reusable
+    original(tmp_path / "m" / "unet", "diffusion_pytorch_model.safetensors", "sdxl", "unet", "diffusers")
+    kin = plan(tmp_path / "m").closest
+    assert kin and kin.family == "sdxl"

@@ -146,9 +146,8 @@ class Port:
                 changed.append(name)
                 continue
             same_time = found.st_mtime_ns == expected["mtime_ns"]
-            if not stat.S_ISREG(found.st_mode) or found.st_size != expected["size"]:
-                changed.append(name)
-            elif (full or not same_time) and file_sha256(path) != expected["sha256"]:
+            same = stat.S_ISREG(found.st_mode) and found.st_size == expected["size"]
+            if not same or ((full or not same_time) and file_sha256(path) != expected["sha256"]):
                 changed.append(name)
         # A file that was added beside the weights, such as an index of shards, can change what is loaded.
         for component in self.components:

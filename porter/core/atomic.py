@@ -6,12 +6,22 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
+import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from porter.core.errors import ResourceError, UsageError
+from porter.core.files import open_regular
+
+_PLAN = re.compile(rb'"schema"\s*:\s*"porter\.plan/')
+_KINDS = (
+    (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"),
+)  # fmt: skip
 
 try:
     import fcntl
@@ -155,7 +165,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that someone put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -168,12 +179,48 @@ def replace_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Writes JSON so that `path` holds either its old content or all of the new.
 
+    A plan goes where the user said, so it replaces nothing but an earlier plan.
+
     Raises:
+        UsageError: `path` names no file, or something else than a plan is there.
         ResourceError: it cannot be written.
     """
     if not path.name:
         raise UsageError(f"{str(path)!r} names no file", expected="a file name", hint="-o FILE")
+    plan = isinstance(document, dict) and str(document.get("schema")).startswith("porter.plan/")
     try:
+        if plan:
+            _only_a_plan(path)
         replace_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    except FileNotFoundError as error:
+        folder = path.parent
+        raise ResourceError(
+            f"cannot write {path}: there is no folder {folder}", expected="a folder that exists",
+            found=error.strerror, hint=f"mkdir -p {shlex.quote(str(folder))}, then run the same again",
+        ) from error  # fmt: skip
     except OSError as error:
         raise unwritable(path, error) from error
+    except ValueError as error:  # a NUL in the name
+        raise UsageError(f"{str(path)!r} names no file", found=str(error), hint="-o FILE") from error
+
+
+def _only_a_plan(path: Path) -> None:
+    """Refuses to replace whatever is at `path`, unless it is a plan that was saved earlier.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    there = next((words for is_such, words in _KINDS if is_such(mode)), "no file")
+    if stat.S_ISREG(mode):
+        with open_regular(path) as file:
+            if _PLAN.search(file.read(4096)):
+                return
+        there = "a file that is no plan"
+    raise UsageError(
+        f"{path} is there already, and would be lost", expected="a new name, or a plan that was saved earlier",
+        found=there, hint="choose another -o, or remove it yourself",
+    )  # fmt: skip

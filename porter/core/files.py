@@ -8,13 +8,16 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from porter.core.errors import BadInputError, MissingError
+from porter.core.strictjson import parse_json
 
 MAX_DEPTH = 12
 MAX_FILES = 20_000
+MAX_FOLDERS = 2000
 MAX_JSON = 16 << 20
 MAX_MARKS = 600_000  # commas, colons and brackets of a JSON text: what its objects take in memory, about 150 bytes each
 MAX_LAYERS = 1000
@@ -60,22 +63,13 @@ def count_marks(raw: bytes) -> int:
     return sum(map(raw.count, (b",", b":", b"[", b"{")))
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; no duplicate keys, no NaN, no half characters, at most 16 MB and 600,000 values.
+def read_json(path: Path, *, constants: bool = False) -> Any:
+    """The content of a JSON file of at most 16 MB and 600,000 values, under the limits of `parse_json`.
 
     Raises:
         MissingError: no such file, or it cannot be read.
         BadInputError: it is not JSON, too large, or a device or a pipe.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands in it twice")
-        return found
-
-    def no_number(word: str) -> float:
-        raise ValueError(f"{word} is no JSON number")
 
     try:
         with open_regular(path) as file:
@@ -86,10 +80,7 @@ def read_json(path: Path) -> Any:
                 expected=f"at most {MAX_JSON} bytes and {MAX_MARKS} values",
                 hint="name the right file",
             )
-        document = json.loads(raw, object_pairs_hook=unique, parse_constant=no_number)
-        if b"\\u" in raw:
-            json.dumps(document, ensure_ascii=False).encode()  # refuses a lone surrogate, which nothing could print
-        return document
+        return parse_json(raw, constants=constants)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise MissingError(f"no such file: {path}", expected="a JSON file", hint="check the path") from error
     except OSError as error:
@@ -142,14 +133,28 @@ def list_files(root: Path) -> dict[str, FileInfo]:
 
     Raises:
         BadInputError: nothing there, a link that leaves the tree, points nowhere or to a folder above it, more than
-            20,000 files, or more than 12 folders inside each other.
+            20,000 files or 2000 folders (those that links lead to count each time), or more than 12 folders inside
+            each other.
     """
     snapshot = root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
     tree = root.parent.parent if snapshot else root
     found: dict[str, FileInfo] = {}
+    folders = 0
 
     def walk(folder: Path, prefix: str, depth: int) -> None:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        nonlocal folders
+        folders += 1
+        with os.scandir(folder) as entries:
+            here = list(islice(entries, 2 * MAX_FILES))
+        if folders > MAX_FOLDERS or len(here) == 2 * MAX_FILES:
+            raise BadInputError(
+                f"{root} holds too many folders, links or files: it is no model folder",
+                expected=f"at most {MAX_FILES} files in {MAX_FOLDERS} folders",
+                found=prefix or root.name,
+                hint="name the folder of one model",
+            )
+        real = Path(os.path.realpath(folder))
+        for entry in sorted(here, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
             printable(prefix + entry.name)
@@ -162,7 +167,7 @@ def list_files(root: Path) -> dict[str, FileInfo]:
                         found=str(target),
                         hint="put the file itself into the folder, or pass the file alone",
                     )
-                if Path(os.path.realpath(folder)).is_relative_to(target):
+                if real.is_relative_to(target):
                     raise BadInputError(
                         f"{prefix}{entry.name} is a link to a folder above it: a loop",
                         found=str(target),
@@ -210,19 +215,39 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_counts(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config from which headers or modules would be built without end.
+    """Refuse a config from which headers or modules would be built without end, in whatever table of it.
 
     Raises:
         BadInputError: a number of layers or blocks, or a list of them, that no model has.
     """
-    for key, value in config.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        endless = isinstance(value, list) and len(value) > MAX_LIST
-        if endless or (number and _COUNTS.search(key) and not -1 <= value <= MAX_LAYERS):
-            raise BadInputError(
-                f"{where}: {key} is beyond any model", expected=f"at most {MAX_LAYERS} layers", found=str(value)[:80],
-                hint="repair or download it again",
-            )  # fmt: skip
+    tables: list[Mapping[str, Any]] = [config]
+    while tables:
+        for key, value in tables.pop().items():
+            if isinstance(value, Mapping):
+                tables.append(value)
+            elif isinstance(value, list):
+                tables += [item for item in value if isinstance(item, Mapping)]
+            if (_COUNTS.search(key) and _beyond(value)) or _endless(key, value):
+                raise BadInputError(
+                    f"{where}: {key[:80]} is beyond any model",
+                    expected=f"at most {MAX_LAYERS} layers, and lists of at most {MAX_LIST}", found=str(value)[:80],
+                    hint="repair or download it again",
+                )  # fmt: skip
+
+
+def _beyond(value: Any) -> bool:
+    """Whether a number of layers, or one in a list of them, is none."""
+    if isinstance(value, list):
+        return any(_beyond(item) for item in value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not -1 <= value <= MAX_LAYERS
+
+
+def _endless(key: str, value: Any) -> bool:
+    """Whether a list is longer than any of numbers, or of block types; a tokenizer's lists of words may be."""
+    if not isinstance(value, list):
+        return False
+    numbers = sum(isinstance(item, int | float | list) for item in value)
+    return numbers > MAX_LIST or (len(value) > MAX_LIST and key.endswith(("types", "type")))
 
 
 def check_json(path: Path) -> None:
@@ -232,7 +257,8 @@ def check_json(path: Path) -> None:
         BadInputError: it is not JSON.
     """
     try:
-        json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            json.load(file)
     except (ValueError, RecursionError) as error:
         raise BadInputError(
             f"{path} is not valid JSON", found=str(error), hint="repair or download it again"

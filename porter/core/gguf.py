@@ -18,6 +18,9 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.errors import CheckpointError
 
 MAGIC = b"GGUF"
+MAX_TENSORS = 100_000
+MAX_PAIRS = 10_000  # released files have below 100
+MAX_WORDS = 2_000_000  # in all arrays; the largest known vocabularies have 260,000 words and as many merges
 MAX_START = 64 << 20  # key-value pairs and descriptions; the largest known vocabularies take 10 MB
 _STEP = 1 << 17  # first; then as much again as is here, so that at most half of what was read is not needed
 _ALIGNMENT = 32
@@ -56,6 +59,9 @@ def read_gguf(read: Read, path: Path, size: int) -> tuple[dict[str, TensorInfo],
     if version not in (2, 3):
         raise start.bad("its version is unknown", "GGUF 2 or 3", f"{version}")
     tensor_count, pair_count = start.number("<Q"), start.number("<Q")
+    for what, count, most in (("tensors", tensor_count, MAX_TENSORS), ("key-value pairs", pair_count, MAX_PAIRS)):
+        if count > most:
+            raise start.bad(f"it holds too many {what}", f"at most {most}", f"{count}")
     pairs: dict[str, Any] = {}
     for _ in range(pair_count):
         key = start.text()
@@ -107,7 +113,7 @@ class _Start:
 
     def __init__(self, read: Read, path: Path, size: int) -> None:
         self._read, self.path, self.size = read, path, size
-        self._bytes, self.position = bytearray(), 0
+        self._bytes, self.position, self.words = bytearray(), 0, 0
 
     def bad(self, what: str, expected: str, found: str) -> CheckpointError:
         return CheckpointError(
@@ -150,6 +156,9 @@ class _Start:
             if inner in _NUMBERS:
                 self.take(struct.calcsize(_NUMBERS[inner]) * count)
             elif inner == _STRING:
+                self.words += count
+                if self.words > MAX_WORDS:
+                    raise self.bad("its arrays hold too many words", f"at most {MAX_WORDS}", f"{self.words}")
                 for _ in range(count):
                     self.take(self.number("<Q"))
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def open_hub(repo: str, *, revision: str | None, token: str | None, offline: boo
     """Opens hub repository `repo` at `revision` (its default branch when None); the commit is resolved and kept.
 
     Raises:
-        UsageError: a revision that is no name of a branch, tag or commit.
+        UsageError: a revision that is no name of a branch, tag or commit; a token with characters that none has.
         AccessError: gated, private, or a token that is not accepted.
         MissingError: no such repository or revision; the hub cannot be reached; offline and not in the cache.
         BadInputError: the hub's file list is hostile or damaged.
@@ -51,6 +52,7 @@ def open_hub(repo: str, *, revision: str | None, token: str | None, offline: boo
             f"--revision {revision[:80]!r} is no branch, tag or commit", expected="such as main, refs/pr/1 or c0ffee1",
             hint=f"porter plan {repo}",
         )  # fmt: skip
+    _check_token(token)
     store = HubStore(repo)
     if offline or (offline is None and constants.HF_HUB_OFFLINE):
         return open_cached(repo, revision, store)
@@ -75,7 +77,7 @@ class HubSource(Source):
             raise trouble.unfit("the file list", "`sha`, a commit of 40 hexadecimal digits", repr(info.sha)[:80])
         self.kind, self.spec, self.given = "hub", repo, repo
         self.commit = self.revision = info.sha
-        self._api, self._store, self._trouble = api, store, trouble
+        self._api, self._store, self._trouble = api, store, replace(trouble, listed=True)
         self.files = listed(info.siblings, trouble)
         card = info.card_data.to_dict() if hasattr(info.card_data, "to_dict") else {}
         self.declared = declared(card if isinstance(card, Mapping) else {})
@@ -233,7 +235,27 @@ class CachedSource(LocalSource):
 
 
 def _has(store: HubStore, revision: str | None) -> bool:
+    """Whether more than a file list of that revision is here: a plan that broke off leaves no more."""
     try:
-        return store.commit(revision) is not None
+        commit = store.commit(revision)
+        files, _ = (commit and store.listing(commit)) or ({}, {})
+        if commit is None or not files:
+            return commit is not None
+        weights = [name for name in files if name.endswith(_WEIGHTS)]
+        here = store.snapshot(commit)
+        return any((here / name).is_file() or store.header(commit, name, files[name].size) for name in weights)
     except PorterError:
         return False
+
+
+def _check_token(token: str | None) -> None:
+    """Refuses a token that no header of HTTP can carry, without printing it.
+
+    Raises:
+        UsageError: such a token.
+    """
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise UsageError(
+            "--token holds a character that no token has (it is not shown here)", expected="printable ASCII, no spaces",
+            hint="copy the token again, or use `hf auth login`",
+        )  # fmt: skip

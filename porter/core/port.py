@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import stat
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from porter.core.errors import BadInputError, MissingError, PorterError
-from porter.core.files import read_json
+from porter.core.files import open_regular, read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = "porter.manifest/1"
@@ -42,17 +42,17 @@ PARITY = Path("parity") / "parity.json"
 BadVerdict = Literal["missing", "failed", "stale"]
 Verdict = Literal["missing", "failed", "stale", "passed"]
 _WINDOW = 8 << 20
+_OURS = ("porter", "parity", "runtime", "conversions")  # to find a module imports its package: no file chooses another
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """sha256 of a file, read in windows; `progress` is called with the bytes of each."""
     digest = hashlib.sha256()
-    window = memoryview(bytearray(_WINDOW))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(window):
-            digest.update(window[:count])
+    with open_regular(path) as file:
+        while window := file.read(_WINDOW):
+            digest.update(window)
             if progress:
-                progress(count)
+                progress(len(window))
     return digest.hexdigest()
 
 
@@ -146,9 +146,8 @@ class Port:
                 changed.append(name)
                 continue
             same_time = found.st_mtime_ns == expected["mtime_ns"]
-            if found.st_size != expected["size"] or (
-                (full or not same_time) and file_sha256(path) != expected["sha256"]
-            ):
+            same = stat.S_ISREG(found.st_mode) and found.st_size == expected["size"]
+            if not same or ((full or not same_time) and file_sha256(path) != expected["sha256"]):
                 changed.append(name)
         # A file that was added beside the weights, such as an index of shards, can change what is loaded.
         for component in self.components:
@@ -160,8 +159,8 @@ class Port:
     def parity(self) -> dict[str, Any] | None:
         """The parity document beside the port, or None where there is none that can be read."""
         try:
-            document = json.loads((self.path / PARITY).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            document = read_json(self.path / PARITY, constants=True)
+        except PorterError:
             return None
         return document if isinstance(document, dict) else None
 
@@ -179,7 +178,8 @@ class Port:
 def _same_code(known: Any) -> bool:
     """Whether the code that a verdict was reached with is the code that is installed."""
     try:
-        return isinstance(known, dict) and bool(known) and all(code_sha256(str(n)) == h for n, h in known.items())
+        ours = isinstance(known, dict) and bool(known) and all(str(n).partition(".")[0] in _OURS for n in known)
+        return ours and all(code_sha256(str(name)) == digest for name, digest in known.items())
     except (PorterError, ImportError, OSError, ValueError):
         return False
 
@@ -236,8 +236,8 @@ def hostile_until_proven(path: Path) -> Iterator[None]:
 def is_manifest(path: Path) -> bool:
     """Whether `path` is a manifest of porter's, of any version, and not another tool's file of that name."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = read_json(path)
+    except PorterError:
         return False
     return isinstance(document, dict) and str(document.get("schema", "")).startswith("porter.manifest/")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from porter import builtin
 from porter.core.errors import BadInputError, MissingError, UsageError
-from porter.core.files import FileInfo, file_info, list_files, open_regular, printable, read_json
+from porter.core.files import FileInfo, check_counts, file_info, list_files, open_regular, printable, read_json
 
 if TYPE_CHECKING:
     from porter.core.checkpoint import TensorInfo
@@ -85,10 +85,13 @@ class Source(ABC):
 
         Raises:
             MissingError: no such file.
-            BadInputError: it is not JSON, or larger than 16 MB.
+            BadInputError: it is not JSON, larger than 16 MB, or has a count of layers that no model has.
         """
         self._known(name)
-        return read_json(self._json_path(name))
+        document = read_json(self._json_path(name))
+        if isinstance(document, dict):
+            check_counts(document, f"{name} of {self.given}")
+        return document
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Says which JSON files and headers will be asked for next; a remote source fetches them at once."""

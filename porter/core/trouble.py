@@ -17,11 +17,13 @@ class Trouble:
         repo: its id.
         revision: as the user gave it, None for the default branch.
         cached: whether the cache holds something of that revision, asked for only when it matters.
+        listed: whether the file list is here already: what fails then is one file, which no cache holds.
     """
 
     repo: str
     revision: str | None = None
     cached: Callable[[], bool] = lambda: False
+    listed: bool = False
 
     @property
     def _pin(self) -> str:
@@ -29,8 +31,8 @@ class Trouble:
 
     def _instead(self) -> str:
         """The next command where the hub cannot be had."""
-        if self.cached():
-            return f"porter plan {self.repo}{self._pin} --offline, which this machine can answer"
+        if not self.listed and self.cached():
+            return f"porter plan {self.repo}{self._pin} --offline, from what this machine holds of it"
         return "porter plan <a local folder>; HF_ENDPOINT names another hub, HTTPS_PROXY a way there"
 
     def unreachable(self, detail: str) -> MissingError:
@@ -94,7 +96,7 @@ class Trouble:
                 f"{self.repo} has no revision {self.revision}", expected="a branch, a tag or a commit", found=found,
                 hint=f"porter plan {self.repo}",
             )  # fmt: skip
-        if status == 404 and code == "EntryNotFound":
+        if status == 404 and (self.listed or code == "EntryNotFound"):
             return MissingError(
                 f"{self.repo} no longer serves a file that it lists", expected="the file at this commit", found=found,
                 hint=f"porter plan {self.repo}{self._pin}",

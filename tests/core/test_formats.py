@@ -71,7 +71,11 @@ def test_gguf(tmp_path: Path) -> None:
     (gguf([("a", (7,), 12, 144)]), "blocks"),
     (gguf([("a", (2,) * 9, 0, 4)]), "dims"),
     (gguf(GOOD)[:60], "do not end"),
-    (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "do not end"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 90_000, 0), "do not end"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 100_001, 0), "too many tensors"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "too many tensors"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "too many key-value pairs"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<IIQ", 9, 8, 2**40), "too many words"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**62), "do not end"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<IIQ", 9, 9, 2**40), "unknown type"),
 ])  # fmt: skip

@@ -555,3 +555,29 @@ def test_notes_that_somebody_spoiled_count_as_none(server: HubServer, tmp_path: 
         assert {**ask(server, home, "acme/tiny", "ae.safetensors"), "seconds": 0} == {**found, "seconds": 0}
     (notes / "listing.json").write_text("{")
     assert refused(None, home, offline=True)["code"] == MissingError.exit_code
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    (Fault("storage", status=500), "the hub failed"),
+    (Fault("file", status=302, headers={"Location": "file:///etc/passwd"}), "cannot be used"),
+    (Fault("storage", status=404), "no longer serves a file that it lists"),
+])  # fmt: skip
+def test_what_fails_after_the_file_list(server: HubServer, tmp_path: Path, fault: Fault, words: str) -> None:
+    """The file list alone answers no plan, so nobody is sent to --offline, this time or the next."""
+    server.faults["acme/tiny"] = fault
+    found = refused(server, tmp_path / "home", "ae.safetensors")
+    assert words in found["text"] and "--offline" not in found["text"], found
+    assert "neither a path" not in found["text"]
+    server.faults["acme/tiny"] = Fault(status=500)
+    assert "--offline" not in refused(server, tmp_path / "home")["text"]
+    del server.faults["acme/tiny"]
+    assert "error" not in ask(server, tmp_path / "home", "acme/tiny", "ae.safetensors")
+    server.faults["acme/tiny"] = Fault(status=500)
+    assert "--offline" in refused(server, tmp_path / "home")["text"]
+
+
+@pytest.mark.parametrize("token", ["secret\nline", "secret word", "secr\u00e9t", "secret\x1b", ""])
+def test_a_token_that_is_none_is_not_shown(server: HubServer, tmp_path: Path, token: str) -> None:
+    found = refused(server, tmp_path / "home", token=token)
+    assert found["code"] == UsageError.exit_code and "--token" in found["text"]
+    assert "secr" not in found["text"] and not server.requests

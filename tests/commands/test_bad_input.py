@@ -106,7 +106,7 @@ CASES = [
     Case("missing-block", edit_tensors(FLUX, lambda t: [t.pop(k) for k in [*t] if "single_blocks.2." in k]),
          ("single_blocks.2",), None, 6),
     Case("wrong-config", edit_json("transformer/config.json", num_layers=5), ("num_layers",), None, 6),
-    Case("layers-without-end", edit_json("transformer/config.json", num_layers=10**9), ("num_layers",), None, 6),
+    Case("layers-without-end", edit_json("transformer/config.json", num_layers=10**9), ("num_layers",), 6, 6),
     Case("layers-are-words", edit_json("transformer/config.json", num_layers="x"), ("num_layers",), None, 6),
     Case("no-axes", edit_json("transformer/config.json", axes_dims_rope=None), ("axes_dims_rope",), None, 6),
     Case("unknown-class", edit_json("model_index.json", transformer=["diffusers", "HyperTransformer9D"]),
@@ -261,8 +261,9 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "")
     model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
-    edit_json("model_index.json", vae=["diffusers", "\x1b]0;title\x07"])(model)
+    edit_json("text_encoder/config.json", hidden_act="gelu\x1b]0;title\x07")(model)
     assert cli.main(["plan", str(model)]) == 0
+    edit_json("model_index.json", vae=["diffusers", "\x1b]0;title\x07"])(model)
     assert cli.main(["convert", str(model), "-o", str(tmp_path / "port")]) == 6
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err

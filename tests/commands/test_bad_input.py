@@ -262,7 +262,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(
     monkeypatch.setenv("FORCE_COLOR", "")
     model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
     edit_json("text_encoder/config.json", hidden_act="gelu\x1b]0;title\x07")(model)
-    assert cli.main(["plan", str(model)]) == 0
+    assert cli.main(["plan", str(model), "-v"]) == 0
     edit_json("model_index.json", vae=["diffusers", "\x1b]0;title\x07"])(model)
     assert cli.main(["convert", str(model), "-o", str(tmp_path / "port")]) == 6
     shown = capsys.readouterr()

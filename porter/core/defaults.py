@@ -136,7 +136,7 @@ def class_source(library: str, class_name: str) -> ClassSource | None:
 def config_source(model_type: str) -> ClassSource | None:
     """The transformers config class of a `model_type`; None where there is none."""
     root = library_root("transformers")
-    if root is None or not re.fullmatch(r"[\w-]+", model_type):
+    if root is None or not re.fullmatch(r"[\w-]{1,80}", model_type):
         return None
     file = next(
         (near for near in model_files(root, model_type, "configuration_*.py") if model_type in _types(near)), None
@@ -158,7 +158,7 @@ def with_kept_modules(source: ClassSource, class_name: str, model_type: str) -> 
 @cache
 def _kept_modules(class_name: str, model_type: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     root = library_root("transformers")
-    if root is None or not class_name.isidentifier() or not re.fullmatch(r"[\w-]+", model_type):
+    if root is None or not class_name.isidentifier() or not re.fullmatch(r"[\w-]{1,80}", model_type):
         return (), ()
     for file in model_files(root, model_type, "modeling_*.py"):
         text = file_bytes(file)

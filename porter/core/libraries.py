@@ -164,7 +164,7 @@ def _class_names(annotation: ast.expr | None) -> tuple[str, ...]:
 def tied_weights(class_name: str, model_type: str) -> Mapping[str, str]:
     """Tensor name -> the tensor it is tied to, as a transformers class declares it (`_tied_weights_keys`)."""
     root = library_root("transformers")
-    if root is None or not re.fullmatch(r"\w+", class_name) or not re.fullmatch(r"[\w-]+", model_type):
+    if root is None or not re.fullmatch(r"\w{1,100}", class_name) or not re.fullmatch(r"[\w-]{1,80}", model_type):
         return {}
     plain = model_type.replace("-", "_")
     folders = [root / "models" / plain[:end] for end in range(len(plain), 1, -1)]

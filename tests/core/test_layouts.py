@@ -437,3 +437,16 @@ def test_a_class_of_several_families_is_proof_of_none(tmp_path: Path) -> None:
     original(tmp_path / "m" / "unet", "diffusion_pytorch_model.safetensors", "sdxl", "unet", "diffusers")
     kin = plan(tmp_path / "m").closest
     assert kin and kin.family == "sdxl"
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "a" * 300}, {"model_type": "a" * 20_000}, {"model_type": "../x"}, {"model_type": 5},
+    {"architectures": 5}, {"architectures": True}, {"architectures": [[1]]}, {"_class_name": 1.5},
+    {"model_type": "t5", "text_config": 3, "quantization_config": [1], "auto_map": {"AutoModel": None}},
+], ids=lambda config: str(config)[:40])  # fmt: skip
+def test_configs_of_wrong_types_are_planned_or_refused(config: dict[str, object], tmp_path: Path) -> None:
+    write(tmp_path / "m" / "model_index.json", {"_class_name": "P", "text_encoder": ["transformers", "T5EncoderModel"]})
+    write(tmp_path / "m" / "text_encoder" / "config.json", config)
+    weights(tmp_path / "m" / "text_encoder" / "model.safetensors")
+    assert plan(tmp_path / "m").component("text_encoder")
+    assert plan(tmp_path / "m" / "text_encoder").components

@@ -8,7 +8,7 @@ from typing import Any
 from porter.core.architectures import architectures, fold
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as companions_of
-from porter.core.errors import PorterError
+from porter.core.errors import BadInputError, PorterError
 from porter.core.family import Component, Family, families, resolve
 from porter.core.layout import weightless
 from porter.core.libraries import LIBRARIES, library_has, pipeline_module, pipeline_module_has, tied_weights
@@ -19,6 +19,7 @@ from porter.core.source import Source
 from porter.core.survey import Survey, source_of
 from porter.core.weights import Read, WeightSet, shared_tensors, totals
 
+MAX_ENTRIES = 5000  # of one config; the longest have some hundreds
 UNLIKE = 0.5  # below this share of tensor names a file is not of the class that it is said to be
 
 
@@ -43,6 +44,11 @@ def component(
         weights, read: its weight files and their headers; None where it has none.
         files: its files where it has no weights.
     """
+    if len(config) > MAX_ENTRIES:
+        raise BadInputError(
+            f"{name}: its config is none of a model", expected=f"at most {MAX_ENTRIES} entries", found=f"{len(config)}",
+            hint="repair or download it again",
+        )  # fmt: skip
     known = known_component(found.family, name, class_name)
     code = custom_code(source, name, library, class_name, config)
     header = read.header if read else None

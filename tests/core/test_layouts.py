@@ -450,3 +450,10 @@ def test_configs_of_wrong_types_are_planned_or_refused(config: dict[str, object]
     weights(tmp_path / "m" / "text_encoder" / "model.safetensors")
     assert plan(tmp_path / "m").component("text_encoder")
     assert plan(tmp_path / "m" / "text_encoder").components
+
+
+def test_a_config_of_many_thousand_entries_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "m" / "config.json", {"_class_name": "T", **dict.fromkeys(map(str, range(6000)), 1)})
+    weights(tmp_path / "m" / "model.safetensors")
+    with pytest.raises(BadInputError, match="config is none of a model"):
+        plan(tmp_path / "m")

@@ -107,8 +107,10 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
     """Commands to paste, the most useful first."""
     parts = found.components
     model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
-    pin = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
-    pin += f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
+    at = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
+    inner = f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
+    part = f" --include {shlex.quote(source.subfolder + '/*')}" if source.subfolder else ""
+    pin = at + inner
     family = found.family
     runs = family is not None and family.pipeline is not None and found.pipeline_class in family.pipeline_classes[:1]
     generate = f'porter generate {model} "a prompt"'
@@ -131,7 +133,7 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
         return [f"porter plan {model}{pin} --target porter"]
     if source.kind == "hub":
         return [
-            f"hf download {model}{pin} --local-dir {shlex.quote(source.name)}",
-            f"porter plan {shlex.quote(source.name)}",
+            f"hf download {model}{at}{part} --local-dir {shlex.quote(source.name)}",
+            f"porter plan {shlex.quote(source.name)}{inner}",
         ]
     return [generate] if runs else [f"porter plan {model}{pin} --target porter"]

@@ -12,7 +12,7 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-_DENOISER = re.compile(r"Transformer\w*Model$|denoiser\w*Model$")
+_DENOISER = re.compile(r"Transformer\w*Model$|D[i]T\w*Model$")
 # Encoders whose last layer is what a pipeline reads.
 _WHOLE = re.compile(r"t5|bert|clap|siglip|chinese_clip")
 _EXACT = {"gelu", "gelu_python", "gelu_10"}

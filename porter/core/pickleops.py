@@ -76,6 +76,14 @@ class Tensor:
 THING = Name("", "")  # any object: it has no state, so that one will do
 
 
+def _check_text(stream: IO[bytes]) -> None:
+    """Refuse a next opcode that is text with a backslash: Python would decode it as an escape, with a warning."""
+    at = stream.tell()
+    if stream.read(1) in (b"S", b"P", b"i", b"c") and b"\\" in stream.readline() + stream.readline():
+        raise Refused("a name with a backslash")
+    stream.seek(at)
+
+
 class Machine:
     """Runs one pickle. `position` is where the text was understood up to; `others` collects the names of code."""
 
@@ -97,6 +105,7 @@ class Machine:
         stream.seek(self.position)
         opcodes = pickletools.genops(stream)
         while True:
+            _check_text(stream)
             try:
                 opcode, argument, _ = next(opcodes)
             except (ValueError, EOFError, struct.error, IndexError, StopIteration) as error:

@@ -194,7 +194,7 @@ def test_indexes(places: Any, metadata: Any, tail: bytes) -> None:
             assert isinstance(places, dict) and set(found) == set(places)
             assert all(info.file.resolve().is_relative_to(place.resolve()) for info in found.values() if info.file)
         else:
-            assert isinstance(found, CheckpointError | MissingError)
+            assert isinstance(found, BadInputError | MissingError)
         index.write_bytes(tail)
         ours(lambda: read_sharded(index))
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from porter.core.card import read_card
 from porter.core.checkpoint import BITS, parse_header, read_bytes, read_header, read_sharded
-from porter.core.errors import BadInputError, CheckpointError, MissingError, PorterError
+from porter.core.errors import BadInputError, MissingError, PorterError
 from porter.core.files import FileInfo, file_info, list_files, read_json
 from porter.core.headers import read_any, read_ranged
 from porter.core.hub import listed

@@ -7,6 +7,7 @@ import re
 from porter.commands._render import human_bytes, human_count
 from porter.core.errors import visible
 from porter.core.plan import STATUS_MEANING, PortPlan
+from porter.core.terms import stated
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&@]|:(?=//)|(?<=[Ww])\.(?=\S))")  # what is markup inside a line
 
@@ -29,7 +30,7 @@ def to_markdown(plan: PortPlan) -> str:
     """The plan as one Markdown document."""
     where = f" at {code(plan.revision)}" if plan.revision else ""
     inner = f", folder {code(plan.subfolder)}" if plan.subfolder else ""
-    stated = plan.licence.get("license_name") or plan.licence.get("license") or "none stated"
+    licence = stated(plan.licence) or "none stated"
     size = f"{human_count(plan.parameters)} parameters, " if plan.parameters is not None else ""
     lines = [
         f"## Port plan of {code(plan.source)}",
@@ -37,7 +38,7 @@ def to_markdown(plan: PortPlan) -> str:
         f"- **Source**: {plan.kind}{where}{inner}, {plan.files} files, {size}{human_bytes(plan.bytes)} of weights",
         f"- **Pipeline**: {code(plan.pipeline_class or 'none named')}, family {text(plan.family or 'unknown')}",
         f"- **Style**: {plan.style} ({text(plan.style_reason)})",
-        f"- **Licence**: {text(', '.join([str(stated), *plan.licence.get('files', [])]))}"
+        f"- **Licence**: {text(', '.join([licence, *plan.licence.get('files', [])]))}"
         + (f", gated ({text(plan.gated)})" if plan.gated else ""),
     ]
     if plan.closest:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from porter.commands._render import console, escape, fact, human_bytes, human_count, table
 from porter.core.layout import highlights
 from porter.core.plan import STATUS_MEANING, ComponentPlan, PortPlan
+from porter.core.terms import stated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,9 +60,8 @@ def _head(screen: Console, result: PortPlan) -> None:
     )
     fact(screen, "pipeline", f"{result.pipeline_class or 'none named'}, family {result.family or 'unknown'}")
     fact(screen, "style", f"{result.style}: {result.style_reason}")
-    stated = result.licence.get("license_name") or result.licence.get("license")
-    files = result.licence.get("files", [])
-    terms = ", ".join([*([str(stated)] if stated else []), *files]) or "none stated"
+    name = stated(result.licence)
+    terms = ", ".join([*([name] if name else []), *result.licence.get("files", [])]) or "none stated"
     fact(screen, "licence", terms + (f"; gated ({result.gated})" if result.gated else ""))
     screen.print()
 

@@ -63,7 +63,7 @@ def hang(screen: Console, first: str, value: str, *, first_style: str = "", styl
     """`first` and then `value`, which goes on under its own beginning where the line is full; no markup in either."""
     from rich.text import Text
 
-    shown = visible(value).replace("\n", "\\n").replace("\t", "\\t")
+    shown = one_line(value)
     room = screen.width - len(first)
     rows = [shown]
     if wrap and not screen.soft_wrap and room > 20:
@@ -104,7 +104,12 @@ def escape(text: str) -> str:
     """A value from a model, for a line of ours: no markup in it works, and no line break makes a line of its own."""
     from rich.markup import escape as plain
 
-    return plain(visible(text).replace("\n", "\\n").replace("\t", "\\t"))
+    return plain(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """A value from a model with its control characters, line breaks and tabs spelled out."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def human_bytes(count: int | None) -> str:

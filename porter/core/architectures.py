@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from porter.core.checkpoint import TensorInfo
 from porter.core.errors import BadInputError
 
 LAYOUTS_SCHEMA = "porter.layouts/1"
@@ -31,6 +32,11 @@ Shapes = Mapping[str, Shape]
 def template(name: str) -> str:
     """A tensor name with its indices left open: `blocks.3.attn.weight` -> `blocks.{}.attn.weight`."""
     return _INDEX.sub("{}", name)
+
+
+def shapes_of(header: Mapping[str, TensorInfo]) -> dict[str, Shape]:
+    """Name -> shape of a header's tensors."""
+    return {name: info.shape for name, info in header.items()}
 
 
 def fold(shapes: Shapes) -> dict[str, Counter[Shape]]:
@@ -110,9 +116,9 @@ class Architecture:
     templates: Mapping[str, tuple[tuple[int, Shape], ...]]
     variants: tuple[Variant, ...]
 
-    def variant(self, shapes: Shapes) -> Variant | None:
-        """The first variant whose conditions all hold."""
-        folded = fold(shapes)
+    def variant(self, shapes: Shapes, folded: Mapping[str, Counter[Shape]] | None = None) -> Variant | None:
+        """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already."""
+        folded = fold(shapes) if folded is None else folded
         return next((variant for variant in self.variants if variant.fits(shapes, folded)), None)
 
 

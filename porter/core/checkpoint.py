@@ -173,6 +173,13 @@ def parse_header(text: bytes, path: Path, size: int) -> tuple[dict[str, TensorIn
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
+def stays_inside(name: str) -> bool:
+    """Whether a shard's name, as an index gives it, is a plain path below the index's own folder."""
+    pure = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and ":" not in name and ".." not in pure.parts
+    return bool(name) and plain and not pure.is_absolute()
+
+
 def read_sharded(index: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """Read the headers of all shards that a `*.safetensors.index.json` names, in shard and byte order.
 
@@ -278,11 +285,9 @@ def _is_size(value: Any) -> bool:
 
 def _shard(index: Path, root: Path, name: str) -> Path:
     """The file that an index calls `name`; it has to lie in the index's folder `root`."""
-    pure = PurePosixPath(name)
-    plain = name.isprintable() and "\\" not in name and ":" not in name and ".." not in pure.parts
-    if not name or not plain or pure.is_absolute():
+    if not stays_inside(name):
         raise _bad(index, f"the shard path {name!r} leaves the folder", "a file name", name[:80])
-    target = Path(os.path.realpath(root / pure))  # not `resolve`, which raises on a loop
+    target = Path(os.path.realpath(root / name))  # not `resolve`, which raises on a loop
     if not target.is_relative_to(root) and not _is_cache_link(target, root):
         raise _bad(index, f"the shard {name!r} is a link out of its folder", f"a file in {root}", name)
     try:
@@ -291,7 +296,7 @@ def _shard(index: Path, root: Path, name: str) -> Path:
         raise MissingError(
             f"{index.name} names a shard that is missing: {name[:80]}", found=error.strerror, hint="download it again"
         ) from None
-    return index.parent / pure
+    return index.parent / name
 
 
 def _is_cache_link(target: Path, root: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from porter.core.architectures import architectures, fold
+from porter.core.architectures import architectures, fold, shapes_of
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as companions_of
 from porter.core.errors import BadInputError, PorterError
@@ -206,7 +206,7 @@ def _contradictions(
     layouts = [known for known in architectures() if known.class_name == class_name]
     if not header or not layouts:
         return
-    shapes = fold({key: info.shape for key, info in header.items()})
+    shapes = fold(shapes_of(header))
     best = max(
         len(shapes.keys() & known.templates.keys()) / len(shapes.keys() | known.templates.keys()) for known in layouts
     )
@@ -216,10 +216,11 @@ def _contradictions(
 
 def _released(class_name: str | None, header: Mapping[str, TensorInfo]) -> str | None:
     """The released model that the tensors of a class show, where its variants are known."""
-    shapes = {name: info.shape for name, info in header.items()}
+    shapes = shapes_of(header)
+    folded = fold(shapes)
     for known in architectures():
         theirs = known.class_name == class_name and known.layout.startswith(("diffusers", "transformers"))
-        if theirs and (variant := known.variant(shapes)):
+        if theirs and (variant := known.variant(shapes, folded)):
             return variant.name
     return None
 

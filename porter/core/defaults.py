@@ -19,10 +19,7 @@ from porter.core.calls import numbers, text_calls
 from porter.core.classbody import Computed, arguments, fields_of, lineage, literal_of, names, states
 from porter.core.installed import class_block, file_bytes, library_root, listed_files, matching, model_files
 
-__all__ = [
-    "CallSource", "ClassSource", "Computed", "call_source", "class_block", "class_source", "config_source",
-    "file_bytes", "library_root", "listed_files", "with_kept_modules",
-]  # fmt: skip
+__all__ = ["CallSource", "ClassSource", "Computed", "call_source", "class_source", "config_source", "with_kept_modules"]
 
 # Tables of lazy imports, which name the file of a class.
 _LISTS: Mapping[str, tuple[str, ...]] = {"diffusers": ("models", "schedulers")}

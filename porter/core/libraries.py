@@ -7,24 +7,20 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-from porter.core.defaults import class_block, file_bytes, library_root, listed_files
+from porter.core.installed import (
+    class_block,
+    file_bytes,
+    library_root,
+    listed_files,
+    listing,
+    matching,
+    model_files,
+)  # fmt: skip
 
 LIBRARIES = ("diffusers", "transformers")
 _PLAIN_TYPES = (
-    "Union",
-    "Optional",
-    "None",
-    "bool",
-    "int",
-    "float",
-    "str",
-    "list",
-    "dict",
-    "List",
-    "Dict",
-    "Any",
-    "Tuple",
-)
+    "Union", "Optional", "None", "bool", "int", "float", "str", "list", "dict", "List", "Dict", "Any", "Tuple",
+)  # fmt: skip
 
 
 @cache
@@ -45,23 +41,18 @@ def library_has(library: str, class_name: str) -> bool | None:
         return True
     # A class outside the automatic tables: the folder that its name begins with (`CLIPTextModelWithProjection` → clip).
     lowered = class_name.lower()
-    folders = (root / "models" / folder for folder in _folders(library) if lowered.startswith(folder.replace("_", "")))
+    models = str(root / "models")
+    folders = (f"{models}/{name}" for name in listing(models)[1] if lowered.startswith(name.replace("_", "")))
     definition = re.compile(rb"^class (" + "|".join(map(re.escape, names)).encode() + rb")\b", re.MULTILINE)
-    return any(definition.search(file_bytes(file)) for folder in folders for file in sorted(folder.glob("*.py")))
+    return any(definition.search(file_bytes(file)) for folder in folders for file in matching(folder, "*.py"))
 
 
 @cache
 def _automatic(library: str) -> bytes:
     """The automatic tables of a library: which class reads which model type."""
     root = library_root(library)
-    files = sorted((root / "models" / "auto").glob("*.py")) if root else []
+    files = matching(str(root / "models" / "auto"), "*.py") if root else ()
     return b"\n".join(file_bytes(file) for file in files)
-
-
-@cache
-def _folders(library: str) -> tuple[str, ...]:
-    root = library_root(library)
-    return tuple(folder.name for folder in (root / "models").glob("*/")) if root else ()
 
 
 @cache
@@ -82,8 +73,8 @@ def pipeline_module_has(module: str, class_name: str) -> bool:
     root = library_root("diffusers")
     if root is None or not module.isidentifier() or not class_name.isidentifier():
         return False
-    places = (root / "pipelines" / module, root / "pipelines" / "deprecated" / module)
-    return any(class_block(file_bytes(file), class_name) for place in places for file in sorted(place.glob("*.py")))
+    places = (f"{root}/pipelines/{module}", f"{root}/pipelines/deprecated/{module}")
+    return any(class_block(file_bytes(file), class_name) for place in places for file in matching(place, "*.py"))
 
 
 @cache
@@ -123,7 +114,7 @@ def _pipeline_source(class_name: str) -> bytes | None:
     if root is None or not class_name.isidentifier():
         return None
     for package in listed_files(root / "pipelines", class_name):
-        for file in sorted(package.with_suffix("").glob("*.py")):
+        for file in matching(str(package.with_suffix("")), "*.py"):
             if block := class_block(file_bytes(file), class_name):
                 return block[1]
     return None
@@ -166,9 +157,7 @@ def tied_weights(class_name: str, model_type: str) -> Mapping[str, str]:
     root = library_root("transformers")
     if root is None or not re.fullmatch(r"\w{1,100}", class_name) or not re.fullmatch(r"[\w-]{1,80}", model_type):
         return {}
-    plain = model_type.replace("-", "_")
-    folders = [root / "models" / plain[:end] for end in range(len(plain), 1, -1)]
-    for file in (file for folder in folders if folder.is_dir() for file in sorted(folder.glob("modeling_*.py"))):
+    for file in model_files(root, model_type, "modeling_*.py"):
         block = class_block(file_bytes(file), class_name)
         if block is None:
             continue

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from porter.core.architectures import SURE, architectures, guesses
+from porter.core.architectures import SURE, architectures, guesses, shapes_of
 from porter.core.components import component, known_component
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families
@@ -123,7 +123,7 @@ def _home(class_name: str, read: Read) -> Family | None:
     ]  # fmt: skip
     if len(homes) < 2 or read.header is None:
         return homes[0] if len(homes) == 1 else None
-    best = next(iter(guesses({name: info.shape for name, info in read.header.items()}, 1)), None)
+    best = next(iter(guesses(shapes_of(read.header), 1)), None)
     return families().get(best.architecture.family or "") if best and best.score >= SURE else None
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from porter.core.described import Described, full_config, is_autoencoder
-from porter.core.errors import BadInputError
 from porter.core.formulas import Formula, facts_of, formula_of, kept_of
+from porter.core.records import check_keys
 from porter.core.workload import ELEMENT, Workload
 
 __all__ = ["Fits", "Formula", "Memory", "PartMemory", "Sized", "StageMemory", "Workload", "estimate", "formula_of"]
@@ -119,10 +119,7 @@ class Memory:
         parts, stages = document.get("components", ()), document.get("stages", ())
         pairs: list[tuple[type, Any]] = [(cls, document), (Workload, document.get("workload", {}))]
         pairs += [(PartMemory, part) for part in parts] + [(StageMemory, stage) for stage in stages]
-        for kind, given in pairs:
-            if odd := set(given) ^ {field.name for field in fields(kind)}:
-                found = ", ".join(sorted(odd))
-                raise BadInputError("a memory estimate with missing or unknown keys", found=found, hint="porter plan")
+        check_keys(pairs, "memory estimate", "porter plan")
         return cls(**{
             **document,
             "workload": Workload(**{**document["workload"], "guessed": tuple(document["workload"]["guessed"])}),

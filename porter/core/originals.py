@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple
 
-from porter.core.architectures import SURE, Architecture, architectures, guesses
+from porter.core.architectures import SURE, Architecture, architectures, guesses, shapes_of
 from porter.core.family import Component, Family, families
 from porter.core.source import Source
 from porter.core.weights import WeightSet, read_set, weight_sets
@@ -41,7 +41,7 @@ def original_of(source: Source, family: Family, known: Component, claimed: set[s
             if _alone(one, known, family):
                 return one
             continue
-        best = next(iter(guesses({name: info.shape for name, info in header.items()}, 1)), None)
+        best = next(iter(guesses(shapes_of(header), 1)), None)
         if best and best.score >= SURE and _is(best.architecture, known):
             return one
     return None

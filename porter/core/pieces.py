@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from porter.core.architectures import Guess, Part, guesses, telling
+from porter.core.architectures import Guess, Part, guesses, shapes_of, telling
 from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
@@ -54,7 +54,7 @@ def by_tensors(
         found.warnings.append(
             f"{one.files[0]}: {told.factors} of {len(read.header)} tensors are factors of a LoRA, not a model's own"
         )
-    pieces = take_apart({key: info.shape for key, info in told.plain.items()})
+    pieces = take_apart(shapes_of(told.plain))
     pieces = [part for piece in pieces for part in ([piece] if piece.sure else _sorted_out(piece))]
     file = _Checkpoint(source, found, one, config, told.plain, told.quantised, note, len(pieces) == 1)
     built: dict[int, ComponentPlan] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from porter.core.similarity import closest
 from porter.core.source import Source, open_source
 from porter.core.style import style_of
 from porter.core.survey import Survey, survey
-from porter.core.terms import terms
+from porter.core.terms import stated, terms
 from porter.core.workload import default_workload
 
 
@@ -60,11 +61,13 @@ def make_plan(
     sized = [p for p in parts if p.layout not in ("none", "elsewhere") and p.class_name and (p.bytes or p.parameters)]
     home = next(iter((*found.family.shared_pipelines, *found.family.pipeline_classes)), None) if found.family else None
     work, assumed = default_workload(found.pipeline_class, parts, home, **(workload or {}))
-    once = list({part.name: part for part in reversed(sized)}.values())[::-1]
-    twice = sorted({part.name for part in sized if not any(part is kept for kept in once)})
-    assumed += tuple(f"the first {name} of {sum(part.name == name for part in sized)}" for name in twice)
+    once: dict[str, ComponentPlan] = {}
+    for part in sized:
+        once.setdefault(part.name, part)
+    copies = Counter(part.name for part in sized)
+    assumed += tuple(f"the first {name} of {count}" for name, count in sorted(copies.items()) if count > 1)
     single = sized and not found.places  # several pipelines do not run at once
-    memory = estimate(once, work, device_memory, assumed).to_json() if single else None
+    memory = estimate(list(once.values()), work, device_memory, assumed).to_json() if single else None
     made = PortPlan(
         source=source.spec,
         kind=source.kind,
@@ -99,8 +102,7 @@ def make_plan(
 
 def _with_terms(source: Source, part: ComponentPlan, licence: Mapping[str, Any], gate: str | None) -> ComponentPlan:
     own = next((name for name in source.files if name.startswith(f"{part.name}/LICEN")), None)
-    stated = licence.get("license_name") or licence.get("license")
-    return part.replace(licence=own or (str(stated) if stated else None), gated=gate is not None)
+    return part.replace(licence=own or stated(licence), gated=gate is not None)
 
 
 def _next_commands(source: Source, found: Survey) -> list[str]:
@@ -109,7 +111,7 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
     model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
     at = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
     inner = f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
-    part = f" --include {shlex.quote(source.subfolder + '/*')}" if source.subfolder else ""
+    include = f" --include {shlex.quote(source.subfolder + '/*')}" if source.subfolder else ""
     pin = at + inner
     family = found.family
     runs = family is not None and family.pipeline is not None and found.pipeline_class in family.pipeline_classes[:1]
@@ -133,7 +135,7 @@ def _next_commands(source: Source, found: Survey) -> list[str]:
         return [f"porter plan {model}{pin} --target porter"]
     if source.kind == "hub":
         return [
-            f"hf download {model}{at}{part} --local-dir {shlex.quote(source.name)}",
+            f"hf download {model}{at}{include} --local-dir {shlex.quote(source.name)}",
             f"porter plan {shlex.quote(source.name)}{inner}",
         ]
     return [generate] if runs else [f"porter plan {model}{pin} --target porter"]

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-from porter.core.architectures import Guess, architectures, guesses
+from porter.core.architectures import Guess, architectures, guesses, shapes_of
 from porter.core.defaults import class_source
 from porter.core.family import Family, families
 from porter.core.layout import highlights
@@ -137,8 +137,7 @@ def _share(found: Survey, part: ComponentPlan, names: tuple[str, ...], family: F
 def _near(found: Survey, name: str) -> list[Guess]:
     """The architectures nearest to a component; computed once, as every family asks."""
     if name not in found.near:
-        shapes = {key: info.shape for key, info in found.headers[name].items()}
-        found.near[name] = guesses(shapes, 12)
+        found.near[name] = guesses(shapes_of(found.headers[name]), 12)
     return found.near[name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from porter.core.source import Source
@@ -20,3 +21,9 @@ def terms(source: Source) -> tuple[dict[str, Any], str | None]:
         licence["files"] = files
     gate = declared.get("gated")
     return licence, None if not gate else str(gate) if isinstance(gate, str) else "yes"
+
+
+def stated(licence: Mapping[str, Any]) -> str | None:
+    """The name of a declared licence: its own where it has one, else the identifier."""
+    name = licence.get("license_name") or licence.get("license")
+    return str(name) if name else None

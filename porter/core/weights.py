@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from porter.core.checkpoint import TensorInfo
+from porter.core.checkpoint import TensorInfo, stays_inside
 from porter.core.errors import BadInputError, CheckpointError
 
 if TYPE_CHECKING:
@@ -115,17 +115,10 @@ class Read:
     Attributes:
         header: its tensors; None where no header can be had (Git-LFS pointers).
         metadata: what the files say of themselves.
-        names: tensor names that an index promises, where the headers cannot be had.
     """
 
     header: dict[str, TensorInfo] | None
     metadata: dict[str, str] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> int | None:
-        """Elements of all tensors."""
-        return None if self.header is None else totals(self.header.values())[0]
 
 
 def read_set(source: Source, one: WeightSet) -> Read:
@@ -137,7 +130,7 @@ def read_set(source: Source, one: WeightSet) -> Read:
     """
     places = read_index(source, one.index) if one.index else None
     if any(source.files[name].lfs_pointer for name in one.files):
-        return Read(None, names=tuple(places or ()))
+        return Read(None)
     header: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for name in one.files:
@@ -205,8 +198,7 @@ def read_index(source: Source, name: str) -> dict[str, str]:
         )  # fmt: skip
     folder = name.rpartition("/")[0]
     for shard in set(table.values()):
-        pure = PurePosixPath(shard)
-        if not shard or pure.is_absolute() or ".." in pure.parts or "\\" in shard or ":" in shard:
+        if not stays_inside(shard):
             raise BadInputError(
                 f"{name} names a shard outside its folder", expected="a file beside the index", found=repr(shard)[:120],
                 hint="do not trust this repository; download it again from its author",

@@ -11,7 +11,8 @@ import pytest
 import transformers
 from transformers import CLIPTextConfig, T5Config
 
-from porter.core.defaults import class_block, class_source, config_source, with_kept_modules
+from porter.core.defaults import class_source, config_source, with_kept_modules
+from porter.core.installed import class_block
 
 ROOT = Path(__file__).parents[2]
 

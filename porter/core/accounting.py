@@ -43,8 +43,8 @@ class Problems:
                 self.found["wrong shape in the source", f"expected {_show(want)}, found {_show(have)}"].append(name)
 
     def unmatched(self, rule: Rule) -> None:
-        near = self._near(rule.sources[0], self.source)
-        self.found["the rule matches no tensor", near].append(rule.sources[0])
+        near = self._near(rule.head, self.source)
+        self.found["the rule matches no tensor", near].append(rule.head)
 
     def absent(self, rule: Rule, name: str) -> None:
         self.broken = True
@@ -78,7 +78,8 @@ class Problems:
                 self.found["claimed by several rules", "; ".join(rule.label for rule in rules)].append(name)
         for name, steps_of in makers.items():
             if len(steps_of) > 1:
-                self.found["made by several rules", " and ".join(s.sources[0] for s in steps_of)].append(name)
+                made_of = " and ".join(step.sources[0] if step.sources else "nothing" for step in steps_of)
+                self.found["made by several rules", made_of].append(name)
             if name not in self.target:
                 self.found["made, but the target has no such tensor", self._near(name, unmade)].append(name)
         if self.found:
@@ -93,7 +94,7 @@ class Problems:
         for (kind, shape), members in list(groups.items())[:_SHOWN]:
             name, detail = members[0]
             if kind == "no rule claims the source tensor":
-                detail = self._near(name, [rule.sources[0] for rule in self.recipe.rules])
+                detail = self._near(name, [rule.head for rule in self.recipe.rules])
             elif kind == "nothing makes the target tensor":
                 detail = self._near(name, unclaimed or self.source)
             count = f"{len(members)} tensors {shape}, the first {name}" if len(members) > 1 else name

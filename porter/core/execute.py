@@ -1,29 +1,29 @@
 """A TensorPlan becomes a file, or tensors in memory.
 
 Copies go straight from file to file in bounded windows, in the order of the source's bytes, hashed on the way; torch is
-imported only when a cast computes. The file appears under its name complete, or not at all.
+imported only when an op computes. The file appears under its name complete, or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from porter.core.atomic import PartialFile
 from porter.core.checkpoint import ANY, BITS, TensorInfo, header_bytes
-from porter.core.errors import CheckFailed, CheckpointError, RecipeError, UsageError
+from porter.core.errors import BadInputError, CheckFailed, RecipeError, UsageError
+from porter.core.hashing import DEFAULT_WORKERS, Buffer, Lanes, SourceHashes
 from porter.core.ops import TORCH_NAMES, castable
-from porter.core.tensorplan import WINDOW, Output, Step, TensorPlan
-from porter.core.views import Run
+from porter.core.stream import Progress, Sources, Writer
+from porter.core.tensorplan import Output, Step, TensorPlan
 from porter.core.writeback import Writeback
 
-Progress = Callable[[int], None]
-_PARALLEL_HASH = 1 << 20  # below this many bytes a second thread costs more than it gives
+_PARALLEL_HASH = 1 << 20  # with smaller tensors only, threads cost more than they give
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ def execute(
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    names: Collection[str] | None = None,
+    workers: int = DEFAULT_WORKERS,
+    hashes: SourceHashes | None = None,
 ) -> Written:
     """Write the plan's targets to `output`, a safetensors file.
 
@@ -50,32 +53,58 @@ def execute(
         metadata: the file's `__metadata__`.
         progress: called with the number of bytes just written, header included.
         overwrite: replace an existing file, at the very end.
+        names: only these targets: one shard.
+        workers: threads, the copying one included; the bytes do not depend on it.
+        hashes: takes the sha256 of the source files from what is read here.
 
     Raises:
         UsageError: the file exists and `overwrite` is off.
         RecipeError: a source of the plan is not in a file.
+        BadInputError: tensors that the recipe takes for equal are not.
         CheckpointError: a source file became shorter since its header was read.
         ResourceError: no room, no permission, or another run writes the same file. Nothing is left behind.
     """
     output = Path(output)
     if not overwrite and os.path.lexists(output):
         raise UsageError(f"the output exists: {output}", hint="choose another output, or add --overwrite")
-    pieces = _ordered(plan)
-    head = header_bytes([_info(item) for _, item in pieces], metadata or {})
-    with PartialFile(output, len(head) + plan.bytes_out) as partial, _Sources() as sources:
-        writer = _Writer(partial.descriptor, progress, drops_cache=plan.bytes_out >= Writeback.WORTH)
-        with writer:
-            writer.write(memoryview(head), None)
-            hashes = {}
-            for step, item in pieces:
-                hashes[item.name] = _write_tensor(plan, step, item, sources, writer)
-        if writer.position != len(head) + plan.bytes_out:
+    pieces = [piece for piece in ordered(plan) if names is None or piece[1].name in names]
+    pieces.sort(key=lambda piece: -BITS[piece[1].dtype])  # wider dtypes first, which keeps all aligned
+    infos = [_info(item) for _, item in pieces]
+    head = header_bytes(infos, metadata or {})
+    size = len(head) + sum(info.nbytes for info in infos)
+    large = size >= Writeback.WORTH
+    largest = max((info.nbytes for info in infos), default=0)
+    with (
+        PartialFile(output, size) as partial,
+        Lanes(workers if largest >= _PARALLEL_HASH else 1) as lanes,
+        Sources(lanes, hashes) as sources,
+    ):
+        writer = Writer(partial.descriptor, lanes, progress, drops_cache=large)
+        writer.write(head, None)
+        digests: dict[str, Any] = {}
+        for _, group in groupby(pieces, key=lambda piece: id(piece[0])):
+            found = list(group)
+            step, items = found[0][0], [item for _, item in found]
+            _check_agreements(plan, step, sources)
+            for item, windows in zip(items, _contents(plan, step, items, sources), strict=True):
+                digests[item.name] = hashlib.sha256()
+                for window, buffer in windows:
+                    writer.write(window, digests[item.name], buffer)
+                    if buffer is not None:
+                        buffer.release()
+                writer.follow(sources)
+        if names is None:
+            for step in plan.steps:
+                if not step.outputs and step.computed:  # a constant that is only checked
+                    _compute(plan, step, sources)
+        lanes.finish()
+        if writer.position != size:
             raise CheckFailed(
-                f"{output} would not be what its header says", expected=f"{len(head) + plan.bytes_out} bytes",
+                f"{output} would not be what its header says", expected=f"{size} bytes",
                 found=f"{writer.position} bytes", hint="report the recipe that does this",
             )  # fmt: skip
         partial.publish()
-    return Written(output, writer.position, writer.file_hash.hexdigest(), hashes)
+    return Written(output, size, writer.file_hash.hexdigest(), {name: h.hexdigest() for name, h in digests.items()})
 
 
 def apply(plan: TensorPlan, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,21 +138,30 @@ def apply(plan: TensorPlan, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made[name] for name in plan.targets}
 
 
-def _ordered(plan: TensorPlan) -> list[tuple[Step, Output]]:
-    """Target tensors so that reads go forward through the sources; wider dtypes first, which keeps all aligned."""
+def ordered(plan: TensorPlan) -> list[tuple[Step, Output]]:
+    """Target tensors so that reads go forward through the sources.
 
-    def place(item: tuple[Step, Output]) -> tuple[int, str, int]:
+    Raises:
+        RecipeError: a source of the plan is not in a file.
+    """
+    files: dict[Path, int] = {}
+    for info in plan.sources.values():
+        if info.file is not None:
+            files.setdefault(info.file, len(files))
+
+    def place(item: tuple[Step, Output]) -> tuple[int, int]:
         step, made = item
-        if not made.runs and made.dtype != ANY:
-            return -BITS[made.dtype], "", 0
-        run = made.runs[0]
-        source = plan.sources[step.sources[run.source]]
+        run = next((run for run in made.runs if run.source >= 0), None)
+        name = step.sources[run.source if run else 0] if step.sources else None
+        if name is None or (run is None and made.dtype != ANY and not step.computed):
+            return -1, 0  # a constant, or a tensor without elements
+        source = plan.sources[name]
         if source.file is None:
             raise RecipeError(
                 f"{plan.recipe}: {source.name} is not in a file", expected="a plan compiled on a file's header",
                 hint="compile with read_header(FILE), or rebind the plan before inverting it",
             )  # fmt: skip
-        return -BITS[made.dtype], str(source.file), source.begin + run.begin * BITS[source.dtype] // 8
+        return files[source.file], source.begin + (run.begin if run else 0) * BITS[source.dtype] // 8
 
     return sorted(plan.outputs(), key=place)
 
@@ -132,16 +170,77 @@ def _info(item: Output) -> TensorInfo:
     return TensorInfo(item.name, item.dtype, item.shape, None, 0, 0)
 
 
-def _write_tensor(plan: TensorPlan, step: Step, item: Output, sources: _Sources, writer: _Writer) -> str:
-    """Stream one target tensor; -> its sha256."""
-    digest = hashlib.sha256()
-    for run in item.runs:
-        source = plan.sources[step.sources[run.source]]  # sources of one target may differ in dtype
-        convert = _converter(source.dtype, item.dtype) if source.dtype != item.dtype else None
-        for window in sources.windows(source, run):
-            writer.write(convert(window) if convert else window, digest)
-        writer.follow(sources)
-    return digest.hexdigest()
+Windows = Iterator[tuple[Any, Buffer | None]]
+
+
+def _contents(plan: TensorPlan, step: Step, items: Sequence[Output], sources: Sources) -> Iterator[Windows]:
+    """For each of a step's target tensors, its bytes."""
+    if not step.computed:
+        for item in items:
+            yield _copied(plan, step, item, sources)
+        return
+    made = _compute(plan, step, sources)
+    for item in items:
+        yield iter([(made[item.name], None)])
+
+
+def _copied(plan: TensorPlan, step: Step, item: Output, sources: Sources) -> Windows:
+    """One target tensor's bytes, cast where its sources have another dtype; sources of one target may differ."""
+    tensors = [plan.sources[name] for name in step.sources]
+    for dtype, runs in groupby(item.runs, key=lambda run: tensors[run.source].dtype):
+        convert = _converter(dtype, item.dtype) if dtype != item.dtype else None
+        for window, buffer in sources.windows(tensors, list(runs)):
+            if convert is None:
+                yield window, buffer
+            else:
+                converted = convert(window)
+                buffer.release()
+                yield converted, None
+
+
+def _compute(plan: TensorPlan, step: Step, sources: Sources) -> dict[str, memoryview]:
+    """The targets of a step whose ops make new numbers; its sources are read whole.
+
+    Raises:
+        BadInputError: the tensors are not what an op takes them for.
+    """
+    import torch
+
+    values = []
+    for name in step.sources:
+        info = plan.sources[name]
+        dtype = getattr(torch, TORCH_NAMES[info.dtype])
+        values.append(torch.frombuffer(sources.whole(info), dtype=dtype).reshape(info.shape))
+    try:
+        for op in step.ops:
+            values = op.compute(values, torch)
+    except RecipeError as error:
+        raise BadInputError(
+            f"{plan.recipe}: {', '.join(step.sources)}: {error.what}", expected=error.expected, found=error.found,
+            hint=error.hint,
+        ) from error  # fmt: skip
+    flat = [value.contiguous().reshape(-1).view(torch.uint8).numpy() for value in values]
+    pairs = zip(step.outputs, flat, strict=True)
+    return {item.name: memoryview(array) for item, array in pairs}  # type: ignore[arg-type]
+
+
+def _check_agreements(plan: TensorPlan, step: Step, sources: Sources) -> None:
+    """Tensors that become one must be equal; what an op computed on the way it has compared itself."""
+    for pair in step.agreements if not step.computed else ():
+        found = []
+        for value in pair:
+            digest = hashlib.sha256()
+            for window, buffer in _copied(plan, step, value, sources):
+                digest.update(window)
+                if buffer is not None:
+                    buffer.release()
+            found.append(digest.digest())
+        if found[0] != found[1]:
+            names = [step.sources[value.runs[0].source] for value in pair if value.runs]
+            raise BadInputError(
+                f"{plan.recipe}: {' and '.join(names)} differ, and only one of them is kept",
+                expected=pair[0].name, found="other values", hint="the other layout has one tensor for both",
+            )  # fmt: skip
 
 
 def _converter(old: str, new: str) -> Callable[[memoryview], memoryview]:
@@ -157,104 +256,3 @@ def _converter(old: str, new: str) -> Callable[[memoryview], memoryview]:
         return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     return convert
-
-
-class _Sources:
-    """The source files, opened once each, read by position into one buffer."""
-
-    def __init__(self) -> None:
-        self.open: dict[Path, int] = {}
-        self.read_to: dict[int, int] = {}  # descriptor → how far it has been read
-        self.buffer = bytearray()
-
-    def __enter__(self) -> _Sources:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.open.values():
-            os.close(descriptor)
-
-    def windows(self, tensor: TensorInfo, run: Run) -> Iterator[memoryview]:
-        """The bytes of a run of a tensor; each window is valid until the next."""
-        bits = BITS[tensor.dtype]
-        if run.begin * bits % 8 or run.end * bits % 8:
-            raise RecipeError(f"{tensor.name} is cut inside a byte", expected="whole bytes", found=f"{bits} bits each")
-        descriptor = self._descriptor(tensor)
-        position, end = tensor.begin + run.begin * bits // 8, tensor.begin + run.end * bits // 8
-        if len(self.buffer) < min(WINDOW, end - position):
-            self.buffer = bytearray(min(WINDOW, end - position))
-        while position < end:
-            window = memoryview(self.buffer)[: min(WINDOW, end - position)]
-            self._read(descriptor, window, position, tensor)
-            position += len(window)
-            self.read_to[descriptor] = position
-            yield window
-
-    def _descriptor(self, tensor: TensorInfo) -> int:
-        assert tensor.file is not None
-        if tensor.file not in self.open:
-            try:
-                self.open[tensor.file] = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            except OSError as error:
-                raise CheckpointError(
-                    f"cannot read {tensor.file}", expected="the file whose header was read", found=error.strerror,
-                    hint="run again when nothing changes the file",
-                ) from error  # fmt: skip
-        return self.open[tensor.file]
-
-    def _read(self, descriptor: int, window: memoryview, position: int, tensor: TensorInfo) -> None:
-        filled = 0
-        while filled < len(window):
-            try:
-                count = os.preadv(descriptor, [window[filled:]], position + filled)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {tensor.name} in {tensor.file}", found=error.strerror) from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{tensor.file} became shorter while it was read",
-                    expected=f"{tensor.name} up to byte {tensor.end}", found=f"the end at byte {position + filled}",
-                    hint="run again when nothing changes the file",
-                )  # fmt: skip
-            filled += count
-
-
-class _Writer:
-    """Writes and hashes one file from start to end."""
-
-    def __init__(self, descriptor: int, progress: Progress | None, *, drops_cache: bool) -> None:
-        self.descriptor, self.progress = descriptor, progress
-        self.position = 0
-        self.file_hash = hashlib.sha256()
-        self.writeback = Writeback(descriptor) if drops_cache else None
-        self.pool = ThreadPoolExecutor(1) if drops_cache else None
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool:
-            self.pool.shutdown()
-
-    def write(self, window: memoryview, tensor_hash: Any) -> None:
-        # The file's hash runs in a second thread (hashlib lets go of the interpreter), the tensor's in this one.
-        parallel = self.pool is not None and len(window) >= _PARALLEL_HASH
-        waiting = self.pool.submit(self.file_hash.update, window) if self.pool and parallel else None
-        if waiting is None:
-            self.file_hash.update(window)
-        written = 0
-        try:
-            while written < len(window):
-                written += os.pwrite(self.descriptor, window[written:], self.position + written)
-            if tensor_hash is not None:
-                tensor_hash.update(window)
-        finally:
-            if waiting is not None:
-                waiting.result()
-        self.position += len(window)
-        if self.progress:
-            self.progress(len(window))
-
-    def follow(self, sources: _Sources) -> None:
-        """Let the system write out, and forget, what lies behind."""
-        if self.writeback:
-            self.writeback.follow(self.position, sources.read_to)

@@ -35,8 +35,13 @@ def module_map(plan: TensorPlan) -> list[ModulePair]:
         rule, row = plan.rules[step.rule].label, _row(output.shape)
         whole = len(step.sources) == 1 and len(output.runs) == 1
         position = 0
-        for run in output.runs:
-            length, source = run.end - run.begin, step.sources[run.source]
+        if step.computed or any(not run.plain for run in output.runs):
+            # New numbers, or a transposition: every row takes part.
+            for source in dict.fromkeys(step.sources):
+                key = (source.rpartition(".")[0], output.name.rpartition(".")[0])
+                pairs[key] = [ModulePair(*key, None, None, rule)]
+        for run in () if pairs else output.runs:
+            length, source = run.length, step.sources[run.source]
             source_row = _row(plan.sources[source].shape)
             key = (source.rpartition(".")[0], output.name.rpartition(".")[0])
             if whole and length == plan.sources[source].numel:

@@ -5,18 +5,22 @@ A pattern matches a whole name or nothing. Between literal text it holds variabl
     {i:int}             an index: decimal digits without leading zeros
     {i:int==n-1}        an index equal to an expression; also < > <= >= !=
     {p:weight|bias}     one of the listed words
+    {p:q=to_q|k=to_k}   one of the words on the left; filled in, it becomes the one on its right
     {i} {n-1-i}         in a target, or in a further source: a variable, or an expression of indices and parameters
+    {i:each n}          one name for each i from 0 to n-1; in a first source, the group is found by its index 0
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from porter.core.errors import RecipeError
 
@@ -26,6 +30,8 @@ Size = int | str  # a number, or an expression of the recipe's parameters: "h", 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _TYPED = re.compile(r"([A-Za-z_]\w*):(.+)")
 _INDEX = re.compile(r"int(?:(==|!=|<=|>=|<|>)(.+))?")
+_MAX_EACH = 100_000  # names that one pattern may make
+_EACH = re.compile(r"each (.+)")
 _INT = r"(0|[1-9][0-9]{0,8})"
 _NUMBER = re.compile(_INT)
 _COMPARE: Mapping[str, Callable[[int, int], bool]] = {
@@ -73,9 +79,12 @@ class Pattern:
     text: str
 
     @cached_property
-    def _compiled(self) -> tuple[re.Pattern[str], dict[str, tuple[str, str] | None]]:
-        """The anchored regular expression, and for each index variable its bound (comparison, expression)."""
+    def _compiled(
+        self,
+    ) -> tuple[re.Pattern[str], dict[str, tuple[str, str] | None], dict[str, dict[str, str]]]:
+        """The anchored regular expression; for each index variable its bound (comparison, expression); word → word."""
         regex, bounds, position = "", dict[str, tuple[str, str] | None](), 0
+        words: dict[str, dict[str, str]] = {}
         for match in _BRACES.finditer(self.text):
             regex += re.escape(self.text[position : match.start()])
             position = match.end()
@@ -87,23 +96,25 @@ class Pattern:
                 )  # fmt: skip
             name, kind = typed.groups()
             index = _INDEX.fullmatch(kind)
-            if index:
-                bounds[name] = (index[1], index[2]) if index[1] else None
+            if index or _EACH.fullmatch(kind):
+                bounds[name] = ("==", "0") if not index else (index[1], index[2]) if index[1] else None
                 regex += f"(?P<{name}>{_INT[1:-1]})"
             else:
-                regex += f"(?P<{name}>{'|'.join(re.escape(word) for word in kind.split('|'))})"
+                pairs = [word.partition("=") for word in kind.split("|")]
+                words[name] = {left: right if equals else left for left, equals, right in pairs}
+                regex += f"(?P<{name}>{'|'.join(re.escape(word) for word in words[name])})"
         regex += re.escape(self.text[position:])
-        return re.compile(regex), bounds
+        return re.compile(regex), bounds, words
 
     def match(self, name: str, parameters: Mapping[str, int]) -> dict[str, Value] | None:
         """The variables' values if the whole name fits, else None."""
-        regex, bounds = self._compiled
+        regex, bounds, words = self._compiled
         match = regex.fullmatch(name)
         if match is None:
             return None
         values: dict[str, Value] = {}
         for key, text in match.groupdict().items():
-            values[key] = int(text) if key in bounds else text
+            values[key] = int(text) if key in bounds else words[key][text]
         for key, bound in bounds.items():
             if bound and not _COMPARE[bound[0]](int(values[key]), evaluate(bound[1], parameters)):
                 return None
@@ -133,6 +144,24 @@ class Pattern:
             return str(value)
 
         return _BRACES.sub(one, self.text)
+
+    def fill_all(self, values: Mapping[str, Value], parameters: Mapping[str, int]) -> list[str]:
+        """All names that the variables make of this pattern: several where it says `each`.
+
+        Raises:
+            RecipeError: as `fill`.
+        """
+        counts = {
+            typed[1]: evaluate(each[1], {**parameters, **values})
+            for match in _BRACES.finditer(self.text)
+            if (typed := _TYPED.fullmatch(match[1])) and (each := _EACH.fullmatch(typed[2]))
+        }
+        if not counts:
+            return [self.fill(values, parameters)]
+        if math.prod(counts.values()) > _MAX_EACH:
+            raise RecipeError(f"{self.text!r} gives too many names", expected=f"at most {_MAX_EACH}", found=f"{counts}")
+        indices = product(*(range(count) for count in counts.values()))
+        return [self.fill({**values, **dict(zip(counts, index, strict=True))}, parameters) for index in indices]
 
 
 def template(name: str) -> str:

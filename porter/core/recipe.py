@@ -16,7 +16,7 @@ from porter.core.checkpoint import ANY, Header, TensorInfo, dtype_code, spec
 from porter.core.errors import RecipeError
 from porter.core.files import check_counts
 from porter.core.modulemap import ModulePair
-from porter.core.ops import Drop, Op, castable
+from porter.core.ops import Constant, Drop, Op, castable
 from porter.core.patterns import Pattern, Value, evaluate, nearest
 from porter.core.tensorplan import Coverage, Step, TensorPlan, cast_step, digest_of, make_step
 
@@ -31,7 +31,8 @@ class Rule:
     """Source pattern(s) → ops → target pattern(s), and why.
 
     The first source pattern is matched against all names; further sources and the targets are filled in from its
-    variables and the recipe's parameters. No targets and one `Drop` leave the sources out.
+    variables and the recipe's parameters. No targets and one `Drop` leave the sources out; no sources and one
+    `Constant` make a target that the source layout does not have.
     `when` names a parameter, or an expression of them, that must not be 0 for the rule to exist.
     """
 
@@ -47,19 +48,26 @@ class Rule:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "ops", (self.ops,) if isinstance(self.ops, Op) else tuple(self.ops))
         drops = [op for op in self.ops if isinstance(op, Drop)]
-        if not self.sources or bool(drops) != (not self.targets):
+        constant = bool(self.ops) and isinstance(self.ops[0], Constant)
+        if constant != (not self.sources) or bool(drops) != (not self.targets):
             raise RecipeError(
-                f"the rule for {self.sources} is incomplete", expected="sources and targets, or sources and one Drop",
+                f"the rule for {self.sources or self.targets} is incomplete",
+                expected="sources and targets, or sources and one Drop, or one Constant and targets",
                 found=f"targets {self.targets}, ops {[op.describe() for op in self.ops]}",
             )  # fmt: skip
         if drops:
             object.__setattr__(self, "why", drops[0].reason)
 
     @property
+    def head(self) -> str:
+        """The pattern that the rule is known by: its first source's, or its first target's where it has no source."""
+        return (self.sources or self.targets)[0]
+
+    @property
     def label(self) -> str:
         """The rule in one line."""
         ops = ", ".join(op.describe() for op in self.ops) or "rename"
-        return f"{' + '.join(self.sources)} → {', '.join(self.targets) or 'nothing'} ({ops})"
+        return f"{' + '.join(self.sources) or 'nothing'} → {', '.join(self.targets) or 'nothing'} ({ops})"
 
     def inverse(self) -> Rule:
         """This rule read backwards, for the account of an inverse plan."""
@@ -160,9 +168,9 @@ class Recipe:
         return replace(self, rules=self.rules[:index] + self.rules[index + 1 :])
 
     def _index(self, pattern: str) -> int:
-        found = [index for index, rule in enumerate(self.rules) if rule.sources[0] == pattern]
+        found = [index for index, rule in enumerate(self.rules) if rule.head == pattern]
         if len(found) != 1:
-            near = nearest(pattern, [rule.sources[0] for rule in self.rules])
+            near = nearest(pattern, [rule.head for rule in self.rules])
             raise RecipeError(
                 f"{self.name} has {len(found)} rules for {pattern!r}", expected="one", found=", ".join(near) or None
             )
@@ -195,7 +203,7 @@ def compile_recipe(
     for index, rule in enumerate(recipe.rules):
         if rule.when is not None and not evaluate(rule.when, parameters):
             continue
-        matches = list(Pattern(rule.sources[0]).find(source, parameters))
+        matches = list(Pattern(rule.sources[0]).find(source, parameters)) if rule.sources else [("", {})]
         if not matches:
             problems.unmatched(rule)
         for name, values in matches:
@@ -217,8 +225,11 @@ def _expand(
     problems: Problems, dtype: str | None, keep: Sequence[Pattern],
 ) -> Step | None:  # fmt: skip
     """The step that a rule makes of one match; None (and a problem noted) where it cannot."""
-    names = [first, *(Pattern(text).fill(values, parameters) for text in rule.sources[1:])]
-    targets = [Pattern(text).fill(values, parameters) for text in rule.targets]
+    names = [first] if rule.sources else []
+    for place, text in enumerate(rule.sources):
+        filled = Pattern(text).fill_all(values, parameters) if place or ":each " in text else []
+        names += filled if place else filled[1:]  # the first is what was found
+    targets = [name for text in rule.targets for name in Pattern(text).fill_all(values, parameters)]
     for name in names:
         problems.claim(name, rule)
     absent = [name for name in names if name not in source]
@@ -235,7 +246,7 @@ def _expand(
             if cast:
                 step = make_step(index, infos, (*rule.ops, cast), targets, parameters)
     except RecipeError as error:
-        problems.unfit(first, error)
+        problems.unfit(first or targets[0], error)
         return None
     return step
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from porter.core.checkpoint import ANY, Header, TensorInfo, spec
+from porter.core import stream
+from porter.core.checkpoint import ANY, Header, TensorInfo, nbytes, spec
 from porter.core.errors import RecipeError
 from porter.core.modulemap import ModulePair, module_map
-from porter.core.ops import Cast, Exactness, Op, widens
+from porter.core.ops import Cast, Compute, Drop, Exactness, Op, widens
 from porter.core.views import Run, View, merge
-
-WINDOW = 8 << 20  # bytes that an execution moves at a time
 
 
 @dataclass(frozen=True)
 class Output:
-    """A target tensor of a step. `runs` count elements of the step's sources, each in its source's own dtype."""
+    """A target tensor of a step. `runs` count elements of the step's sources, each in its source's own dtype.
+
+    Of a computed step they only say which sources' elements came through unchanged.
+    """
 
     name: str
     dtype: str
@@ -39,6 +42,12 @@ class Step:
     sources: tuple[str, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Output, ...]
+    agreements: tuple[tuple[Output, Output], ...] = ()  # values that an execution must find equal in every bit
+
+    @property
+    def computed(self) -> bool:
+        """Whether an op makes new numbers, so that the step needs its sources whole, and torch."""
+        return any(isinstance(op, Compute) for op in self.ops)
 
     @property
     def exactness(self) -> Exactness:
@@ -57,11 +66,15 @@ def make_step(
     views = [View.whole(index, source.dtype, source.shape) for index, source in enumerate(sources)]
     bound: list[Op] = []
     rounded: list[tuple[str, str]] = []
+    agreements: list[tuple[Output, Output]] = []
     for op in ops:
         bound.append(op.bind(views, parameters))
+        for pair in bound[-1].agreements(views):
+            agreements.append(tuple(Output(op.describe(), v.dtype, v.shape, merge(v.runs)) for v in pair))  # type: ignore[arg-type]
         if isinstance(bound[-1], Cast) and not all(widens(*pair) for pair in rounded):
             raise RecipeError(
-                f"{sources[0].name} is rounded twice", expected="one cast, or casts of which only the last rounds",
+                f"{' + '.join(source.name for source in sources)} is rounded twice",
+                expected="one cast, or casts of which only the last rounds",
                 found=" → ".join(op.describe() for op in ops), hint="leave out the first cast, or --dtype",
             )  # fmt: skip
         if isinstance(bound[-1], Cast):  # an execution converts each element once, from its source's dtype to the last
@@ -69,13 +82,13 @@ def make_step(
         views = bound[-1].move(views)
     if len(views) != len(targets):
         raise RecipeError(
-            f"{' + '.join(source.name for source in sources)} gives {len(views)} tensors",
+            f"{' + '.join(source.name for source in sources) or 'nothing'} gives {len(views)} tensors",
             expected=f"{len(targets)}: {', '.join(targets) or 'none'}", found=" → ".join(op.describe() for op in ops),
         )  # fmt: skip
     outputs = tuple(
         Output(name, view.dtype, view.shape, merge(view.runs)) for name, view in zip(targets, views, strict=True)
     )
-    return Step(rule, tuple(source.name for source in sources), tuple(bound), outputs)
+    return Step(rule, tuple(source.name for source in sources), tuple(bound), outputs, tuple(agreements))
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,8 @@ class TensorPlan:
     @property
     def bytes_in(self) -> int:
         """Bytes of source tensors that are read; dropped ones are not."""
-        return sum(self.sources[name].nbytes for step in self.steps if step.outputs for name in step.sources)
+        read = {name for step in self.steps if not _drops(step) for name in step.sources}
+        return sum(self.sources[name].nbytes for name in read)
 
     @property
     def bytes_out(self) -> int:
@@ -155,13 +169,22 @@ class TensorPlan:
     @property
     def peak_buffer(self) -> int:
         """Bytes of tensor data in memory at once while executing, whatever the model's size."""
-        window = min(WINDOW, max((target.nbytes for target in self.targets.values()), default=0))
-        casts = any(
-            self.sources[step.sources[run.source]].dtype != output.dtype
-            for step, output in self.outputs()
-            for run in output.runs
-        )
-        return 3 * window if casts else window
+        largest = max((target.nbytes for target in self.targets.values()), default=0)
+        gathered = max((self._gathered(step, output) for step, output in self.outputs()), default=0)
+        whole = max((self._whole(step) for step in self.steps if step.computed), default=0)
+        return max(stream.BUFFERS * min(stream.WINDOW, largest) + gathered, whole)
+
+    def _gathered(self, step: Step, output: Output) -> int:
+        """Bytes of the sources that a transposition needs whole."""
+        if all(run.plain for run in output.runs):
+            return 0
+        return sum(self.sources[step.sources[source]].nbytes for source in {run.source for run in output.runs})
+
+    def _whole(self, step: Step) -> int:
+        """Bytes of a computed step's tensors: sources, float32 copies of them, results."""
+        sources = [self.sources[name] for name in step.sources]
+        results = sum(nbytes(item.dtype, math.prod(item.shape)) for item in step.outputs)
+        return sum(source.nbytes + 4 * source.numel for source in sources) + results
 
     @property
     def coverage(self) -> Coverage:
@@ -215,24 +238,35 @@ class TensorPlan:
                 )  # fmt: skip
         return replace(self, targets={name: targets[name] for name in self.targets})
 
-    def inverse(self) -> TensorPlan:
+    def inverse(self, base: Header | None = None) -> TensorPlan:
         """The plan from the targets back to the sources, derived step by step.
 
         It restores the sources exactly wherever this plan is exact. Undoing a widening cast counts as lossy, because
         only values that came through that cast survive it.
 
+        Args:
+            base: header of the original weights. What this plan dropped, rounded or folded is copied from there.
+
         Raises:
-            RecipeError: a tensor was dropped, so only the original file has it.
+            RecipeError: something was dropped, rounded or folded, and only the original weights still have it.
         """
-        lost = [(name, step.rule) for step in self.steps if not step.outputs for name in step.sources]
-        if lost:
-            name, rule = lost[0]
+        lost = [(name, step) for step in self.steps if step.exactness != "exact" for name in step.sources]
+        if lost and base is None:
+            name, step = lost[0]
+            does = "drops" if _drops(step) else "rounds" if step.exactness == "lossy" else "folds"
+            more = f" and {len(lost) - 1} more" if lost[1:] else ""
             raise RecipeError(
-                f"{self.recipe} cannot be undone: it drops {name}" + (f" and {len(lost) - 1} more" if lost[1:] else ""),
-                expected="every tensor kept", found=self.rules[rule].why, hint="keep the original file",
+                f"{self.recipe} cannot be undone: it {does} {name}{more}",
+                expected="every element kept, or --base with the original weights",
+                found=self.rules[step.rule].why, hint="name the original with --base, or keep it",
             )  # fmt: skip
-        steps = []
+        steps, borrowed = [], dict[str, TensorInfo]()
         for step in self.steps:
+            if base is not None and step.exactness != "exact":
+                for name in step.sources:
+                    borrowed[f"{name} (base)"] = taken = self._borrow(base, name)
+                    steps.append(make_step(step.rule, [replace(taken, name=f"{name} (base)")], (), [name], {}))
+                continue
             sources = [replace(self.targets[output.name], name=output.name) for output in step.outputs]
             ops = [op.inverse() for op in reversed(step.ops)]
             steps.append(make_step(step.rule, sources, ops, step.sources, {}))
@@ -241,13 +275,29 @@ class TensorPlan:
         made = {output.name: spec(output.dtype, output.shape, output.name) for step in steps for output in step.outputs}
         targets = {name: made[name] for name in self.sources}
         return replace(
-            self, source_layout=self.target_layout, target_layout=self.source_layout, sources=self.targets,
-            targets=targets, steps=tuple(steps), rules=rules, digest=digest_of(["inverse", self.digest]),
+            self, source_layout=self.target_layout, target_layout=self.source_layout,
+            sources={**self.targets, **borrowed}, targets=targets, steps=tuple(steps), rules=rules,
+            digest=digest_of(["inverse", self.digest]),
         )  # fmt: skip
+
+    def _borrow(self, base: Header, name: str) -> TensorInfo:
+        """A source tensor from the original weights, which must have it as this plan took it."""
+        have, want = base.get(name), self.sources[name]
+        if have is None or have.shape != want.shape or want.dtype not in (ANY, have.dtype):
+            raise RecipeError(
+                f"the base has no such {name}", expected=f"{want.dtype} {list(want.shape)}",
+                found=f"{have.dtype} {list(have.shape)}" if have else "no tensor of this name",
+                hint="name the original weights that the port was made from",
+            )  # fmt: skip
+        return have
 
     def module_map(self) -> list[ModulePair]:
         """Which rows of which target module's weights are which rows of which source module's; see `modulemap`."""
         return module_map(self)
+
+
+def _drops(step: Step) -> bool:
+    return any(isinstance(op, Drop) for op in step.ops)
 
 
 def weakest(levels: Any) -> Exactness:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from porter.core import execute as module
+from porter.core import stream
 from porter.core.checkpoint import read_header, spec, specs
 from porter.core.errors import CheckpointError, RecipeError, ResourceError, UsageError
 from porter.core.execute import apply, execute
@@ -32,8 +33,8 @@ import resource, signal, sys, time
 sys.path[:0] = sys.argv[1:2]
 from pathlib import Path
 from tests.core.toy import plan_of
-from porter.core import execute as module
-module.WINDOW = 16
+from porter.core import execute as module, stream
+stream.WINDOW = 16
 plan = plan_of(Path(sys.argv[2]))
 if sys.argv[4] == "limit":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -78,7 +79,7 @@ def original(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("window", [4, 20, 8 << 20])
 def test_every_byte_lands_in_its_place(original: Path, tmp_path: Path, window: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "WINDOW", window)
+    monkeypatch.setattr(stream, "WINDOW", window)
     counts: list[int] = []
     written = execute(
         plan_of(original), tmp_path / "out.safetensors", metadata={"format": "pt"}, progress=counts.append
@@ -106,10 +107,10 @@ def test_reads_go_forward(original: Path, tmp_path: Path, monkeypatch: Any) -> N
 
 
 def test_long_copies_write_back_and_drop_behind(original: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "WINDOW", 32)
+    monkeypatch.setattr(stream, "WINDOW", 32)
     monkeypatch.setattr(module, "_PARALLEL_HASH", 16)
-    monkeypatch.setattr(module.Writeback, "WORTH", 1)
-    monkeypatch.setattr(module.Writeback, "STRETCH", 64)
+    monkeypatch.setattr(stream.Writeback, "WORTH", 1)
+    monkeypatch.setattr(stream.Writeback, "STRETCH", 64)
     dropped: list[tuple[int, int]] = []
     real = os.posix_fadvise
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, n, how: dropped.append((at, n)) or real(fd, at, n, how))
@@ -148,7 +149,7 @@ def test_apply_agrees_and_leaves_the_input_alone(original: Path) -> None:
 
 
 def test_casts_round_as_torch_does(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "WINDOW", 16)
+    monkeypatch.setattr(stream, "WINDOW", 16)
     source = {n: torch.randn(s, generator=torch.Generator().manual_seed(1)) for n, s in SHAPES.items()}
     save_torch(source, tmp_path / "in.safetensors")
     plan = plan_of(tmp_path / "in.safetensors", dtype="bf16")

@@ -7,6 +7,7 @@ Each function is written for `tests.memory_tracker.measure`: a tuple of ints is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,28 @@ def wan(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
     if config.get("image_dim"):
         given["encoder_hidden_states_image"] = (work.batch, 257, config["image_dim"])
     return given
+
+
+def vace(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """No reference picture, so the control latents have as many frames as the video."""
+    control = {"control_hidden_states": _video(work, config["vace_in_channels"])}
+    return wan(config, work) | control | {"control_hidden_states_scale": (len(config["vace_layers"]),)}
+
+
+def animate(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """A segment; the reference picture is one latent frame more, before those of the pose."""
+    size = config["motion_encoder_size"]
+    pose, face = _video(work, config["latent_channels"]), (work.batch, 3, work.frames, size, size)
+    given = wan(config, replace(work, frames=work.frames + work.temporal))
+    return given | {"pose_hidden_states": pose, "face_pixel_values": face, "motion_encode_batch_size": None}
+
+
+def skyreels(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """`fps` is an index, 1 for 24 frames a second."""
+    if not work.frame_timesteps:
+        return wan(config, work)
+    times = {"timestep": ((work.batch, work.latent_frames), I64)}
+    return wan(config, work) | times | {"enable_diffusion_forcing": True, "fps": [1] * work.batch}
 
 
 def hunyuan(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:

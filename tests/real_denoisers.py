@@ -6,7 +6,7 @@ Configs name what differs from the class defaults of the installed diffusers. Si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -30,6 +30,8 @@ class Denoiser:
         shapes: (full config, workload) -> what `tests.memory_tracker.measure` makes tensors of.
         base: the size it is used at, with its prompt's length and its autoencoder's compression.
         other: another height, width and number of frames.
+        few: what else must change with four blocks of each kind.
+        batches: those that the class can be called with.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Denoiser:
     shapes: Inputs
     base: Workload
     other: tuple[int, int, int]
+    few: dict[str, Any] = field(default_factory=dict)
+    batches: tuple[int, ...] = (1, 2)
 
     def full(self) -> dict[str, Any]:
         """The config with the defaults of the class."""
@@ -46,7 +50,7 @@ class Denoiser:
     def shallow(self) -> Denoiser:
         """The same widths with four blocks of each kind: the peak lies in one block, however many there are."""
         cut = {key: 4 for key in DEPTHS if (self.full().get(key) or 0) > 4}
-        return replace(self, config=self.config | cut)
+        return replace(self, config=self.config | cut | self.few)
 
     def measured(self, work: Workload, explain: bool = False) -> Measured:
         """What torch's tracker sees."""
@@ -55,16 +59,21 @@ class Denoiser:
         return measure(lambda: build(**self.config), given, work.dtype, explain=explain, read=work.text_tokens)
 
     def points(self) -> list[Workload]:
-        """Two sizes, with batches of 1 and 2, in bfloat16 and float32."""
+        """Two sizes, with batches of 1 and 2 where both are possible, in bfloat16 and float32."""
         height, width, frames = self.other
         sizes = [self.base, replace(self.base, height=height, width=width, frames=frames)]
         return [
-            replace(size, batch=batch, dtype=dtype) for dtype in ("BF16", "F32") for size in sizes for batch in (1, 2)
+            replace(size, batch=batch, dtype=dtype)
+            for dtype in ("BF16", "F32")
+            for size in sizes
+            for batch in self.batches
         ]
 
 
 _WAN = {"ffn_dim": 13824, "num_layers": 40, "num_attention_heads": 40}
 _WAN_VIDEO = Workload(height=480, width=832, frames=81, temporal=4)
+_SKYREELS = Workload(height=544, width=960, frames=97, temporal=4)
+_FORCED = replace(_SKYREELS, frame_timesteps=True)
 _SD3 = Workload(text_tokens=256)
 _COG = {
     "num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True, "sample_width": 90,
@@ -121,6 +130,31 @@ DENOISERS = [
         "Wan2.1-I2V-14B", "WanTransformer3DModel",
         {**_WAN, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, inputs.wan, _WAN_VIDEO, (720,
         1280, 33),
+    ),
+    Denoiser(
+        "Wan2.1-VACE-1.3B", "WanVACETransformer3DModel",
+        {"ffn_dim": 8960, "num_layers": 30, "num_attention_heads": 12, "vace_layers": tuple(range(0, 30, 2))},
+        inputs.vace, _WAN_VIDEO, (512, 512, 49), {"vace_layers": (0, 2)},
+    ),
+    Denoiser(
+        "Wan2.1-VACE-14B", "WanVACETransformer3DModel", _WAN, inputs.vace, replace(_WAN_VIDEO, height=720, width=1280),
+        (480, 832, 49), {"vace_layers": (0, 2)},
+    ),
+    Denoiser(
+        "Wan2.2-Animate-14B", "WanAnimateTransformer3DModel", {**_WAN, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        inputs.animate, replace(_WAN_VIDEO, height=720, width=1280, frames=77), (480, 832, 45),
+        {"inject_face_latents_blocks": 2},
+    ),
+    Denoiser(
+        "SkyReels-V2-DF-14B-540P", "SkyReelsV2Transformer3DModel", _WAN, inputs.skyreels, _FORCED, (480, 832, 49),
+    ),
+    Denoiser(
+        "SkyReels-V2-T2V-14B-540P", "SkyReelsV2Transformer3DModel", _WAN, inputs.skyreels, _SKYREELS, (480, 832, 49),
+    ),
+    Denoiser(
+        "SkyReels-V2-DF-1.3B-540P", "SkyReelsV2Transformer3DModel",
+        {"ffn_dim": 8960, "num_layers": 30, "num_attention_heads": 12, "inject_sample_info": True}, inputs.skyreels,
+        _FORCED, (480, 832, 49), batches=(1,),  # diffusers 0.42 adds the frame rate's embedding to one video only
     ),
     Denoiser(
         "HunyuanVideo", "HunyuanVideoTransformer3DModel", {"guidance_embeds": True}, inputs.hunyuan,

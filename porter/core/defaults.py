@@ -69,6 +69,7 @@ class CallSource(ClassSource):
 
     Attributes:
         batches_guidance: whether both passes of classifier-free guidance go through the denoiser in one forward.
+        frame_timesteps: whether the denoiser is given a timestep for each latent frame (diffusion forcing).
         upcasts_decoder: whether an autoencoder whose config says `force_upcast` is computed in float32 after float16.
         sizes: what its constructor sets as default sizes: `height` and `width` in pixels, `sample_size` in latents.
         numbers: what else its text says where nobody says otherwise (`porter.core.calls.numbers`).
@@ -76,6 +77,7 @@ class CallSource(ClassSource):
     """
 
     batches_guidance: bool = False
+    frame_timesteps: bool = False
     upcasts_decoder: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict)
     numbers: Mapping[str, int] = field(default_factory=dict)
@@ -108,7 +110,8 @@ def call_source(pipeline_class: str) -> CallSource | None:
         defaults, required = arguments(function)
         return CallSource(
             f"{root.name}/{file.relative_to(root)}:{found[0]}", defaults, tuple(required),
-            batches_guidance=_BATCHED.search(found[1]) is not None, upcasts_decoder=b"force_upcast" in found[1],
+            batches_guidance=_BATCHED.search(found[1]) is not None,
+            frame_timesteps=b"enable_diffusion_forcing=True" in found[1], upcasts_decoder=b"force_upcast" in found[1],
             sizes={name.decode(): int(size) for name, size in _SIZES.findall(found[1])},
             numbers=numbers(found[1]), text_calls=text_calls(found[1]),
         )  # fmt: skip

@@ -28,6 +28,7 @@ _UNITS = {"": 1, "B": 1} | {
     for end in ("", "B", "iB")
 }
 _SIDE, _VIDEO_FRAMES = 1024, 81  # where nothing says a size
+_FRAMES = ("num_frames", "segment_frame_length")  # the latter where a pipeline makes a video piece by piece
 _PIXELS = (3, 6)  # channels of a denoiser that works on pictures themselves, or on two at once
 _NOBODY = "no default is known"
 
@@ -45,6 +46,7 @@ class Workload:
         text_tokens: tokens of a prompt, after padding.
         spatial: pixels per latent position, each way.
         temporal: frames per latent frame, the first frame standing alone.
+        frame_timesteps: whether the denoiser is given a timestep for each latent frame (diffusion forcing).
         upcasts: whether the pipeline decodes in float32 after float16 where `force_upcast` is in the config.
         text_mask: whether a text encoder is given an attention mask.
         hidden_states: whether a text encoder is asked for the output of every layer.
@@ -62,6 +64,7 @@ class Workload:
     text_tokens: int = 512
     spatial: int = 8
     temporal: int = 1
+    frame_timesteps: bool = False
     upcasts: bool = False
     text_mask: bool = True
     hidden_states: bool = True
@@ -171,7 +174,7 @@ def default_workload(
         _choose(key, options, known, chosen, assumed, guessed)
     if _makes_video(call, work, parts):
         frames = (
-            (literal.get("num_frames"), source), sample_frames(parts), (figures.get("frames"), source),
+            *((literal.get(key), source) for key in _FRAMES), sample_frames(parts), (figures.get("frames"), source),
             (_VIDEO_FRAMES, _NOBODY),
         )  # fmt: skip
         _choose("frames", frames, known, chosen, assumed, guessed)
@@ -183,6 +186,9 @@ def default_workload(
     chosen["guidance"] = bool(call and call.batches_guidance and isinstance(scale, int | float) and scale > 1)
     if chosen["guidance"] and "guidance" not in known:
         assumed.append(f"classifier-free guidance: the denoiser's batch is doubled ({source}: guidance_scale {scale})")
+    chosen["frame_timesteps"] = bool(call and call.frame_timesteps)
+    if chosen["frame_timesteps"] and "frame_timesteps" not in known:
+        assumed.append(f"diffusion forcing: a timestep for each latent frame ({caller})")
     chosen["upcasts"] = bool(call and call.upcasts_decoder)
     asked = call.text_calls if call else {}
     said = {part.name: asked.get(part.name, asked.get(OTHERS)) for part in parts if part.name.startswith("text_enc")}
@@ -227,7 +233,7 @@ def _positions(work: Workload) -> str:
 def _makes_video(call: CallSource | None, work: Workload, parts: Iterable[Described]) -> bool:
     """By the call's parameters; without a call by the latents, or by the denoiser's class."""
     if call is not None:
-        return call.knows("num_frames")
+        return any(call.knows(key) for key in _FRAMES)
     return work.temporal > 1 or any(
         part.library == "diffusers" and ("3D" in str(part.class_name) or "Video" in str(part.class_name))
         for part in parts

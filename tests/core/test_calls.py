@@ -32,6 +32,24 @@ def test_without_a_pipeline_the_familys_call_is_taken_and_said() -> None:
     assert (work.height, work.width) == (512, 704)
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "size", "forced"),
+    [
+        ("WanVACEPipeline", (480, 832, 81), False),
+        ("WanAnimatePipeline", (720, 1280, 77), False),  # frames of a segment
+        ("SkyReelsV2Pipeline", (544, 960, 97), False),
+        ("SkyReelsV2DiffusionForcingPipeline", (544, 960, 97), True),
+    ],
+)
+def test_videos_are_as_long_as_their_pipelines_make_them(
+    pipeline: str, size: tuple[int, int, int], forced: bool
+) -> None:
+    work, assumed = default_workload(pipeline, [Part("vae", "AutoencoderKLWan", {"scale_factor_spatial": 8})])
+    assert (work.height, work.width, work.frames) == size and work.guessed == ()
+    assert work.frame_timesteps is forced and any("timestep for each" in line for line in assumed) is forced
+    assert not work.guidance  # both passes run one after the other
+
+
 def test_a_size_that_nobody_says_is_a_guess_and_gives_no_verdict() -> None:
     work, assumed = default_workload(None, [DENOISER])
     assert work.guessed == ("height", "width", "frames") and "frames 81 (no default is known)" in assumed

@@ -124,7 +124,8 @@ def compare_component(
     own = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
     result.unused = [p for p in own if p not in ran]
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
-    result.unwatched = [leaf for leaf in alignment.parts if leaf not in recorded]
+    # Tensors of the outermost module itself (no path) take part in the pass, whose output is compared.
+    result.unwatched = [leaf for leaf in alignment.parts if leaf and leaf not in recorded]
     return result
 
 

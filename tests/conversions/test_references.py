@@ -1,0 +1,83 @@
+"""What the original code computed, against a port of the same weights: drawn, converted by the engine, run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from conversions.record_reference import MAX_BYTES, Original, record_original, write_weights
+from parity.case import ComponentCase, FamilyCases
+from parity.component import ComponentResult, compare_component
+from parity.run import alignment_of
+from parity.trace import Trace
+from porter.core.convert import convert
+from porter.core.family import families, resolve
+
+REFERENCES = os.environ.get("PORTER_REFERENCES")
+
+
+def cases() -> list[tuple[str, ComponentCase]]:
+    """Every component with a trace that was recorded on drawn weights."""
+    found = []
+    for name, family in families().items():
+        declared: FamilyCases | None = resolve(family.cases) if family.cases else None
+        for case in declared.components if declared else ():
+            if "weights" in Trace.open(case.trace).meta:
+                found.append((name, case))
+    return found
+
+
+CASES = cases()
+every = pytest.mark.parametrize(
+    ("family", "case"), CASES, ids=lambda value: getattr(value, "trace", Path(str(value))).stem
+)
+
+
+def port_of(case: ComponentCase, folder: Path) -> Path:
+    """The port of a trace's weights, converted as a user would."""
+    config = write_weights(case.trace, folder / "source.safetensors")
+    convert(folder / "source.safetensors", folder / "port", config=config or None, verify=True)
+    return folder / "port" / case.component
+
+
+@every
+def test_the_port_computes_what_the_original_computed(family: str, case: ComponentCase, tmp_path: Path) -> None:
+    port = port_of(case, tmp_path)
+    trace, alignment = Trace.open(case.trace), alignment_of(case, port)
+    for candidate in case.candidates:
+        result = ComponentResult(case.component, "trace", candidate.name, "")
+        compare_component(candidate.load(port), candidate, trace, alignment, result, step_names=case.output_step)
+        bad = [f"{v.name}: {v.status} {v.max_abs:.2e} {v.note}" for v in result.verdicts if not v.passed][:8]
+        assert result.passed, (result.status, result.reason, result.guilty, bad, result.unused, result.unwatched)
+        assert result.counts["compared"] > 10 and not result.counts["missing"], result.counts
+        assert not result.warnings, "weights at zero or one hide faults"
+
+
+@every
+def test_a_trace_is_small_and_says_where_it_comes_from(family: str, case: ComponentCase) -> None:
+    meta = Trace.open(case.trace).meta
+    originals = {o.name: o for o in importlib.import_module(f"conversions.{family}.record").ORIGINALS}
+    original: Original = originals[case.trace.stem]
+    assert case.trace.stat().st_size <= MAX_BYTES
+    assert meta["reference"]["commit"] == original.commit and original.repository in meta["reference"]["repository"]
+    assert set(meta["reference"]["files"]) == set(original.files)
+    assert json.dumps(meta["config"]) == json.dumps(dict(original.config))
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(not REFERENCES, reason="PORTER_REFERENCES names no folder with checkouts")
+@every
+def test_the_committed_trace_is_what_the_original_computes(family: str, case: ComponentCase) -> None:
+    originals = {o.name: o for o in importlib.import_module(f"conversions.{family}.record").ORIGINALS}
+    original = originals[case.trace.stem]
+    checkout = Path(str(REFERENCES)) / original.repository.rpartition("/")[2]
+    committed = Trace.open(case.trace)
+    fresh = Trace.of(record_original(original, family, checkout, committed.meta["seed"]))
+    assert list(fresh.events) == list(committed.events)
+    for key in committed.events:
+        torch.testing.assert_close(fresh.value(key).high, committed.value(key).high, rtol=0, atol=1e-9)

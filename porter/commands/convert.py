@@ -12,19 +12,27 @@ import click
 from porter.commands._options import hub_options, model_argument, output_options
 from porter.commands._render import byte_progress, console, escape, human_bytes, print_json
 from porter.core.errors import BadInputError, UsageError
+from porter.core.hashing import DEFAULT_WORKERS
 
 
 @click.command(name="convert", short_help="Write a port folder in another layout, with its manifest.")
 @model_argument
 @click.option("-o", "--out", "out", type=click.Path(path_type=Path), metavar="PORT", help="The folder to write.")
-@click.option("--to", type=click.Choice(["diffusers", "original"]), default="diffusers", show_default=True,
-              help="The layout to write; `original` restores the files a port was made from.")  # fmt: skip
+@click.option("--to", type=click.Choice(["diffusers", "original", "comfyui"]), default="diffusers",
+              show_default=True,
+              help="The layout to write; the last two take a port or any pipeline in diffusers' layout.")  # fmt: skip
 @click.option("--component", "components", multiple=True, metavar="NAME", help="Convert only this component.")
+@click.option("--base", metavar="MODEL",
+              help="A pipeline that gives what MODEL lacks; with --to original, the original weights.")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
               help="The component's config.json, for what its tensors do not hold.")  # fmt: skip
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE.py",
               help="Run this Python file; its RECIPE or RECIPES replace the catalogue's.")  # fmt: skip
 @click.option("--dtype", metavar="DTYPE", help="Cast converted weights, e.g. bfloat16; default: as they are.")
+@click.option("--shard-size", metavar="SIZE", help="The largest a weights file may be, e.g. 5GB; default: one file.")
+@click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights of a training checkpoint.")
+@click.option("--workers", type=click.IntRange(min=1), default=DEFAULT_WORKERS, show_default="up to 4",
+              metavar="N", help="Threads; the bytes written do not depend on it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Account for every tensor, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished port.")
 @click.option("--verify", is_flag=True, help="Load the result with its real class, compare, and undo it once.")
@@ -35,9 +43,13 @@ def command(
     out: Path | None,
     to: str,
     components: tuple[str, ...],
+    base: str | None,
     config: Path | None,
     recipe: Path | None,
     dtype: str | None,
+    shard_size: str | None,
+    ema: bool,
+    workers: int,
     dry_run: bool,
     overwrite: bool,
     verify: bool,
@@ -64,11 +76,15 @@ def command(
         result = convert(
             model,
             out or Path("port"),
-            to="original" if to == "original" else "diffusers",
+            to=to,  # type: ignore[arg-type]
             component=components[0] if components else None,
+            base=base,
             config=_config(config) if config else None,
             recipe=recipe,
             dtype=dtype,
+            shard_size=shard_size,
+            averaged=ema,
+            workers=workers,
             dry_run=dry_run,
             overwrite=overwrite,
             verify=verify,
@@ -111,6 +127,15 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
             screen.print(_rule_line(rule), soft_wrap=True)
         for item in cover["dropped"]:
             screen.print(f"  dropped {escape(item['tensor'])}: {escape(item['reason'])}")
+        if part["assumed"]:
+            words = ", ".join(f"{key}: {value}" for key, value in part["assumed"].items())
+            screen.print(f"  assumed {escape(words)}: no tensor shows it, and nobody gave it")
+        if len(part["targets"]) > 1:
+            screen.print(f"  {len(part['targets'])} shards and their index")
+    for file, left in document["left_tensors"].items():
+        screen.print(
+            f"left out  {left['count']} tensors of {escape(file)} that no recipe takes: {escape(left['first'])} …"
+        )
     if document["copied"]:
         screen.print(f"copied    {len(document['copied'])} files as they are")
         if verbose:
@@ -135,7 +160,7 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
         return
     port = shlex.quote(str(document["output"]))
     screen.print(f"wrote     {escape(str(document['output']))}  ({human_bytes(document['bytes'])})")
-    verb = "plan" if document["direction"] == "original" else "parity"
+    verb = "parity" if document["direction"] == "diffusers" else "plan"
     screen.print(f"[bold]next[/]      porter {verb} {escape(port)}")
 
 

@@ -73,7 +73,10 @@ def spec(dtype: str, shape: Iterable[int], name: str = "") -> TensorInfo:
 
 
 def specs(shapes: Mapping[str, tuple[int, ...]], dtype: str = ANY) -> dict[str, TensorInfo]:
-    """Header entries for many tensors of one dtype."""
+    """Header entries for many tensors of one dtype; TypeError where a shape is made of something else than sizes."""
+    for name, shape in shapes.items():
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise TypeError(f"{name} has the shape {list(shape)!r:.100}")
     return {name: spec(dtype, shape, name) for name, shape in shapes.items()}
 
 

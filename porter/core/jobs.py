@@ -6,19 +6,36 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from porter.core.errors import UsageError
 from porter.core.recipe import Recipe, TensorPlan
+from porter.core.sharding import Shard
 from porter.core.source import Source
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+WEIGHTS_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user asked of a conversion; see `porter.core.convert.convert` for the words."""
+
+    component: str | None = None
+    config: Mapping[str, Any] | None = None
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    reference: str = ""
+    dtype: str | None = None
+    base: Source | None = None
+    shard_size: int | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
 class Copy:
     """A file that goes over unchanged, under its own name. `sha256`: what it must be, where someone has said so."""
 
+    source: Source
     name: str
     size: int
     sha256: str | None = None
@@ -31,12 +48,25 @@ class Copy:
             MissingError: no such file, or only a Git-LFS pointer.
         """
         info = source.content(name)
-        return cls(name, info.size, info.sha256)
+        return cls(source, name, info.size, info.sha256)
+
+    @property
+    def path(self) -> Path:
+        """The file itself."""
+        return self.source.path(self.name)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One component through its recipe: compiled plan, files it reads, file it writes, small files beside it."""
+    """One component through its recipe: compiled plan, files it reads, files it writes, small files beside them.
+
+    Attributes:
+        sources: files that are read, each with the source it belongs to.
+        shards: files that are written.
+        texts: small files that are written first; `last` those that are written last (an index over the shards).
+        prefix: what stands before its tensors' names in a file that holds several components.
+        assumed: config keys that nobody gave and no tensor shows.
+    """
 
     component: str
     library: str
@@ -45,13 +75,21 @@ class Job:
     reference: str
     plan: TensorPlan
     config: Mapping[str, Any]
-    sources: tuple[str, ...]
-    target: str
+    sources: tuple[tuple[Source, str], ...]
+    shards: tuple[Shard, ...]
     metadata: Mapping[str, str]
     texts: Mapping[str, bytes] = field(default_factory=dict)
+    last: Mapping[str, bytes] = field(default_factory=dict)
     source_metadata: Mapping[str, str] = field(default_factory=dict)
     source_dtypes: Any = None
     dtype: str | None = None
+    prefix: str = ""
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the source files."""
+        return tuple(name for _, name in self.sources)
 
     @property
     def coverage(self) -> dict[str, Any]:
@@ -64,10 +102,13 @@ class Job:
             "library": self.library,
             "class": self.class_name,
             "action": "convert",
-            "sources": list(self.sources),
+            "sources": list(self.files),
+            "prefix": self.prefix,
+            "weights": [shard.file for shard in self.shards],
             "recipe": {"name": self.recipe.name, "reference": self.reference, "digest": self.plan.digest},
             "dtype": self.dtype,
             "config": dict(self.config),
+            "assumed": dict(self.assumed),
             "source_metadata": dict(self.source_metadata),
             "source_dtypes": self.source_dtypes,
             "coverage": self.coverage,
@@ -79,19 +120,26 @@ class Job:
             "name": self.component,
             "class": self.class_name,
             "recipe": {"name": self.recipe.name, "reference": self.reference, "digest": self.plan.digest},
-            "sources": list(self.sources),
-            "target": self.target,
+            "sources": list(self.files),
+            "targets": [shard.file for shard in self.shards],
             "exactness": self.plan.exactness,
             "bytes_in": self.plan.bytes_in,
             "bytes_out": self.plan.bytes_out,
             "peak_buffer": self.plan.peak_buffer,
+            "assumed": dict(self.assumed),
             "coverage": self.coverage,
         }
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A whole conversion, decided."""
+    """A whole conversion, decided.
+
+    Attributes:
+        not_carried: (file, why) of every file that does not go over.
+        left: file → tensors in it that no recipe takes.
+        texts: small files that belong to no component (a model_index.json of the base).
+    """
 
     source: Source
     direction: str
@@ -102,6 +150,8 @@ class Preparation:
     copied_components: Mapping[str, dict[str, Any]]
     not_carried: tuple[tuple[str, str], ...]
     licence: Mapping[str, Any]
+    left: Mapping[str, list[str]] = field(default_factory=dict)
+    base: Source | None = None
 
     @property
     def bytes(self) -> int:
@@ -112,19 +162,29 @@ class Preparation:
     def key(self) -> str:
         """Equal for equal settings on equal sources; a killed run with this key can be continued."""
 
-        def stamp(name: str) -> tuple[str, int, int]:
-            found = self.source.path(name).stat()
-            return name, found.st_size, found.st_mtime_ns
+        def stamp(source: Source, name: str) -> tuple[str, str, int, int]:
+            found = source.path(name).stat()
+            return source.spec, name, found.st_size, found.st_mtime_ns
 
         document = {
             "direction": self.direction,
             "source": [self.source.spec, self.source.revision],
             "jobs": [
-                [job.component, job.plan.digest, job.dtype, dict(job.config), job.target, dict(job.metadata)]
-                + [stamp(name) for name in job.sources]
+                {
+                    "job": [
+                        job.component,
+                        job.plan.digest,
+                        job.dtype,
+                        dict(job.config),
+                        dict(job.metadata),
+                        job.prefix,
+                    ],
+                    "shards": [[shard.file, shard.names] for shard in job.shards],
+                    "sources": [stamp(*item) for item in job.sources],
+                }
                 for job in self.jobs
             ],
-            "copies": [stamp(copy.name) for copy in self.copies],
+            "copies": [stamp(copy.source, copy.name) for copy in self.copies],
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

@@ -65,12 +65,25 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage; `nbytes` are its own."""
+    """A view of a storage; `nbytes` are its own, `offset` and `stride` count elements of the storage."""
 
-    __slots__ = ("dtype", "nbytes", "shape", "storage")
+    __slots__ = ("dtype", "nbytes", "offset", "shape", "storage", "stride")
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], nbytes: int, storage: Storage) -> None:
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], nbytes: int, storage: Storage, offset: int, stride: tuple[int, ...]
+    ) -> None:
         self.dtype, self.shape, self.nbytes, self.storage = dtype, shape, nbytes, storage
+        self.offset, self.stride = offset, stride
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie in row-major order, one after the other."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        return True
 
 
 THING = Name("", "")  # any object: it has no state, so that one will do
@@ -256,7 +269,7 @@ def rebuild(values: tuple[Any, ...], name: str) -> Tensor:
         last_element += (number - 1) * step
     if count and (last_element + 1) * width > storage.nbytes:
         raise Refused(f"a tensor that needs {(last_element + 1) * width} bytes of a storage of {storage.nbytes}")
-    return Tensor(dtype, tuple(size), count * width, storage)
+    return Tensor(dtype, tuple(size), count * width, storage, offset, tuple(stride))
 
 
 def _known(module: str, name: str) -> bool:

@@ -50,10 +50,10 @@ def read_pickled_from(file: Any, path: Path, size: int) -> tuple[dict[str, Tenso
     """The same from an open file of `size` bytes that can seek; `path` stands in the result and in the messages."""
     others: set[str] = set()
     try:
-        archive = zipfile.is_zipfile(_Limited(file))
+        archive = zipfile.is_zipfile(Limited(file))
         file.seek(0)
-        content, storages = _zipped(file, others, size) if archive else _legacy(file, others, size)
-        found = _flatten(content, size)
+        content, storages = zipped(file, others, size) if archive else legacy(file, others, size)
+        found = flatten(content, size)
         _check_storages(storages, size)
     except (
         OSError,
@@ -90,7 +90,7 @@ def read_pickled_from(file: Any, path: Path, size: int) -> tuple[dict[str, Tenso
     return tensors, notes | ({"code": ", ".join(sorted(others)[:8])} if others else {})
 
 
-class _Limited:
+class Limited:
     """A file of which no more than `limit` bytes are taken at once: `zipfile` reads what a directory claims."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -109,8 +109,8 @@ class _Limited:
         return data
 
 
-def _zipped(file: IO[bytes], others: set[str], size: int) -> tuple[Any, dict[str, Storage]]:
-    limited = _Limited(file)
+def zipped(file: IO[bytes], others: set[str], size: int) -> tuple[Any, dict[str, Storage]]:
+    limited = Limited(file)
     with zipfile.ZipFile(limited) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
@@ -131,7 +131,7 @@ def _zipped(file: IO[bytes], others: set[str], size: int) -> tuple[Any, dict[str
     return content, machine.storages
 
 
-def _legacy(file: IO[bytes], others: set[str], size: int) -> tuple[Any, dict[str, Storage]]:
+def legacy(file: IO[bytes], others: set[str], size: int) -> tuple[Any, dict[str, Storage]]:
     """Before torch 1.6: magic number, protocol, system, then the object, each a pickle; storages follow."""
     text, position = b"", 0
     heads: list[Any] = []
@@ -159,7 +159,7 @@ def _check_storages(storages: Mapping[str, Storage], size: int) -> None:
         raise Refused(f"{len(storages)} storages of {total} bytes in a file of {size}")
 
 
-def _flatten(content: Any, size: int) -> dict[str, Tensor]:
+def flatten(content: Any, size: int) -> dict[str, Tensor]:
     """Tensors of nested dicts by dotted names; the usual wrappers are opened, and a dict is visited once."""
     for _ in range(4):  # wrappers inside wrappers; a dict may hold itself
         inside = [content[name] for name in _WRAPPERS if isinstance(content, Mapping) and name in content]

@@ -20,6 +20,8 @@ from porter.core.source import Source
 from porter.core.survey import Survey
 from porter.core.weights import Read, WeightSet, totals
 
+CONVERTED = ("safetensors", "sft", "ckpt", "pt", "pth", "bin")  # kinds of files whose tensors can be copied
+SAME_NAMES = "porter.core.identity:same_names"  # recipe of components that only have to be taken out of their file
 # Buffers that the original training code saved; a scheduler computes them from its config.
 _SCHEDULE = re.compile(
     r"((sqrt_)?(recip_)?(m1_|recipm1_|one_minus_|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_recipm1_alphas_cumprod|betas"
@@ -116,19 +118,18 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
         whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
         status = "reuse" if library and not file.quantised and whole else "port"
-        if not whole:
-            words.append(
-                f"{class_name} loads it from a safetensors file of its own, without {piece.prefix or 'the rest'}"
-            )
+        if not whole and library and not file.quantised and file.one.kind in CONVERTED:
+            status, recipe = "convert", SAME_NAMES
+            words.append(f"{class_name} takes its tensors as they are, from a file of its own")
         native = known.component is not None and known.component.native is not None and bool(file.config)
         status = "native" if status == "reuse" and native else status
     elif known.recipe and not file.quantised:
-        if file.alone and not piece.prefix:
+        if file.one.kind in CONVERTED:
             recipe, status = known.recipe, "convert"
         else:
-            words.append(f"its recipe takes a file of its own, without {piece.prefix or 'other components'}")
+            words.append(f"its recipe takes {', '.join(CONVERTED)}")
     if twin:
-        class_name, model = None, None
+        class_name, model, status, recipe = None, None, "port", None
         words[0] = f"{known.architecture.layout} layout of {twin} alike, told by {best.score:.0%} of its tensor names"
     config = file.config or _config_for(file, name)
     if layout == "diffusers" and not config:

@@ -263,6 +263,8 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
         "config": dict,
         "source_metadata": dict,
         "source_dtypes": (str, dict),
+        "prefix": str,
+        "weights": list,
     }
     for name, record in manifest["components"].items() if not wrong else ():
         good = plain(name) and "/" not in name and holds(record, action=str, sources=list)
@@ -271,6 +273,7 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
         if good and record["action"] == "convert":
             recipe = record.get("recipe")
             good = holds(record, **converted) and holds(recipe, name=str, reference=str, digest=str)
+            good = good and all(isinstance(weight, str) and plain(weight) for weight in record["weights"])
         if not good:
             wrong.append(f"components: {name}")
     for name, record in manifest["files"].items() if not wrong else ():

@@ -8,56 +8,52 @@ from collections.abc import Mapping
 from typing import Any
 
 from porter.core.checkpoint import TensorInfo
+from porter.core.complete import completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
-from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation
+from porter.core.identity import for_header
+from porter.core.inputs import component_tensors, left_over
+from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
+from porter.core.pieces import SAME_NAMES
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST
 from porter.core.recipe import Recipe, compile_recipe
+from porter.core.sharding import index_of, shards
 from porter.core.source import Source
 from porter.core.weights import WEIGHT_SUFFIXES
 
-_CARRIED = re.compile(r"(README|LICEN[SC]E|NOTICE|COPYING|USE_POLICY|MODEL_CARD)[^/]*", re.IGNORECASE)
+CARRIED = re.compile(r"(README|LICEN[SC]E|NOTICE|COPYING|USE_POLICY|MODEL_CARD)[^/]*", re.IGNORECASE)
 
 
-def forward(
-    source: Source,
-    plan: PortPlan,
-    *,
-    component: str | None,
-    config: Mapping[str, Any] | None,
-    recipes: Mapping[str, Recipe],
-    reference: str,
-    dtype: str | None,
-) -> Preparation:
-    """Original → diffusers. See `porter.core.convert.convert` for the arguments.
+def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
+    """Original → diffusers.
 
     Raises:
         UsageError: an unknown component, nothing to convert, a config or recipe for no or several components.
         BadInputError: the input cannot be converted; the message names the tensor or key.
         MissingError: weights that are not here.
     """
-    parts = _selected(source, plan, component)
-    if unknown := set(recipes) - {part.name for part in parts}:
+    parts = _selected(source, plan, settings.component)
+    if unknown := set(settings.recipes) - {part.name for part in parts}:
         raise UsageError(
             f"a recipe for {', '.join(sorted(unknown))}, which is not converted here",
             expected=", ".join(part.name for part in parts),
         )
-    if config is not None and len(parts) > 1:
+    if settings.config is not None and len(parts) > 1:
         raise UsageError(
             "--config holds one component's config, and several are converted",
             found=", ".join(part.name for part in parts),
             hint=f"porter convert {source.given} --component {parts[0].name} --config FILE -o OUT",
         )
     family = families().get(plan.family) if plan.family else None
-    jobs = tuple(_forward_job(source, part, config, recipes.get(part.name), reference, dtype) for part in parts)
-    whole = plan.pipeline_class is not None and component is None
-    written = {name for job in jobs for name in (job.target, *job.texts)}
+    jobs = tuple(_forward_job(source, plan, part, settings) for part in parts)
+    whole = plan.pipeline_class is not None and settings.component is None
+    written = {name for job in jobs for name in (*(s.file for s in job.shards), *job.texts, *job.last)}
     copies, left = _carried(source, plan, jobs) if whole else ([], {})
     if not whole:
-        used = {name for job in jobs for name in job.sources}
+        used = {name for job in jobs for name in job.files}
         left = {name: "not part of the chosen component" for name in source.files if name not in used}
-        copies = [Copy.of(source, name) for name in source.files if _CARRIED.fullmatch(name)]
+        copies = [Copy.of(source, name) for name in source.files if CARRIED.fullmatch(name)]
         left = {name: why for name, why in left.items() if name not in {copy.name for copy in copies}}
     copies = [copy for copy in copies if copy.name not in written]
     others = {
@@ -65,7 +61,8 @@ def forward(
                     "recipe": None}
         for part in plan.components if whole and part.status in ("native", "reuse")
     }  # fmt: skip
-    return Preparation(
+    taken = {info.name for job in jobs for info in job.plan.sources.values()}
+    ready = Preparation(
         source,
         "diffusers",
         plan.family,
@@ -74,8 +71,10 @@ def forward(
         tuple(copies),
         others,
         tuple(sorted(left.items())),
-        _licence(source, family, copies),
+        licence_of(source, family, copies),
+        left_over(source, parts, taken),
     )
+    return completed(ready, settings.base) if settings.base else ready
 
 
 def _selected(source: Source, plan: PortPlan, component: str | None) -> list[ComponentPlan]:
@@ -116,56 +115,71 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
     return found
 
 
-def _forward_job(
-    source: Source,
-    part: ComponentPlan,
-    config: Mapping[str, Any] | None,
-    recipe: Recipe | None,
-    reference: str,
-    dtype: str | None,
-) -> Job:
+def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: Settings) -> Job:
     assert part.library and part.class_name and part.recipe
-    used = recipe or resolve(part.recipe)
+    header, metadata = component_tensors(source, part, plan.components, averaged=settings.averaged)
+    own = settings.recipes.get(part.name)
+    used = own or recipe_for(part.recipe, header, "original", "diffusers")
     config_name = f"{part.name}/config.json"
-    given = dict(config) if config is not None else source.json(config_name) if config_name in source.files else {}
-    header: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
-    for name in part.files:
-        read, more = source.header(name)
-        if twice := sorted(header.keys() & read.keys()):
-            raise CheckpointError(
-                f"{part.name}: {twice[0]} stands in more than one file", expected="each tensor once",
-                found=", ".join(part.files), hint="name one file alone",
-            )  # fmt: skip
-        header.update(read)
-        metadata.update(more)
+    given = _known_config(source, config_name, settings)
     try:
-        full = used.infer_config(header, given)
-        plan = compile_recipe(used, full, header, dtype=dtype)
+        full = dict(used.infer_config(header, given))
+        assumed = full.pop("_assumed", {})
+        compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
         error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
         raise
+    if not given and not full and not settings.config:
+        raise RecipeError(
+            f"{part.name}: its tensors alone do not say the config of {part.class_name}", expected="a config.json",
+            found="none beside the weights", hint="give one with --config FILE, or a pipeline with --base",
+        )  # fmt: skip
     notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
-    text = {"_class_name": part.class_name, **notes, **{k: v for k, v in full.items() if not k.startswith("_")}}
+    plain = {key: value for key, value in full.items() if not key.startswith("_")}
+    text = {"_class_name": part.class_name, **notes, **plain} if part.library == "diffusers" else {**notes, **plain}
     same = json.dumps(text, sort_keys=True) == json.dumps(given, sort_keys=True)  # unlike ==, tells 2 from 2.0
-    kept = config is None and config_name in source.files and same
+    kept = settings.config is None and config_name in source.files and same
     content = source.path(config_name).read_bytes() if kept else (json.dumps(text, indent=2) + "\n").encode()
+    target = f"{part.name}/{WEIGHTS_NAMES[part.library]}"
+    files = shards(compiled, target, settings.shard_size)
     return Job(
         component=part.name,
         library=part.library,
         class_name=part.class_name,
         recipe=used,
-        reference=reference if recipe else part.recipe,
-        plan=plan,
+        reference=settings.reference if own else part.recipe,
+        plan=compiled,
         config=full,
-        sources=part.files,
-        target=f"{part.name}/{WEIGHTS_NAME}",
+        sources=tuple((source, name) for name in part.files),
+        shards=files,
         metadata={"format": "pt"},
         texts={config_name: content},
+        last=index_of(files, target),
         source_metadata=metadata,
         source_dtypes=_dtypes(header),
-        dtype=dtype,
+        dtype=settings.dtype,
+        prefix=part.prefix,
+        assumed=assumed,
     )
+
+
+def recipe_for(reference: str, header: Mapping[str, TensorInfo], source_layout: str, target_layout: str) -> Recipe:
+    """The catalogue's recipe; the one that keeps all names is made for the tensors at hand."""
+    if reference == SAME_NAMES:
+        return for_header(header, source_layout, target_layout)
+    found: Recipe = resolve(reference)
+    return found
+
+
+def _known_config(source: Source, name: str, settings: Settings) -> dict[str, Any]:
+    """What is said of the config: by the user, else beside the weights, else by the base pipeline."""
+    if settings.config is not None:
+        return dict(settings.config)
+    for place in (source, settings.base):
+        if place is not None and name in place.files:
+            found = place.json(name)
+            return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _dtypes(header: Mapping[str, TensorInfo]) -> Any:
@@ -178,7 +192,7 @@ def _carried(source: Source, plan: PortPlan, jobs: tuple[Job, ...]) -> tuple[lis
     """Files of a whole pipeline that go over unchanged, and the others with the reason why they do not."""
     folders = {part.name: part for part in plan.components}
     weights = {name for part in plan.components for name in part.files}
-    converted = {name for job in jobs for name in job.sources}
+    converted = {name for job in jobs for name in job.files}
     copies: list[Copy] = []
     left: dict[str, str] = {}
     for name in source.files:
@@ -186,7 +200,7 @@ def _carried(source: Source, plan: PortPlan, jobs: tuple[Job, ...]) -> tuple[lis
         if name in converted or name == MANIFEST:
             continue
         if not inside:
-            if name == "model_index.json" or _CARRIED.fullmatch(name):
+            if name == "model_index.json" or CARRIED.fullmatch(name):
                 copies.append(Copy.of(source, name))
             else:
                 left[name] = "no component uses it"
@@ -203,8 +217,8 @@ def _carried(source: Source, plan: PortPlan, jobs: tuple[Job, ...]) -> tuple[lis
     return copies, left
 
 
-def _licence(source: Source, family: Family | None, copies: list[Copy]) -> dict[str, Any]:
+def licence_of(source: Source, family: Family | None, copies: list[Copy]) -> dict[str, Any]:
     """What is known about the terms: what the hub or the model card declares, the files carried over, our hint."""
     declared = {key: value for key, value in source.declared.items() if key.startswith("license")}
-    files = [copy.name for copy in copies if _CARRIED.fullmatch(copy.name)]
+    files = [copy.name for copy in copies if CARRIED.fullmatch(copy.name)]
     return {"declared": declared, "files": files, "hint": family.license_hint if family else ""}

@@ -1,35 +1,87 @@
-"""Preparing a port → the original layout: the same recipes, inverted; the files get the names they had."""
+"""Preparing diffusers → original, or the files that ComfyUI loads: the same recipes, inverted.
+
+A port knows what it was: its manifest names recipes, dtypes and files. A pipeline that somebody else wrote has only its
+configs and tensors; then the catalogue's recipe says what the original layout is, and its usual file names are taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from porter.core.checkpoint import dtype_code, read_header
-from porter.core.errors import BadInputError, RecipeError, UsageError
-from porter.core.family import families, resolve
-from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation, unknown_component
+from porter.core.checkpoint import TensorInfo, dtype_code
+from porter.core.described import full_config
+from porter.core.errors import BadInputError, UsageError
+from porter.core.family import Component, families
+from porter.core.identity import for_header
+from porter.core.inputs import file_tensors
+from porter.core.jobs import Copy, Job, Preparation, Settings, unknown_component
+from porter.core.pieces import SAME_NAMES
+from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST, Port
+from porter.core.prepare import CARRIED, licence_of, recipe_for
 from porter.core.recipe import Recipe, compile_recipe
+from porter.core.sharding import index_of, shards
 from porter.core.source import LocalSource, Source
 
+Layout = Literal["original", "comfyui"]
+# Where ComfyUI looks for a component's file, by the beginning of the component's name.
+_COMFY_FOLDERS = {
+    "transformer": "diffusion_models", "unet": "diffusion_models", "vae": "vae", "text_encoder": "text_encoders",
+    "image_encoder": "clip_vision",
+}  # fmt: skip
+_COMFY_OWN = ("tokenizer", "scheduler", "feature_extractor", "image_processor", "safety_checker", "processor")
 
-def inverse(source: Source, *, component: str | None, recipes: Mapping[str, Recipe], dtype: str | None) -> Preparation:
-    """A port back into the original layout: the same recipes, inverted.
+
+def inverse(source: Source, plan: PortPlan | None, settings: Settings, layout: Layout) -> Preparation:
+    """A model in the diffusers layout back into the original one, or into ComfyUI's files.
+
+    Args:
+        plan: of a source that is no port; None for a port.
 
     Raises:
-        UsageError: not a port, an unknown component, a dtype asked for, a recipe that must be given again.
-        BadInputError: the port changed since it was written.
-        RecipeError: the conversion lost something that only the original file has.
+        UsageError: an unknown component, nothing to convert, a dtype asked for, a recipe that must be given again.
+        BadInputError: the port changed since it was written; a component that no recipe takes.
+        RecipeError: the conversion lost something that only the original has, and no base is given.
     """
-    if not isinstance(source, LocalSource) or MANIFEST not in source.files:
-        raise UsageError(
-            f"{source.given} is no port: only a port knows what it was", hint=f"porter convert {source.given} -o PORT"
-        )
-    if dtype is not None:
-        raise UsageError("--to original restores the original dtypes", hint="leave out --dtype")
+    if plan is None:
+        assert isinstance(source, LocalSource)
+        port = _opened(source)
+        jobs = _of_port(source, port, settings, layout)
+        family, pipeline, licence = port.manifest.get("family"), port.manifest.get("pipeline"), port.manifest["licence"]
+        names = list(port.manifest["files"])
+    else:
+        jobs = _of_pipeline(source, plan, settings, layout)
+        known = families().get(plan.family) if plan.family else None
+        family, pipeline, licence = plan.family, plan.pipeline_class, licence_of(source, known, [])
+        names = list(source.files)
+    used = {name for job in jobs for name in job.files}
+    only = settings.component
+    configs = {f"{job.component}/config.json" for job in jobs}
+    left: dict[str, str] = {}
+    copies: list[Copy] = []
+    for name in names:
+        if name in used:
+            left[name] = "what the restored files were made from"
+        elif plan is None and layout == "original":
+            if only is None or name == f"{only}/config.json":
+                copies.append(Copy.of(source, name))
+        elif CARRIED.fullmatch(name) or (layout == "original" and name in configs):
+            copies.append(Copy.of(source, name))
+        else:
+            left[name] = "not part of the original files" if layout == "original" else "ComfyUI has its own"
+    restored = {shard.file for job in jobs for shard in job.shards}
+    if len(restored) < sum(len(job.shards) for job in jobs) or restored & {copy.name for copy in copies}:
+        raise BadInputError(f"{source.given}: two files would be called alike", found=", ".join(sorted(restored)))
+    return Preparation(
+        source, layout, family, pipeline, jobs, tuple(copies), {}, tuple(sorted(left.items())), dict(licence),
+        base=settings.base,
+    )  # fmt: skip
+
+
+def _opened(source: LocalSource) -> Port:
     port = Port.open(source.root)
     if absent := [name for name in port.manifest["files"] if name not in source.files]:
         raise BadInputError(f"{source.given} lacks {absent[0]}", hint="convert the original again")
@@ -37,96 +89,161 @@ def inverse(source: Source, *, component: str | None, recipes: Mapping[str, Reci
         raise BadInputError(
             f"{source.given} changed since it was written: {', '.join(changed[:3])}", hint="convert the original again"
         )
-    records = {
-        name: record
-        for name, record in port.manifest["components"].items()
-        if record["action"] == "convert" and component in (None, name)
-    }
+    return port
+
+
+def _of_port(source: LocalSource, port: Port, settings: Settings, layout: Layout) -> tuple[Job, ...]:
+    if settings.dtype is not None and layout == "original":
+        raise UsageError("--to original restores the original dtypes", hint="leave out --dtype")
+    converted = {name: r for name, r in port.manifest["components"].items() if r["action"] == "convert"}
+    records = {name: record for name, record in converted.items() if settings.component in (None, name)}
     if not records:
-        have = [name for name, record in port.manifest["components"].items() if record["action"] == "convert"]
-        raise unknown_component(source, component, have)
-    jobs = tuple(_inverse_job(source, port, name, record, recipes) for name, record in records.items())
-    used = {name for job in jobs for name in job.sources}
-    copies = [
-        Copy.of(source, name)
-        for name in port.manifest["files"]
-        if name not in used and (component is None or name == f"{component}/config.json")
-    ]
-    restored = {job.target for job in jobs}
-    if len(restored) < len(jobs) or restored & {copy.name for copy in copies}:
-        raise BadInputError(f"{source.given}: two files would be called alike", found=", ".join(sorted(restored)))
-    return Preparation(
-        source,
-        "original",
-        port.manifest.get("family"),
-        port.manifest.get("pipeline"),
-        jobs,
-        tuple(copies),
-        {},
-        tuple((name, "what the restored files were made from") for name in sorted(used)),
-        dict(port.manifest["licence"]),
-    )
+        raise unknown_component(source, settings.component, list(converted))
+    return tuple(_port_job(source, port, name, record, settings, layout) for name, record in records.items())
 
 
-def _inverse_job(
-    source: LocalSource, port: Port, name: str, record: dict[str, Any], recipes: Mapping[str, Recipe]
+def _port_job(
+    source: LocalSource, port: Port, name: str, record: dict[str, Any], settings: Settings, layout: Layout
 ) -> Job:
-    recipe = _recipe(name, record["recipe"]["reference"], recipes)
-    config, stored = record["config"], f"{name}/{WEIGHTS_NAME}"
-    header, _ = read_header(source.path(stored))
-    dtypes = record["source_dtypes"]
-    original = recipe.source_headers(config, dtypes if isinstance(dtypes, str) else "F32")
-    if not isinstance(dtypes, str):
-        if set(dtypes) != set(original):
-            odd = sorted(set(dtypes) ^ set(original))
-            raise BadInputError(
-                f"{MANIFEST} names other source dtypes than the recipe's tensors", expected=f"{len(original)} tensors",
-                found=", ".join(odd[:3]), hint="convert the model again",
-            )  # fmt: skip
-        original = {key: replace(info, dtype=dtype_code(str(dtypes[key]))) for key, info in original.items()}
-    plan = compile_recipe(recipe, config, original, header, dtype=record["dtype"])
+    stored = tuple(record["weights"])
+    header, _ = file_tensors(source, stored, name)
+    reference = record["recipe"]["reference"]
+    recipe = _recipe(name, reference, settings.recipes, header)
+    config = record["config"]
+    plan = compile_recipe(recipe, config, _originals(recipe, record), header, dtype=record["dtype"])
     if plan.digest != record["recipe"]["digest"]:
         raise BadInputError(
             f"the recipe of {name} is no longer the one that wrote this port", expected=record["recipe"]["digest"],
             found=plan.digest, hint="convert the original again",
         )  # fmt: skip
-    if plan.exactness != "exact":
-        raise RecipeError(
-            f"{name} cannot be restored: its conversion was {plan.exactness}",
-            expected="a port in the original dtypes, with nothing dropped", hint="keep the original file",
-        )  # fmt: skip
+    back = plan.inverse(_base_tensors(settings.base, name, record))
     known = families().get(port.manifest.get("family") or "")
     part = known.component(name) if known else None
     names = [Path(text).name for text in record["sources"]]
     plain = len(names) == 1 and names[0].endswith((".safetensors", ".sft")) and not names[0].startswith(".")
-    fallback = (part.original_name if part else None) or f"{name}.safetensors"
+    own = names[0] if plain and not record["prefix"] else None
+    target = _target(name, own or (part.original_name if part else None), source.name, layout)
+    return _job(source, name, record["library"], record["class"], recipe, reference, back, config, stored, target,
+                settings, metadata=record["source_metadata"] if layout == "original" else {"format": "pt"})  # fmt: skip
+
+
+def _originals(recipe: Recipe, record: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
+    """The original's tensors, in the dtypes that the manifest kept."""
+    dtypes = record["source_dtypes"]
+    original = recipe.source_headers(record["config"], dtypes if isinstance(dtypes, str) else "F32")
+    if isinstance(dtypes, str):
+        return original
+    if set(dtypes) != set(original):
+        odd = sorted(set(dtypes) ^ set(original))
+        raise BadInputError(
+            f"{MANIFEST} names other source dtypes than the recipe's tensors", expected=f"{len(original)} tensors",
+            found=", ".join(odd[:3]), hint="convert the model again",
+        )  # fmt: skip
+    return {key: replace(info, dtype=dtype_code(str(dtypes[key]))) for key, info in original.items()}
+
+
+def _base_tensors(base: Source | None, name: str, record: Mapping[str, Any]) -> Mapping[str, TensorInfo] | None:
+    """The original weights of a component, which a lossy conversion needs to be undone."""
+    if base is None:
+        return None
+    here = [file for file in record["sources"] if file in base.files]
+    files = here or ([next(iter(base.files))] if base.kind == "file" else [])
+    if not files:
+        raise UsageError(
+            f"the base {base.given} does not hold the original weights of {name}",
+            expected=", ".join(record["sources"]), found=", ".join(list(base.files)[:4]),
+            hint="name the original file or folder with --base",
+        )  # fmt: skip
+    header, _ = file_tensors(base, tuple(files), name)
+    prefix = record["prefix"]
+    return {key[len(prefix) :]: info for key, info in header.items() if key.startswith(prefix)}
+
+
+def _of_pipeline(source: Source, plan: PortPlan, settings: Settings, layout: Layout) -> tuple[Job, ...]:
+    family = families().get(plan.family) if plan.family else None
+    jobs: list[Job] = []
+    unmoved: list[str] = []
+    for part in plan.components:
+        if settings.component not in (None, part.name) or part.layout != "diffusers" or not part.dtypes:
+            continue
+        known = family.component(part.name) if family else None
+        if known is not None and known.recipe is not None:
+            jobs.append(_pipeline_job(source, part, known, settings, layout))
+        elif layout == "comfyui" and part.name.startswith(tuple(_COMFY_FOLDERS)):
+            jobs.append(_pipeline_job(source, part, None, settings, layout))
+        else:
+            unmoved.append(part.name)
+    if not jobs:
+        if settings.component and settings.component not in [part.name for part in plan.components]:
+            raise unknown_component(source, settings.component, [part.name for part in plan.components])
+        raise UsageError(
+            f"{source.given} holds nothing that a recipe takes to the {layout} layout",
+            expected="components in the diffusers layout with a recipe", found=", ".join(unmoved) or "none",
+            hint=f"porter plan {source.given}",
+        )  # fmt: skip
+    return tuple(jobs)
+
+
+def _pipeline_job(
+    source: Source, part: ComponentPlan, known: Component | None, settings: Settings, layout: Layout
+) -> Job:
+    header, _ = file_tensors(source, part.files, part.name)
+    reference = known.recipe if known and known.recipe else SAME_NAMES
+    recipe = settings.recipes.get(part.name) or recipe_for(reference, header, layout, "diffusers")
+    # A config.json may leave out what the class means by default.
+    config = full_config(part.library or "", part.class_name or "", part.config)
+    forwards = compile_recipe(recipe, config, recipe.source_headers(config))
+    base = None
+    if settings.base is not None:
+        base = file_tensors(settings.base, tuple(settings.base.files), part.name)[0]
+    back = forwards.rebind(header).inverse(base)
+    target = _target(part.name, known.original_name if known else None, source.name, layout)
+    return _job(source, part.name, part.library or "", part.class_name or "", recipe, reference, back, config,
+                part.files, target, settings)  # fmt: skip
+
+
+def _job(
+    source: Source, name: str, library: str, class_name: str, recipe: Recipe, reference: str, back: Any,
+    config: Mapping[str, Any], stored: tuple[str, ...], target: str, settings: Settings,
+    metadata: Mapping[str, str] | None = None,
+) -> Job:  # fmt: skip
+    files = shards(back, target, settings.shard_size)
+    borrowed = {info.file for key, info in back.sources.items() if key.endswith(" (base)")}
+    base = settings.base
+    extra = tuple((base, file) for file in base.files if base.path(file) in borrowed) if base and borrowed else ()
     return Job(
-        component=name,
-        library=record["library"],
-        class_name=record["class"],
-        recipe=recipe,
-        reference=record["recipe"]["reference"],
-        plan=plan.inverse(),
-        config=config,
-        sources=(stored,),
-        target=names[0] if plain else fallback,
-        metadata=record["source_metadata"],
-        source_metadata={"format": "pt"},
-    )
+        component=name, library=library, class_name=class_name, recipe=recipe, reference=reference, plan=back,
+        config=config, sources=(*((source, file) for file in stored), *extra), shards=files,
+        metadata=metadata or {"format": "pt"}, last=index_of(files, target), source_metadata={"format": "pt"},
+    )  # fmt: skip
 
 
-def _recipe(name: str, reference: str, given: Mapping[str, Recipe]) -> Recipe:
+def _target(name: str, original: str | None, model: str, layout: Layout) -> str:
+    """The file that a component becomes."""
+    if layout == "original":
+        return original or f"{name}.safetensors"
+    folder = next((place for start, place in _COMFY_FOLDERS.items() if name.startswith(start)), None)
+    if folder is None:
+        raise UsageError(
+            f"ComfyUI loads no {name}", expected=", ".join(_COMFY_FOLDERS), hint="choose another --component"
+        )
+    last = name.removeprefix("text_encoder").removeprefix("_") if name.startswith("text_encoder") else ""
+    return f"{folder}/{model}{'-' + last if last else ''}.safetensors"
+
+
+def _recipe(name: str, reference: str, given: Mapping[str, Recipe], header: Mapping[str, TensorInfo]) -> Recipe:
     """The recipe that wrote component `name`: from the catalogue, or given again by the user.
 
     A manifest is data of unknown origin. What it names is compared with the catalogue and never imported or run.
     """
     if name in given:
         return given[name]
+    if reference == SAME_NAMES:
+        return for_header(header, "original", "diffusers")
     known = {part.recipe for family in families().values() for part in family.components if part.recipe}
     if reference not in known:
         raise UsageError(
             f"{name} was written by a recipe that is not in the catalogue: {reference}",
             hint="give it again: --recipe FILE.py",
         )
-    found: Recipe = resolve(reference)
-    return found
+    return recipe_for(reference, header, "original", "diffusers")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from porter.core.checkpoint import read_bytes, read_header
+from porter.core.checkpoint import TensorInfo, read_bytes, read_header
 from porter.core.errors import BadInputError, CheckFailed
 from porter.core.execute import execute
 from porter.core.jobs import Job
@@ -32,16 +33,19 @@ def verify_job(job: Job, staging: Staging) -> dict[str, Any]:
         CheckFailed: a tensor is missing, unexpected or different.
         BadInputError: a class that porter does not import.
     """
-    target = staging.path(job.target)
-    header, _ = read_header(target)
+    header: dict[str, TensorInfo] = {}
+    written: dict[str, str] = {}
+    for shard in job.shards:
+        header |= read_header(staging.path(shard.file))[0]
+        written |= staging.files[shard.file]["tensors"]
     loaded = None
-    if job.target.startswith(f"{job.component}/"):
-        loaded = _load(job, target.parent, header, staging.files[job.target]["tensors"])
+    if all(shard.file.startswith(f"{job.component}/") for shard in job.shards):
+        loaded = _load(job, staging.path(job.shards[0].file).parent, header, written)
     return {
         "class": loaded,
         "tensors": len(header),
         "bytes": sum(info.nbytes for info in header.values()),
-        "round_trip": _round_trip(job, target, staging),
+        "round_trip": _round_trip(job, header, staging),
     }
 
 
@@ -68,11 +72,10 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
     return f"{job.library}.{job.class_name}"
 
 
-def _round_trip(job: Job, target: Path, staging: Staging) -> int | str:
+def _round_trip(job: Job, written: Mapping[str, TensorInfo], staging: Staging) -> int | str:
     """Undoes the conversion into a temporary file and compares it with the source, tensor by tensor."""
     if job.plan.exactness != "exact":
         return f"not undone: the conversion is {job.plan.exactness}"
-    written, _ = read_header(target)
     back = job.plan.rebind(written).inverse()
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=staging.folder) as folder:
         restored = Path(folder) / "restored.safetensors"

@@ -1,0 +1,123 @@
+"""The tensors of one component, wherever they lie: its own files, a file that holds several, a legacy torch file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from porter.core.checkpoint import TensorInfo
+from porter.core.errors import CheckpointError, UsageError
+from porter.core.headers import read_any
+from porter.core.plan import ComponentPlan
+from porter.core.source import Source
+
+
+def component_tensors(
+    source: Source, part: ComponentPlan, others: Iterable[ComponentPlan] = (), *, averaged: bool = False
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The component's tensors under its own names, without the file's prefix, and the files' metadata.
+
+    Args:
+        others: the other components of the source; what stands under a prefix of theirs is not this one's.
+        averaged: take the averaged (EMA) copies that the file holds beside them.
+
+    Raises:
+        CheckpointError: a tensor stands in two files, or is not where the header says.
+        UsageError: averaged copies are asked for, and not every tensor has one.
+    """
+    header, metadata = file_tensors(source, part.files, part.name)
+    prefix = part.prefix
+    inner = tuple(
+        other.prefix for other in others
+        if other.files == part.files and len(other.prefix) > len(prefix) and other.prefix.startswith(prefix)
+    )  # fmt: skip
+    own = {
+        name[len(prefix) :]: info
+        for name, info in header.items()
+        if name.startswith(prefix) and not (inner and name.startswith(inner))
+    }
+    if averaged:
+        own = _averaged(part, header, own)
+    return own, metadata
+
+
+def file_tensors(source: Source, files: tuple[str, ...], what: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """All tensors of some files, with their places, and the files' metadata."""
+    header: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for name in files:
+        read, more = source.header(name)
+        if "pickled" in more:
+            from porter.core.pickleplaces import locate_pickled
+
+            read, more = locate_pickled(source.path(name)), {}
+        if twice := sorted(header.keys() & read.keys()):
+            raise CheckpointError(
+                f"{what}: {twice[0]} stands in more than one file", expected="each tensor once",
+                found=", ".join(files), hint="name one file alone",
+            )  # fmt: skip
+        header.update(read)
+        metadata.update({key: value for key, value in more.items() if isinstance(value, str)})
+    return header, metadata
+
+
+def local_tensors(source: Source, files: tuple[str, ...]) -> dict[str, TensorInfo]:
+    """The tensors of files on this machine, with their places; a hub's files are downloaded now."""
+    found: dict[str, TensorInfo] = {}
+    for name in files:
+        path = source.path(name)
+        read, more = read_any(path)
+        if "pickled" in more:
+            from porter.core.pickleplaces import locate_pickled
+
+            read = locate_pickled(path)
+        found.update(read)
+    return found
+
+
+def _averaged(
+    part: ComponentPlan, header: Mapping[str, TensorInfo], own: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """The averaged copy of every tensor. Training codes name it `model_ema.` and the name, some without its dots."""
+    found: dict[str, TensorInfo] = {}
+    for name in own:
+        whole = part.prefix + name
+        inner = whole.removeprefix("model.")
+        spelt = (
+            f"model_ema.{inner.replace('.', '')}", f"model_ema.{inner}", f"ema.{whole}", f"ema_model.{whole}",
+            f"params_ema.{whole}", f"ema.{name}", f"model_ema.{name}",
+        )  # fmt: skip
+        copy = next((header[each] for each in spelt if each in header), None)
+        if copy is None or copy.shape != own[name].shape:
+            raise UsageError(
+                f"{part.name}: {whole} has no averaged copy in {', '.join(part.files)}",
+                expected="an averaged (EMA) copy of every tensor", found=f"none called {spelt[0]}",
+                hint="leave out --ema",
+            )  # fmt: skip
+        found[name] = copy
+    return found
+
+
+def with_places(infos: Mapping[str, TensorInfo], local: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """`infos`, planned from remote headers, with the places of the same tensors in local files.
+
+    Raises:
+        CheckpointError: a local file holds something else than its header said.
+    """
+    placed: dict[str, TensorInfo] = {}
+    for name, info in infos.items():
+        found = local.get(info.name)
+        if found is None or (found.dtype, found.shape, found.begin) != (info.dtype, info.shape, info.begin):
+            raise CheckpointError(f"{info.name} is not in the downloaded file as its header said", hint="run it again")
+        placed[name] = replace(found)
+    return placed
+
+
+def left_over(source: Source, parts: Iterable[ComponentPlan], used: set[str]) -> dict[str, list[str]]:
+    """What of the parts' files no conversion takes: file → names of tensors."""
+    left: dict[str, list[str]] = {}
+    for file in dict.fromkeys(file for part in parts for file in part.files):
+        header, _ = source.header(file)
+        if names := [name for name in header if name not in used]:
+            left[file] = names
+    return left

@@ -1,0 +1,196 @@
+"""Writing a prepared conversion: bytes move, hashed on the way, and the folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from porter.core.errors import BadInputError
+from porter.core.execute import execute
+from porter.core.files import check_json
+from porter.core.hashing import SourceHashes
+from porter.core.inputs import local_tensors, with_places
+from porter.core.jobs import Copy, Job, Preparation
+from porter.core.port import SCHEMA
+from porter.core.source import Source
+from porter.core.staging import Staging, stage
+from porter.core.version import VERSION
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `write` did: the manifest, files that an interrupted run had finished, what was verified."""
+
+    manifest: dict[str, Any]
+    resumed: tuple[str, ...]
+    verified: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def write(
+    ready: Preparation,
+    target: Path,
+    *,
+    overwrite: bool,
+    verify: bool,
+    workers: int,
+    progress: Progress,
+    recheck: Callable[[], None],
+) -> Result:
+    """Write the folder `target`.
+
+    Args:
+        recheck: called just before the folder gets its name; raises if something stands there by now.
+
+    Raises:
+        PorterError: see `porter.core.convert.convert`.
+    """
+    with stage(target, ready.key, ready.bytes) as staging:
+        for copy in ready.copies:
+            if not staging.done(copy.name):
+                _copy(copy, staging, progress)
+        names = {_path(*item): item for job in ready.jobs for item in job.sources}
+        # As they are before the first byte is read: what is no longer so at the end has changed meanwhile.
+        unknown = {path: path.stat() for path, (_, name) in names.items() if not _recorded(staging, name, path)}
+        hashes = SourceHashes(unknown)
+        for job in ready.jobs:
+            _run(job, staging, workers, hashes, progress)
+        for path, before in unknown.items():
+            _record_source(*names[path], before, hashes.finish(path), staging)
+        verified: dict[str, dict[str, Any]] = {}
+        if verify:
+            from porter.core.verify import verify_job
+
+            for job in ready.jobs:
+                verified[job.component] = verify_job(here(job), staging)
+        _sources_unchanged(staging, names)
+        manifest = _manifest(ready, staging)
+        recheck()
+        staging.publish(manifest, replace=overwrite)
+        return Result(manifest, tuple(staging.resumed), verified)
+
+
+def _path(source: Source, name: str) -> Path:
+    return source.path(name)
+
+
+def _recorded(staging: Staging, name: str, path: Path) -> bool:
+    """Whether an interrupted run has hashed this file as it is now."""
+    found, old = path.stat(), staging.sources.get(name)
+    return bool(old and (old["size"], old["mtime_ns"]) == (found.st_size, found.st_mtime_ns))
+
+
+def _record_source(source: Source, name: str, before: os.stat_result, digest: str, staging: Staging) -> None:
+    declared = source.files[name].sha256
+    if declared and digest != declared:
+        raise BadInputError(
+            f"{name} is not the file that its repository names", expected=f"sha256 {declared}", found=digest,
+            hint="download it again",
+        )  # fmt: skip
+    staging.sources[name] = {"size": before.st_size, "mtime_ns": before.st_mtime_ns, "sha256": digest}
+
+
+def _sources_unchanged(staging: Staging, names: dict[Path, tuple[Source, str]]) -> None:
+    """A source that changed while it was read makes a port of neither version."""
+    for path, (_, name) in names.items():
+        record, found = staging.sources[name], path.stat()
+        if (found.st_size, found.st_mtime_ns) != (record["size"], record["mtime_ns"]):
+            raise BadInputError(f"{name} changed while it was converted", hint="run it again when nothing writes to it")
+
+
+def check_text(copy: Copy) -> None:
+    """A copied file that no library could read would only be noticed when the port is loaded."""
+    if copy.name.endswith(".json"):
+        check_json(copy.path)
+
+
+def _copy(copy: Copy, staging: Staging, progress: Progress) -> None:
+    if copy.source.kind == "hub":
+        check_text(copy)
+    digest = staging.copy(copy.path, copy.name, lambda count: progress(copy.name, count))
+    if copy.sha256 and digest != copy.sha256:
+        raise BadInputError(
+            f"{copy.name} is not what its manifest or repository says", expected=copy.sha256, found=digest,
+            hint="download or convert it again",
+        )  # fmt: skip
+
+
+def _write_text(staging: Staging, name: str, content: bytes) -> None:
+    with staging.path(name).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.record(name, hashlib.sha256(content).hexdigest())
+
+
+def here(job: Job) -> Job:
+    """The job with its tensors in files on this machine; what was planned from remote headers must be in them."""
+    infos = job.plan.sources
+    if all(info.file is not None and info.file.is_absolute() and info.file.exists() for info in infos.values()):
+        return job
+    local = {}
+    for source, name in job.sources:
+        local.update(local_tensors(source, (name,)))
+    return replace(job, plan=replace(job.plan, sources=with_places(infos, local)))
+
+
+def _run(job: Job, staging: Staging, workers: int, hashes: SourceHashes, progress: Progress) -> None:
+    for name, content in job.texts.items():
+        if not staging.done(name):
+            _write_text(staging, name, content)
+    todo = [shard for shard in job.shards if not staging.done(shard.file)]
+    local = here(job) if todo else job
+    for shard in todo:
+        written = execute(
+            local.plan, staging.path(shard.file), metadata=dict(job.metadata), overwrite=True, names=shard.names,
+            workers=workers, hashes=hashes, progress=lambda count, file=shard.file: progress(file, count),  # type: ignore[misc]
+        )  # fmt: skip
+        staging.record(shard.file, written.sha256, tensors=dict(written.tensors))
+    for name, content in job.last.items():  # an index is true only when all its shards are there
+        if not staging.done(name):
+            _write_text(staging, name, content)
+
+
+def loss_report(jobs: tuple[Job, ...]) -> dict[str, Any]:
+    """What the written tensors no longer hold: dropped tensors with reasons, and rules that round."""
+    coverages = {job.component: job.coverage for job in jobs}
+    return {
+        "exact": all(job.plan.exactness == "exact" for job in jobs),
+        "dropped": [{"component": name, **item} for name, c in coverages.items() for item in c["dropped"]],
+        "lossy": [
+            {"component": name, "sources": rule["sources"], "ops": rule["ops"], "exactness": rule["exactness"]}
+            for name, c in coverages.items()
+            for rule in c["rules"]
+            if rule["exactness"] == "lossy"
+        ],
+    }
+
+
+def _manifest(ready: Preparation, staging: Staging) -> dict[str, Any]:
+    source = ready.source
+    return {
+        "schema": SCHEMA,
+        "porter": VERSION,
+        "status": "complete",
+        "direction": ready.direction,
+        "family": ready.family,
+        "pipeline": ready.pipeline_class,
+        "licence": ready.licence,
+        "source": {
+            "spec": source.spec,
+            "kind": source.kind,
+            "revision": source.revision,
+            "files": dict(sorted(staging.sources.items())),
+        },
+        "base": {"spec": ready.base.spec, "revision": ready.base.revision} if ready.base else None,
+        "components": ready.component_records(),
+        "files": dict(sorted(staging.files.items())),
+        "loss": loss_report(ready.jobs),
+        "not_carried": dict(ready.not_carried),
+        "left_tensors": {file: list(names) for file, names in ready.left.items()},
+    }

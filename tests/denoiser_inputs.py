@@ -6,6 +6,7 @@ Each function is written for `tests.memory_tracker.measure`: a tuple of ints is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -223,4 +224,43 @@ def kandinsky5(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
         "encoder_hidden_states": (work.batch, work.text_tokens, 3584), "pooled_projections": (work.batch, 768),
         "visual_rope_pos": [((size,), I64) for size in (frames, height // 2, width // 2)],
         "text_rope_pos": ((work.text_tokens,), I64),
+    }  # fmt: skip
+
+
+def hunyuan15(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """Latents with the picture's and its mask, which are zero without one; masks come in the model's dtype."""
+    batch, text = work.batch, work.text_tokens
+    return {
+        "hidden_states": _video(work, config["in_channels"]), "timestep": (batch,),
+        "encoder_hidden_states": (batch, text, config["text_embed_dim"]), "encoder_attention_mask": (batch, text),
+        "encoder_hidden_states_2": (batch, 256, config["text_embed_2_dim"]), "encoder_attention_mask_2": (batch, 256),
+        "image_embeds": (batch, 729, config["image_embed_dim"]),
+    }  # fmt: skip
+
+
+def hidream(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """The pipeline keeps the sides' ratio and makes of every size about 1024 x 1024 pixels; all of Llama's layers."""
+    scale = math.sqrt(1024 * 1024 / (work.height * work.width))
+    height, width = (int(side * scale // 16 * 16) // 8 for side in (work.height, work.width))
+    return {
+        "hidden_states": (work.batch, config["in_channels"], height, width), "timesteps": ((work.batch,), I64),
+        "encoder_hidden_states_t5": (work.batch, work.text_tokens, 4096),
+        "encoder_hidden_states_llama3": (32, work.batch, work.text_tokens, 4096),
+        "pooled_embeds": (work.batch, config["text_emb_dim"]),
+    }  # fmt: skip
+
+
+def ltx2(config: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """24 frames and 25 latents of sound a second; the text is what the connectors made of it, for each stream."""
+    frames, height, width = work.latent_frames, work.latent_height, work.latent_width
+    batch, video, sound = work.batch, frames * height * width, round(work.frames / 24 * 25)
+    wide = (config["caption_channels"],) * 2 if config["use_prompt_embeddings"] else (4096, 2048)
+    return {
+        "hidden_states": (batch, video, 128), "audio_hidden_states": (batch, sound, 128),
+        "encoder_hidden_states": (batch, work.text_tokens, wide[0]),
+        "audio_encoder_hidden_states": (batch, work.text_tokens, wide[1]), "timestep": ((batch,), F32),
+        "sigma": ((batch,), F32), "encoder_attention_mask": ((batch, work.text_tokens), I64),
+        "audio_encoder_attention_mask": ((batch, work.text_tokens), I64), "num_frames": frames, "height": height,
+        "width": width, "fps": 24.0, "audio_num_frames": sound, "video_coords": ((batch, 3, video, 2), F32),
+        "audio_coords": ((batch, 1, sound, 2), F32), "use_cross_timestep": True,
     }  # fmt: skip

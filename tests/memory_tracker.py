@@ -16,10 +16,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn, no_grad
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -51,6 +53,7 @@ def measure(
     call: Callable[..., Any] | None = None,
     explain: bool = False,
     read: int = 1,
+    experts: int = 1,
 ) -> Measured:
     """Peak memory of `build()(**inputs)`, in inference, without gradients.
 
@@ -63,12 +66,16 @@ def measure(
         call: what is run instead of `module(**inputs)`: `call(module, **inputs)`.
         explain: also list what is alive at the peak (slow).
         read: what reading a whole number from a fake tensor answers, for modules that count a mask's entries. Masks
-            that index are all True: prompts fill their padding, which is the most that a module computes with.
+            that index are all True: prompts fill their padding, which is the most that a module computes with. So an
+            inverted one (`~mask`) is all False. A fake tensor that is asked whether it is true is: what pads for a
+            picture that is not there is all zeros.
+        experts: among how many experts a router's choices are counted (`bincount`): each gets as many.
     """
     with torch.device("meta"):
         module = build().eval()
     cast(module, DTYPES[dtype])
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    # Sizes that a module keeps in a tensor of a few whole numbers stay known where it slices by them.
+    with patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 8), FakeTensorMode(allow_non_fake_inputs=True), no_grad():
         module._apply(lambda old: torch.empty(old.shape, dtype=old.dtype, device=DEVICE))
         given = {name: _tensor(value, DTYPES[dtype]) for name, value in inputs.items()}
         tracker = _Tracker(explain)
@@ -76,7 +83,7 @@ def measure(
         if explain:
             tracker.label("weight", *module.parameters(), *module.buffers())
             tracker.label("input", *_tensors(given))
-        with _AsOnCuda(read), tracker:
+        with _AsOnCuda(read, experts), tracker:
             (call or _forward)(module, **given)
         return tracker.peak()
 
@@ -186,9 +193,9 @@ class _Tracker(MemTracker):
 class _AsOnCuda(TorchFunctionMode):
     """Functions whose kernels on CUDA allocate something else than those on the CPU, or that need a tensor's values."""
 
-    def __init__(self, read: int) -> None:
+    def __init__(self, read: int, experts: int) -> None:
         super().__init__()
-        self._read = read
+        self._read, self._experts = read, experts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
@@ -197,10 +204,23 @@ class _AsOnCuda(TorchFunctionMode):
             return _fused_rms_norm(*args, **(kwargs or {}))
         if func is Tensor.item and not args[0].is_floating_point():
             return self._read
+        if func is Tensor.__bool__ and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            return True
+        if func is Tensor.bincount:
+            with unset_fake_temporarily():  # what follows slices by the counts, so they have to be numbers
+                return torch.full((self._experts,), args[0].numel() // self._experts)
+        if func is Tensor.numpy:
+            with unset_fake_temporarily():
+                return func(*args)
+        if func is Tensor.__invert__ and args[0].dtype is torch.bool:
+            inverted = func(*args)
+            inverted._of_a_full_mask = True
+            return inverted
         if func is torch.nonzero:
             return torch.zeros((args[0].numel(), args[0].dim()), dtype=torch.int64, device=args[0].device)
         if func in (Tensor.__getitem__, Tensor.__setitem__) and getattr(args[1], "dtype", None) is torch.bool:
             picked = args[0].flatten(0, args[1].dim() - 1)
+            picked = picked[:0] if hasattr(args[1], "_of_a_full_mask") else picked
             return picked.clone() if func is Tensor.__getitem__ else picked.copy_(args[2])
         return func(*args, **(kwargs or {}))
 

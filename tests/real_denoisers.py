@@ -49,14 +49,19 @@ class Denoiser:
 
     def shallow(self) -> Denoiser:
         """The same widths with four blocks of each kind: the peak lies in one block, however many there are."""
-        cut = {key: 4 for key in DEPTHS if (self.full().get(key) or 0) > 4}
+        cut: dict[str, Any] = {key: 4 for key in DEPTHS if (self.full().get(key) or 0) > 4}
+        if layers := self.config.get("llama_layers"):
+            cut["llama_layers"] = layers[-cut["num_layers"] - cut["num_single_layers"] :]  # Llama gives all of its own
         return replace(self, config=self.config | cut | self.few)
 
     def measured(self, work: Workload, explain: bool = False) -> Measured:
         """What torch's tracker sees."""
         build = getattr(diffusers, self.class_name)
         given = self.shapes(self.full(), work)
-        return measure(lambda: build(**self.config), given, work.dtype, explain=explain, read=work.text_tokens)
+        experts = self.full().get("num_routed_experts") or 1
+        return measure(
+            lambda: build(**self.config), given, work.dtype, explain=explain, read=work.text_tokens, experts=experts
+        )
 
     def points(self) -> list[Workload]:
         """Two sizes, with batches of 1 and 2 where both are possible, in bfloat16 and float32."""
@@ -81,6 +86,7 @@ _COG = {
 }  # fmt: skip
 _SANA = {"in_channels": 32, "out_channels": 32}
 _QWEN = {"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60}
+_LTX2 = Workload(height=512, width=768, frames=121, text_tokens=1024, spatial=32, temporal=8)
 _SMALL = (512, 768, 1)
 DENOISERS = [
     Denoiser("FLUX.1-dev", "FluxTransformer2DModel", {"guidance_embeds": True}, inputs.flux, Workload(), _SMALL),
@@ -229,6 +235,27 @@ DENOISERS = [
             "ff_dim": 7168, "num_text_blocks": 2, "num_visual_blocks": 32, "axes_dims": (16, 24, 24),
             "visual_cond": True,
         }, inputs.kandinsky5, Workload(height=512, width=768, frames=121, temporal=4), (512, 512, 61),
+    ),
+    Denoiser(
+        "HunyuanVideo-1.5", "HunyuanVideo15Transformer3DModel", {"task_type": "t2v"}, inputs.hunyuan15,
+        Workload(height=480, width=848, frames=121, text_tokens=1000, spatial=16, temporal=4), (720, 1280, 121),
+    ),
+    Denoiser(
+        "HiDream-I1-Full", "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096, 4096],
+            "axes_dims_rope": (64, 32, 32), "llama_layers": [*range(32), *[31] * 16],
+        }, inputs.hidream, Workload(text_tokens=128), (768, 1344, 1),
+    ),
+    Denoiser(
+        "LTX-2", "LTX2VideoTransformer3DModel", {"rope_type": "split"}, inputs.ltx2, _LTX2, (1024, 1536, 121),
+    ),
+    Denoiser(
+        "LTX-2.3", "LTX2VideoTransformer3DModel",
+        {
+            "rope_type": "split", "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True,
+            "audio_cross_attn_mod": True, "use_prompt_embeddings": False, "perturbed_attn": True,
+        }, inputs.ltx2, _LTX2, (1024, 1536, 121),
     ),
     Denoiser("GLM-Image", "GlmImageTransformer2DModel", {}, inputs.glm_image, Workload(text_tokens=64), _SMALL),
 ]  # fmt: skip

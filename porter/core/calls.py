@@ -21,6 +21,7 @@ _FACTOR = re.compile(
 _SAMPLE = re.compile(
     rb"^        self\.default_sample_size = \(\s+self\.\w+\.config\.sample_size\s[^=]*?else (\d{1,4})\s", re.MULTILINE
 )
+_TOKENS = re.compile(rb"^        self\.tokenizer_max_length = (\d{2,5})$", re.MULTILINE)
 _SIDES = re.compile(rb"^        (height|width) = (?:height|width) or (\d{2,5})$", re.MULTILINE)
 _FRAMES = re.compile(rb"^ +if num_frames is None[^\n]*:\n(?: +#[^\n]*\n)* +num_frames = (\d{1,4})$", re.MULTILINE)
 
@@ -51,7 +52,7 @@ def numbers(source: bytes) -> Mapping[str, int]:
 
     `spatial`, `temporal`: pixels and frames per latent position without an autoencoder; `frames`: where `num_frames` is
     None; `height`, `width`: where those are None, in pixels; `sample`: the default size in latent positions where the
-    denoiser's config names none.
+    denoiser's config names none; `tokens`: what a prompt is padded to where the call takes no length.
     """
     found = {name.decode(): int(size) for name, size in _SIDES.findall(source)}
     for name, plain, other in _FACTOR.findall(source):
@@ -59,7 +60,7 @@ def numbers(source: bytes) -> Mapping[str, int]:
             found.setdefault("temporal", int(plain or other))
         elif name in (b"scale_factor", b"scale_factor_spatial", b"spatial_compression_ratio", b"spatial_scale_factor"):
             found.setdefault("spatial", int(plain or other))
-    for key, pattern in (("frames", _FRAMES), ("sample", _SAMPLE)):
+    for key, pattern in (("frames", _FRAMES), ("sample", _SAMPLE), ("tokens", _TOKENS)):
         if told := pattern.search(source):
             found[key] = int(told[1])
     return {key: value for key, value in found.items() if value > 0}

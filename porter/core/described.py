@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from porter.core.compression import LARGEST, number, row
 from porter.core.defaults import Computed, class_source, config_source
+
+_LARGEST_AREA = 512  # latent positions each way
 
 
 class Described(Protocol):
@@ -44,11 +46,14 @@ def is_decoder(part: Described) -> bool:
     return is_autoencoder(part) and "audio" not in f"{part.name} {part.class_name}".lower()
 
 
+def _denoisers(parts: Iterable[Described]) -> Iterator[Described]:
+    """Components of diffusers with a config that are no autoencoder."""
+    return (part for part in parts if part.library == "diffusers" and part.config and not is_autoencoder(part))
+
+
 def sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | None:
     """(height, width) in pixels that the denoiser was made for, where its config says so."""
-    for part in parts:
-        if part.library != "diffusers" or is_autoencoder(part) or not part.config:
-            continue
+    for part in _denoisers(parts):
         config = full_config(part.library, part.class_name, part.config)
         size = config.get("sample_size")
         pairs = [(config.get("sample_height"), config.get("sample_width")), row(size) or (size, size)]
@@ -56,6 +61,24 @@ def sample_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | N
             if high and wide and max(high, wide) * spatial <= LARGEST:
                 return high * spatial, wide * spatial
     return None
+
+
+def target_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | None:
+    """(height, width) in pixels of the area that the denoiser was made for, at 16:9, where its config gives its side.
+
+    Of the sizes in whole latent positions that cover no more than that area, the one that is the closest to 16:9 and
+    not wider, as HunyuanVideo 1.5's pipelines find it (`HunyuanVideo15ImageProcessor`).
+    """
+    configs = (full_config(part.library, part.class_name, part.config) for part in _denoisers(parts))
+    sides = (number(config.get("target_size")) for config in configs)
+    side = next((side for side in sides if side and side <= _LARGEST_AREA * spatial), 0)
+    most = round((side / spatial) ** 2)
+    high, wide, sizes = most, 1, []
+    while high:
+        if max(high, wide) <= 4 * min(high, wide) and 16 * high >= 9 * wide:
+            sizes.append((high * spatial, wide * spatial))
+        high, wide = (high, wide + 1) if high * (wide + 1) <= most else (high - 1, wide)
+    return min(sizes, key=lambda size: size[0] / size[1], default=None)
 
 
 def sample_frames(parts: Iterable[Described]) -> tuple[int | None, str]:

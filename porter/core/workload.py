@@ -16,6 +16,7 @@ from porter.core.described import (
     is_decoder,
     sample_frames,
     sample_size,
+    target_size,
     text_tokens,
 )
 from porter.core.errors import UsageError
@@ -141,7 +142,8 @@ def default_workload(
     """The call that a user makes who sets nothing but `given`, and every assumption as a line.
 
     Defaults are literals of the installed pipeline's `__call__`; else what its constructor sets; else the denoiser's
-    `sample_size` times the autoencoder's compression; else 1024 x 1024, and 81 frames for a video, which are guesses.
+    `sample_size` times the autoencoder's compression, or its `target_size`; else 1024 x 1024, and 81 frames for a
+    video, which are guesses.
 
     Args:
         family_pipeline: whose call is taken where `pipeline_class` is unknown or not installed.
@@ -161,14 +163,16 @@ def default_workload(
     literal = {key: value for key, value in (call.defaults if call else {}).items() if not isinstance(value, Computed)}
     sizes = call.sizes if call else {}
     square = sizes.get("sample_size", 0) * work.spatial
+    area = target_size(parts, work.spatial) or (0, 0)
     sound = call is not None and not call.knows("height") and any("audio" in key for key in call.defaults)
     sample = (not sound and sample_size(parts, work.spatial)) or (0, 0)  # of a sound it is no picture's
     chosen: dict[str, Any] = {}
     guessed: list[str] = []
-    for key, own in zip(("height", "width"), sample, strict=True):
+    for key, own, target in zip(("height", "width"), sample, area, strict=True):
         options = (
             (literal.get(key) or figures.get(key), source), (sizes.get(key) or square, f"{caller}'s constructor"),
-            (own, "the denoiser's sample_size"), (figures.get("sample", 0) * work.spatial, f"{caller}'s constructor"),
+            (own, "the denoiser's sample_size"), (target, "the denoiser's target_size, at 16:9"),
+            (figures.get("sample", 0) * work.spatial, f"{caller}'s constructor"),
             (_SIDE, _NOBODY),
         )  # fmt: skip
         _choose(key, options, known, chosen, assumed, guessed)
@@ -178,7 +182,7 @@ def default_workload(
             (_VIDEO_FRAMES, _NOBODY),
         )  # fmt: skip
         _choose("frames", frames, known, chosen, assumed, guessed)
-    tokens = literal.get("max_sequence_length")
+    tokens = literal.get("max_sequence_length", figures.get("tokens"))
     chosen["text_tokens"] = tokens if isinstance(tokens, int) else text_tokens(parts) or work.text_tokens
     if "text_tokens" not in known and any(part.name.startswith("text") for part in parts):
         assumed.append(f"{chosen['text_tokens']} text tokens ({source if isinstance(tokens, int) else 'assumed'})")

@@ -97,6 +97,15 @@ def test_weights_take_what_the_tracker_sees(name: str) -> None:
         assert estimate([part], replace(model.base, dtype=dtype)).weights == pytest.approx(seen, rel=0.02), dtype
 
 
+def test_no_choice_of_experts_is_the_peak_in_16_bits() -> None:
+    """Evenly shared out among four, which is what the other tests measure, or all tokens to the same two."""
+    model = next(model for model in DENOISERS if model.name == "HiDream-I1-Full").shallow()
+    given = model.shapes(model.full(), model.base)
+    build = getattr(diffusers, model.class_name)
+    seen = {measure(lambda: build(**model.config), given, experts=experts).activations for experts in (2, 4)}
+    assert len(seen) == 1
+
+
 GROWING = (
     "FLUX.1-dev", "HunyuanVideo", "Wan2.1-T2V-14B", "Wan2.1-VACE-1.3B", "Wan2.2-Animate-14B", "SkyReels-V2-DF-14B-540P",
     "HunyuanDiT-v1.2",

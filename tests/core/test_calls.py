@@ -11,6 +11,7 @@ import pytest
 from porter.commands._memory import left_out
 from porter.core.calls import numbers, text_calls
 from porter.core.defaults import call_source
+from porter.core.described import target_size
 from porter.core.memory import Memory, Workload, estimate
 from porter.core.workload import default_workload
 from tests.core.test_memory import GB, T5, VAE, Part, flux
@@ -107,6 +108,25 @@ def test_frames_are_the_denoisers_own_where_the_call_leaves_them_open() -> None:
     work, assumed = default_workload("StableVideoDiffusionPipeline", [unet, Part("vae", "AutoencoderKL", VAE)])
     assert (work.height, work.width, work.frames) == (576, 1024, 14)
     assert "frames 14 (the denoiser's num_frames)" in assumed
+
+
+def test_a_denoisers_area_and_a_constructors_length_of_prompts_are_followed() -> None:
+    parts = [Part("transformer", "HunyuanVideo15Transformer3DModel", {"target_size": 960})]
+    parts += [Part("vae", "AutoencoderKLHunyuanVideo15", {"latent_channels": 32}), Part("text_encoder", None)]
+    work, assumed = default_workload("HunyuanVideo15Pipeline", parts)
+    assert (work.height, work.width, work.frames, work.text_tokens) == (720, 1280, 121, 1000)
+    assert (work.spatial, work.temporal, work.guidance, work.guessed) == (16, 4, False, ())
+    assert "height 720 (the denoiser's target_size, at 16:9)" in assumed
+    assert "1000 text tokens (HunyuanVideo15Pipeline.__call__)" in assumed
+
+
+@pytest.mark.parametrize(
+    ("side", "size"),
+    [(320, (240, 416)), (640, (480, 848)), (848, (640, 1120)), (3, None), (10**9, None), ("640", None)],
+)
+def test_an_area_gives_the_size_that_the_pipeline_finds(side: Any, size: tuple[int, int] | None) -> None:
+    """Against what `HunyuanVideo15ImageProcessor.calculate_default_height_width(9, 16, side)` answers."""
+    assert target_size([Part("transformer", "NobodysTransformer", {"target_size": side})], 16) == size
 
 
 def test_a_pipeline_that_makes_sound_has_no_pictures_size() -> None:

@@ -1,0 +1,111 @@
+"""The catalogue's recipes by name, and a recipe in words: its rules, and what the way back does with each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from porter.core.errors import RecipeError, UsageError
+from porter.core.family import families, resolve
+from porter.core.ops import Constant, Drop
+from porter.core.patterns import nearest
+from porter.core.recipe import Recipe, Rule
+from porter.core.tensorplan import weakest
+
+
+@dataclass(frozen=True)
+class Known:
+    """A recipe of the catalogue: where it stands, and which components of which families it is for."""
+
+    recipe: Recipe
+    reference: str
+    users: tuple[str, ...]
+
+
+def catalogue() -> dict[str, Known]:
+    """Every recipe of the catalogue by its name."""
+    users: dict[str, list[str]] = {}
+    for family in families().values():
+        for part in family.components:
+            for reference in part.recipes:
+                users.setdefault(reference, []).append(f"{family.name}/{part.name}")
+    found: dict[str, Known] = {}
+    for reference, names in users.items():
+        recipe: Recipe = resolve(reference)
+        found[recipe.name] = Known(recipe, reference, tuple(names))
+    return dict(sorted(found.items()))
+
+
+def recipe_named(name: str) -> Known:
+    """The recipe called `name`; or the only one of a family, or of `family/component`.
+
+    Raises:
+        UsageError: there is none, or a family has several.
+    """
+    known = catalogue()
+    if name in known:
+        return known[name]
+    found = {
+        key: each for key, each in known.items() if any(user == name or user.startswith(f"{name}/") for user in each.users)
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise UsageError(f"{name} has several recipes", expected="one of " + ", ".join(found), hint="porter recipe show")
+    near = nearest(name, [*known, *families()])
+    raise UsageError(
+        f"no recipe is called {name!r}", expected=", ".join(near) or "a name of `porter recipe show`", found=name,
+        hint="porter recipe show",
+    )  # fmt: skip
+
+
+def in_words(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON data: layouts, digest, and for each rule what it does, why, and what undoes it."""
+    return {
+        "name": recipe.name,
+        "source_layout": recipe.source_layout,
+        "target_layout": recipe.target_layout,
+        "digest": recipe.digest,
+        "keep_dtype": list(recipe.keep_dtype),
+        "rules": [_rule(rule) for rule in recipe.rules],
+    }
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    return {
+        "sources": list(rule.sources),
+        "targets": list(rule.targets),
+        "ops": ", ".join(op.describe() for op in rule.ops) or "rename",
+        "inverse": _inverse(rule),
+        "exactness": weakest(op.exactness for op in rule.ops),
+        "when": rule.when,
+        "why": rule.why,
+    }
+
+
+def _inverse(rule: Rule) -> str:
+    """What the way back does, in words; the sizes it takes are those of the file at hand."""
+    if any(isinstance(op, Drop) for op in rule.ops):
+        return "only with --base: the original's tensor is copied"
+    if any(isinstance(op, Constant) for op in rule.ops):
+        return "checks that the tensor is that constant, and leaves it out"
+    words = []
+    for op in reversed(rule.ops):
+        try:
+            words.append(op.inverse().describe())
+        except RecipeError:
+            return "only with --base: the original's tensor is copied"
+        except (TypeError, ValueError, AttributeError, IndexError):  # an op whose sizes only a file gives
+            words.append(f"undo {op.describe()}")
+    return ", ".join(words) or "rename back"
+
+
+def steps_of(document: Mapping[str, Any]) -> list[str]:
+    """The rules of `in_words`, a line each for people."""
+    lines = []
+    for rule in document["rules"]:
+        sources, targets = " + ".join(rule["sources"]) or "nothing", ", ".join(rule["targets"]) or "nothing"
+        when = f"  if {rule['when']}" if rule["when"] else ""
+        lines.append(f"{sources} → {targets}: {rule['ops']}{when}")
+    return lines

@@ -45,6 +45,11 @@ def per_level(value: Any, levels: int) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
+def of_all(value: Any) -> Any:
+    """The value that all levels share: it may be said once, or for each."""
+    return value[0] if isinstance(value, list | tuple) else value
+
+
 def attends(config: Config) -> list[bool]:
     """Which levels have transformers."""
     return ["CrossAttn" in kind for kind in config["down_block_types"]]
@@ -52,7 +57,7 @@ def attends(config: Config) -> list[bool]:
 
 def walk(config: Config) -> Iterator[Place]:
     """Every module between the first convolution and the last norm."""
-    widths, layers = list(config["block_out_channels"]), config["layers_per_block"]
+    widths, layers = list(config["block_out_channels"]), of_all(config["layers_per_block"])
     n, attention = len(widths), attends(config)
     depths = per_level(config["transformer_layers_per_block"], n)
     crossed = per_level(config["only_cross_attention"], n)
@@ -142,7 +147,7 @@ def _module(place: Place, at: str, layers: Mapping[str, str], config: Config) ->
 
 def _transformer(place: Place, at: str, config: Config) -> Shapes:
     """A transformer over positions; its names are the same in both layouts."""
-    width, text = place.rows, config["cross_attention_dim"]
+    width, text = place.rows, of_all(config["cross_attention_dim"])
     kernel = () if config["use_linear_projection"] else (1, 1)
     shapes = norm(f"{at}.norm", width) | conv(f"{at}.proj_in", width, width, *kernel)
     for t in range(place.depth):

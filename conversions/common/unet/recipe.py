@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from conversions.common.unet.headers import attends, diffusers_headers, original_headers, per_level
+from conversions.common.unet.headers import attends, diffusers_headers, of_all, original_headers, per_level
 from porter.core.checkpoint import Header
 from porter.core.configs import ConfigFacts
 from porter.core.errors import RecipeError
@@ -96,7 +96,7 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
 
     depths = [count_blocks(header, f"{block}.1.transformer_blocks") or None for block in blocks]
     depths[-1] = count_blocks(header, f"{_MIDDLE}.transformer_blocks")
-    crossed = [_crossed(header, block, text) for block in blocks]
+    crossed = [_crossed(header, f"{block}.1", text) for block in blocks]
     untold = any(has and said is None for has, said in zip(attention, crossed, strict=True))
     kinds = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
     seen: dict[str, Any] = {
@@ -113,7 +113,9 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         **_labels(header, known),
     }
     if not untold or "only_cross_attention" in known:
-        seen["only_cross_attention"] = _agreed(crossed, known.get("only_cross_attention"), False)
+        said = _agreed(crossed, known.get("only_cross_attention"), False)
+        # In diffusers True speaks of the middle too, a list does not.
+        seen["only_cross_attention"] = [True] * n if said is True and not _crossed(header, _MIDDLE, text) else said
     needed = ("attention_head_dim", "addition_time_embed_dim", "only_cross_attention")
     facts = replace(
         FACTS, needed=tuple(key for key in needed if key not in seen and key not in released),
@@ -138,22 +140,22 @@ def _levels(header: Header) -> tuple[int, int]:
     return n, layers
 
 
-def _crossed(header: Header, block: str, text: int) -> bool | None:
+def _crossed(header: Header, transformer: str, text: int) -> bool | None:
     """Whether a transformer's first attention looks at the text; None where no tensor says so."""
-    keys = header.get(f"{block}.1.transformer_blocks.0.attn1.to_k.weight")
+    keys = header.get(f"{transformer}.transformer_blocks.0.attn1.to_k.weight")
     if keys is None or len(keys.shape) != 2 or keys.shape[0] == text:
         return None
     return keys.shape[1] == text
 
 
 def _agreed(levels: Sequence[Any], given: Any, fill: Any = None) -> Any:
-    """A value of each level: as it is given, if no tensor contradicts; else as the tensors say, and `fill`."""
+    """A value of each level: as it is given, if no tensor contradicts; else as the tensors say, or `fill`."""
     if given is not None:
         said = per_level(given, len(levels))
         if len(said) == len(levels) and all(v in (None, s) for v, s in zip(levels, said, strict=True)):
             return given
-    values = [fill if value is None else value for value in levels]
-    return values[0] if values.count(values[0]) == len(values) else values
+    told = [value for value in levels if value is not None] or [fill]
+    return told[0] if told.count(told[0]) == len(told) else [fill if value is None else value for value in levels]
 
 
 def _labels(header: Header, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _check_heads(full: Mapping[str, Any]) -> None:
 def parameters(config: Mapping[str, Any]) -> dict[str, int]:
     """The numbers that the rules use; all but `l` are flags."""
     return {
-        "l": config["layers_per_block"],
+        "l": of_all(config["layers_per_block"]),
         "resampled": int(len(config["block_out_channels"]) > 1),
         "attention": int(any(attends(config))),
         "table": int(config["num_class_embeds"] is not None),

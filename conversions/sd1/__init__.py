@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x (and what keeps its shape): facts of its layouts."""
+"""Stable Diffusion 1.x (and what keeps its shape): layouts, recipes and traces."""
 
 from porter.core.family import Component, Family
 
@@ -37,9 +37,15 @@ FAMILY = Family(
             "diffusers",
             ("UNet2DConditionModel",),
             original_files=("v1-5-pruned*.safetensors", "v1-5-pruned*.ckpt", "sd-v1-*.safetensors", "sd-v1-*.ckpt"),
+            original_name="unet.safetensors",
+            original_class="UNetModel",
+            recipe="conversions.common.unet.recipe:UNET",
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    cases="conversions.sd1.case:CASES",
+    reference="conversions/sd1/reference",
+    reference_code="CompVis/stable-diffusion at 21f890f9da3cfbeaba8e2ac3c425ee9e998d5229",
     style="Modular",
     style_reason="standard text-to-image",
     license_hint="weights are under the CreativeML Open RAIL-M license; a port keeps its source's licence",

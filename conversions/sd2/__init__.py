@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x (2.0, 2.1, depth, inpainting, unCLIP, x4 upscaler): facts of its layouts."""
+"""Stable Diffusion 2.x (2.0, 2.1, depth, inpainting, unCLIP, x4 upscaler): layouts, recipes and traces."""
 
 from porter.core.family import Component, Family
 
@@ -30,9 +30,15 @@ FAMILY = Family(
                 "sd21-unclip-*.ckpt",
                 "sd_turbo.safetensors",
             ),
+            original_name="unet.safetensors",
+            original_class="UNetModel",
+            recipe="conversions.common.unet.recipe:UNET",
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    cases="conversions.sd2.case:CASES",
+    reference="conversions/sd2/reference",
+    reference_code="Stability-AI/generative-models at 0ad7de9a5cb53fd63d6d30a4f385485e72e08597",
     style="Modular",
     style_reason="standard text-to-image",
     shared_pipelines=(

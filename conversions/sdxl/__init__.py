@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (base, refiner, inpainting, Turbo): facts of its layouts."""
+"""Stable Diffusion XL (base, refiner, inpainting, Turbo): layouts, recipes and traces."""
 
 from porter.core.family import Component, Family
 
@@ -35,9 +35,15 @@ FAMILY = Family(
             "diffusers",
             ("UNet2DConditionModel",),
             original_files=("sd_xl_base_*.safetensors", "sd_xl_refiner_*.safetensors", "sd_xl_turbo_*.safetensors"),
+            original_name="unet.safetensors",
+            original_class="UNetModel",
+            recipe="conversions.common.unet.recipe:UNET",
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    cases="conversions.sdxl.case:CASES",
+    reference="conversions/sdxl/reference",
+    reference_code="Stability-AI/generative-models at 0ad7de9a5cb53fd63d6d30a4f385485e72e08597",
     style="Modular",
     style_reason="standard text-to-image",
     license_hint=(

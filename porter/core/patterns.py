@@ -39,11 +39,12 @@ _COMPARE: Mapping[str, Callable[[int, int], bool]] = {
 }  # fmt: skip
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
 }  # fmt: skip
 
 
 def evaluate(expression: Size, variables: Mapping[str, Value]) -> int:
-    """The value of an integer expression: numbers, variables, + - * // and parentheses.
+    """The value of an integer expression: numbers, variables, + - * // % and parentheses.
 
     Raises:
         RecipeError: it is not such an expression, or names an unknown variable.

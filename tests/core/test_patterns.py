@@ -21,6 +21,7 @@ def test_matches_the_whole_name_only() -> None:
 def test_fills_indices_and_words() -> None:
     assert Pattern("up.{n-1-i}.{p}").fill({"i": 1, "p": "bias"}, {"n": 4}) == "up.2.bias"
     assert Pattern("up.{2*i+1}").fill({"i": 3}, {}) == "up.7"
+    assert Pattern("up.{k//(l+1)}.{k%(l+1)}").fill({"k": 7}, {"l": 2}) == "up.2.1"
     with pytest.raises(RecipeError, match="negative index"):
         Pattern("up.{i-1}").fill({"i": 0}, {})
     with pytest.raises(RecipeError, match="cannot evaluate 'q'"):
@@ -47,8 +48,9 @@ def test_refuses_patterns_that_cannot_be_matched(text: str) -> None:
 
 def test_expressions() -> None:
     assert evaluate("4*h + (m - 1) // 2", {"h": 8, "m": 5}) == 34
+    assert evaluate("(k - 1) % (l + 1)", {"k": 6, "l": 2}) == 2
     assert evaluate(7, {}) == 7
-    for bad in ("h.x", "__import__('os')", "h**9", "1.5", "k", "h//0", "h if h else 1", "", "p"):
+    for bad in ("h.x", "__import__('os')", "h**9", "1.5", "k", "h//0", "h%0", "h if h else 1", "", "p"):
         with pytest.raises(RecipeError, match="cannot evaluate"):
             evaluate(bad, {"h": 8, "p": "weight"})
 

@@ -70,6 +70,7 @@ def test_a_trace_is_small_and_says_where_it_comes_from(family: str, case: Compon
 
 
 @pytest.mark.reference
+@pytest.mark.filterwarnings("ignore")  # what the originals use is theirs to mend
 @pytest.mark.skipif(not REFERENCES, reason="PORTER_REFERENCES names no folder with checkouts")
 @every
 def test_the_committed_trace_is_what_the_original_computes(family: str, case: ComponentCase) -> None:

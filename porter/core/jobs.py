@@ -12,7 +12,13 @@ from porter.core.errors import UsageError
 from porter.core.recipe import Recipe, TensorPlan
 from porter.core.source import Source
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# The file in which each library looks for a component's weights.
+_WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+
+
+def weights_name(library: str) -> str:
+    """What a component's weights are called, in one file, by the library that reads them."""
+    return _WEIGHTS.get(library, _WEIGHTS["diffusers"])
 
 
 @dataclass(frozen=True)

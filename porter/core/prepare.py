@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from porter.core.checkpoint import TensorInfo
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
-from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation
+from porter.core.jobs import Copy, Job, Preparation, weights_name
+from porter.core.originals import as_role, takes
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST
 from porter.core.recipe import Recipe, compile_recipe
@@ -37,6 +39,7 @@ def forward(
         BadInputError: the input cannot be converted; the message names the tensor or key.
         MissingError: weights that are not here.
     """
+    plan = _in_role(plan, component)
     parts = _selected(source, plan, component)
     if unknown := set(recipes) - {part.name for part in parts}:
         raise UsageError(
@@ -76,6 +79,19 @@ def forward(
         tuple(sorted(left.items())),
         _licence(source, family, copies),
     )
+
+
+def _in_role(plan: PortPlan, component: str | None) -> PortPlan:
+    """The plan with one part called `component`, where its tensors fit that role too and only the user knows."""
+    if component is None or any(part.name == component for part in plan.components):
+        return plan
+    homes = [family for family in families().values() if plan.family in (None, family.name)]
+    for family, role in ((family, family.component(component)) for family in homes):
+        fit = [part for part in plan.components if role and part.recipe and takes(role, part)]
+        if role and len(fit) == 1:
+            parts = tuple(as_role(part, role) if part is fit[0] else part for part in plan.components)
+            return replace(plan, components=parts, family=family.name)
+    return plan
 
 
 def _selected(source: Source, plan: PortPlan, component: str | None) -> list[ComponentPlan]:
@@ -146,7 +162,8 @@ def _forward_job(
         error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
         raise
     notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
-    text = {"_class_name": part.class_name, **notes, **{k: v for k, v in full.items() if not k.startswith("_")}}
+    said = {"_class_name": part.class_name} if part.library == "diffusers" else {"architectures": [part.class_name]}
+    text = {**said, **notes, **{k: v for k, v in full.items() if not k.startswith("_")}}
     same = json.dumps(text, sort_keys=True) == json.dumps(given, sort_keys=True)  # unlike ==, tells 2 from 2.0
     kept = config is None and config_name in source.files and same
     content = source.path(config_name).read_bytes() if kept else (json.dumps(text, indent=2) + "\n").encode()
@@ -159,7 +176,7 @@ def _forward_job(
         plan=plan,
         config=full,
         sources=part.files,
-        target=f"{part.name}/{WEIGHTS_NAME}",
+        target=f"{part.name}/{weights_name(part.library)}",
         metadata={"format": "pt"},
         texts={config_name: content},
         source_metadata=metadata,

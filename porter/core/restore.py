@@ -10,7 +10,7 @@ from typing import Any
 from porter.core.checkpoint import dtype_code, read_header
 from porter.core.errors import BadInputError, RecipeError, UsageError
 from porter.core.family import families, resolve
-from porter.core.jobs import WEIGHTS_NAME, Copy, Job, Preparation, unknown_component
+from porter.core.jobs import Copy, Job, Preparation, unknown_component, weights_name
 from porter.core.port import MANIFEST, Port
 from porter.core.recipe import Recipe, compile_recipe
 from porter.core.source import LocalSource, Source
@@ -72,7 +72,7 @@ def _inverse_job(
     source: LocalSource, port: Port, name: str, record: dict[str, Any], recipes: Mapping[str, Recipe]
 ) -> Job:
     recipe = _recipe(name, record["recipe"]["reference"], recipes)
-    config, stored = record["config"], f"{name}/{WEIGHTS_NAME}"
+    config, stored = record["config"], f"{name}/{weights_name(record['library'])}"
     header, _ = read_header(source.path(stored))
     dtypes = record["source_dtypes"]
     original = recipe.source_headers(config, dtypes if isinstance(dtypes, str) else "F32")

@@ -41,7 +41,8 @@ every = pytest.mark.parametrize(
 def port_of(case: ComponentCase, folder: Path) -> Path:
     """The port of a trace's weights, converted as a user would."""
     config = write_weights(case.trace, folder / "source.safetensors")
-    convert(folder / "source.safetensors", folder / "port", config=config or None, verify=True)
+    source, port = folder / "source.safetensors", folder / "port"
+    convert(source, port, component=case.component, config=config or None, verify=True)
     return folder / "port" / case.component
 
 

@@ -30,7 +30,15 @@ FAMILY = Family(
         Component(
             "scheduler", "diffusers", ("PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
         ),
-        Component("text_encoder", "transformers", ("CLIPTextModel",)),
+        Component(
+            "text_encoder",
+            "transformers",
+            ("CLIPTextModel",),
+            original_files=("clip_l*.safetensors",),
+            original_name="clip_l.safetensors",
+            original_class="CLIPTextModel",
+            recipe="conversions.common.clip.recipe:KEPT",
+        ),
         Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
         Component(
             "unet",

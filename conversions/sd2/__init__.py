@@ -16,7 +16,15 @@ FAMILY = Family(
             "feature_extractor", "transformers", ("CLIPImageProcessor", "DPTFeatureExtractor", "DPTImageProcessor")
         ),
         Component("scheduler", "diffusers", ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")),
-        Component("text_encoder", "transformers", ("CLIPTextModel",)),
+        Component(
+            "text_encoder",
+            "transformers",
+            ("CLIPTextModel",),
+            original_files=("open_clip_pytorch_model.*", "open_clip_model.*"),
+            original_name="open_clip_model.safetensors",
+            original_class="CLIP",
+            recipe="conversions.common.clip.recipe:PENULTIMATE",
+        ),
         Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
         Component(
             "unet",
@@ -41,6 +49,9 @@ FAMILY = Family(
             recipe="conversions.common.autoencoder_kl.recipe:AUTOENCODER",
         ),
     ),
+    cases="conversions.sd2.case:CASES",
+    reference="conversions/sd2/reference",
+    reference_code="mlfoundations/open_clip at 89fb801f1e6087880e951fc8354b8a2077b79c6d",
     style="Modular",
     style_reason="standard text-to-image",
     shared_pipelines=(

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from conversions.common.autoencoder_kl.case import autoencoder_case
+from conversions.common.clip.case import encoder_case
 from parity.case import FamilyCases
 
 REFERENCE = Path(__file__).parent / "reference"
 
 CASES = FamilyCases(
-    components=(autoencoder_case(REFERENCE / "vae.safetensors"),),
+    components=(
+        encoder_case(
+            "text_encoder_2", "WITH_PROJECTION", "CLIPTextModelWithProjection",
+            REFERENCE / "text_encoder_2.safetensors",
+        ),
+        autoencoder_case(REFERENCE / "vae.safetensors"),
+    ),
     code=("conversions.sdxl", "conversions.common", "porter.core"),
-)
+)  # fmt: skip

@@ -1,4 +1,7 @@
-"""The original autoencoder of Stable Diffusion XL, at tiny size; see `conversions.record_reference`."""
+"""The original autoencoder and second text encoder of Stable Diffusion XL, at tiny size.
+
+Each comes from a repository of its own: `python -m conversions.record_reference sdxl --only NAME …`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from conversions.common.autoencoder_kl.recording import ddconfig, image_and_latents, without_lightning
+from conversions.common.clip.recording import recorded
 from conversions.record_reference import Original, Passes
 
 REPOSITORY, COMMIT = "Stability-AI/generative-models", "0ad7de9a5cb53fd63d6d30a4f385485e72e08597"
@@ -47,6 +51,7 @@ def _vae_passes(module: Any, draw: torch.Generator) -> Passes:
 
 
 ORIGINALS = (
+    recorded("text_encoder_2", whole=True),
     Original(
         "vae", "vae", REPOSITORY, COMMIT, ("sgm/models/autoencoder.py", "sgm/modules/diffusionmodules/model.py"),
         _vae, _vae_passes, {"scaling_factor": 0.13025, "shift_factor": None},

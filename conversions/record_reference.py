@@ -168,6 +168,11 @@ def commit_of(checkout: Path) -> str:
         return ""
 
 
+def of_this(original: Original, checkout: Path) -> bool:
+    """Whether a checkout holds the files of an original."""
+    return all((checkout / name).is_file() for name in original.files)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a family's traces; prints their paths and sizes."""
     parser = argparse.ArgumentParser(description="Record what a family's original code computes.")
@@ -188,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     originals: tuple[Original, ...] = importlib.import_module(f"conversions.{options.family}.record").ORIGINALS
     for original in originals:
         repository = options.reference_repo
-        if options.only not in (None, original.name):
-            continue
+        if options.only not in (None, original.name) or (options.only is None and not of_this(original, repository)):
+            continue  # a family's components may come from several repositories
         if commit_of(repository) != original.commit:
             raise UsageError(
                 f"{repository} is not at the commit of {original.repository}", expected=original.commit,

@@ -30,7 +30,15 @@ FAMILY = Family(
         Component(
             "scheduler", "diffusers", ("PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
         ),
-        Component("text_encoder", "transformers", ("CLIPTextModel",)),
+        Component(
+            "text_encoder",
+            "transformers",
+            ("CLIPTextModel",),
+            original_files=("clip_l*.safetensors",),
+            original_name="clip_l.safetensors",
+            original_class="CLIPTextModel",
+            recipe="conversions.common.clip.recipe:KEPT",
+        ),
         Component("tokenizer", "transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
         Component(
             "unet",
@@ -41,7 +49,15 @@ FAMILY = Family(
             original_class="UNetModel",
             recipe="conversions.common.unet.recipe:UNET",
         ),
-        Component("vae", "diffusers", ("AutoencoderKL",)),
+        Component(
+            "vae",
+            "diffusers",
+            ("AutoencoderKL",),
+            original_files=("vae-ft-*.safetensors", "vae-ft-*.ckpt"),
+            original_name="vae.safetensors",
+            original_class="AutoencoderKL",
+            recipe="conversions.common.autoencoder_kl.recipe:AUTOENCODER",
+        ),
     ),
     cases="conversions.sd1.case:CASES",
     reference="conversions/sd1/reference",

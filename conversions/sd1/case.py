@@ -1,13 +1,16 @@
-"""What parity must know about this family beyond its recipes."""
+"""What parity must know about Stable Diffusion 1.x beyond the recipes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from conversions.common.autoencoder_kl.case import autoencoder_case
 from conversions.common.unet.case import unet
 from parity.case import FamilyCases
 
-HERE = Path(__file__).parent
-UNETS = (unet(HERE / "reference" / "unet.safetensors"),)
+REFERENCE = Path(__file__).parent / "reference"
 
-CASES = FamilyCases(components=(*UNETS,), code=("conversions.sd1", "conversions.common", "porter.core"))
+CASES = FamilyCases(
+    components=(unet(REFERENCE / "unet.safetensors"), autoencoder_case(REFERENCE / "vae.safetensors")),
+    code=("conversions.sd1", "conversions.common", "porter.core"),
+)

@@ -1,4 +1,7 @@
-"""The original UNets of Stable Diffusion 2 at tiny size; see `conversions.record_reference`."""
+"""The original UNets and text encoder of Stable Diffusion 2.x at tiny size; its autoencoder is Stable Diffusion 1.x's.
+
+They come from two repositories; see `conversions.record_reference`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 import torch
 
+from conversions.common.clip.recording import recorded
 from conversions.common.unet.record import generative_models
 
 # As released: no transformers at the coarsest level, heads of one width.
@@ -26,4 +30,4 @@ UNETS = (
         disable_self_attentions=[True, True, False],
     ),
 )  # fmt: skip
-ORIGINALS = (*UNETS,)
+ORIGINALS = (*UNETS, recorded("text_encoder", whole=False))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from conversions.common.autoencoder_kl.case import autoencoder_case
 from conversions.common.candidates import diffusers_candidate, heads_and_tokens
 from parity.case import ComponentCase, FamilyCases, Named
 
@@ -25,12 +26,15 @@ def _forward(model: Any, given: Named) -> Tensor:
 DIFFUSERS = diffusers_candidate("SD3Transformer2DModel", {"forward": _forward}, heads_and_tokens(r"\.ln_[qk]"))
 
 CASES = FamilyCases(
-    components=tuple(
-        ComponentCase(
-            "transformer", "conversions.sd3.recipe:TRANSFORMER",
-            HERE / "reference" / f"transformer-{variant}.safetensors", (DIFFUSERS,),
-        )
-        for variant in ("medium", "3.5-medium", "3.5-large")
+    components=(
+        *(
+            ComponentCase(
+                "transformer", "conversions.sd3.recipe:TRANSFORMER",
+                HERE / "reference" / f"transformer-{variant}.safetensors", (DIFFUSERS,),
+            )
+            for variant in ("medium", "3.5-medium", "3.5-large")
+        ),
+        autoencoder_case(HERE / "reference" / "vae.safetensors"),
     ),
     code=("conversions.sd3", "conversions.common", "porter.core"),
 )  # fmt: skip

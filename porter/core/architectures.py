@@ -104,6 +104,7 @@ class Architecture:
         made: the code and version or commit that the facts were made with.
         derived: how they were derived, where the original code could not be run.
         templates: template -> [count, shape] for each shape.
+        drops: beginnings of names that a file may have besides, and that count neither way: the recipe leaves them out.
     """
 
     family: str | None
@@ -115,6 +116,7 @@ class Architecture:
     derived: str | None
     templates: Mapping[str, tuple[tuple[int, Shape], ...]]
     variants: tuple[Variant, ...]
+    drops: tuple[str, ...] = ()
 
     def variant(self, shapes: Shapes, folded: Mapping[str, Counter[Shape]] | None = None) -> Variant | None:
         """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already."""
@@ -165,7 +167,7 @@ def _entry(entry: Mapping[str, Any], family: str | None) -> Architecture:
         name: tuple((int(count), tuple(shape)) for count, shape in kinds) for name, kinds in entry["templates"].items()
     }
     return Architecture(family, entry["component"], entry["layout"], entry["class"], entry.get("model"), entry["made"],
-                        entry.get("derived"), templates, tuple(variants))  # fmt: skip
+                        entry.get("derived"), templates, tuple(variants), tuple(entry.get("drops", ())))  # fmt: skip
 
 
 @cache
@@ -193,12 +195,14 @@ def guesses(shapes: Shapes, limit: int = 3) -> list[Guess]:
     found = []
     for number, common in shared.items():
         known = architectures()[number]
-        score = common / (len(known.templates) + len(folded) - common)
+        dropped = sum(name.startswith(known.drops) for name in folded)
+        score = common / (len(known.templates) + len(folded) - dropped - common)
         found.append((score, _closeness(folded, known), number))
     best = sorted(found, key=lambda item: (-item[0], -item[1], item[2]))[:limit]
     return [
         Guess(architectures()[number], score, tuple(n for n in architectures()[number].templates if n not in folded),
-              tuple(n for n in folded if n not in architectures()[number].templates))
+              tuple(n for n in folded if n not in architectures()[number].templates
+                    and not n.startswith(architectures()[number].drops)))
         for score, _, number in best
     ]  # fmt: skip
 

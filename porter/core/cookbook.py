@@ -28,7 +28,7 @@ def catalogue() -> dict[str, Known]:
     users: dict[str, list[str]] = {}
     for family in families().values():
         for part in family.components:
-            for reference in part.recipes:
+            for reference in part.layouts.values():
                 users.setdefault(reference, []).append(f"{family.name}/{part.name}")
     found: dict[str, Known] = {}
     for reference, names in users.items():
@@ -47,12 +47,16 @@ def recipe_named(name: str) -> Known:
     if name in known:
         return known[name]
     found = {
-        key: each for key, each in known.items() if any(user == name or user.startswith(f"{name}/") for user in each.users)
+        key: each
+        for key, each in known.items()
+        if any(user == name or user.startswith(f"{name}/") for user in each.users)
     }
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
-        raise UsageError(f"{name} has several recipes", expected="one of " + ", ".join(found), hint="porter recipe show")
+        raise UsageError(
+            f"{name} has several recipes", expected="one of " + ", ".join(found), hint="porter recipe show"
+        )
     near = nearest(name, [*known, *families()])
     raise UsageError(
         f"no recipe is called {name!r}", expected=", ".join(near) or "a name of `porter recipe show`", found=name,

@@ -11,7 +11,7 @@ from porter.core.components import component, known_component
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families
 from porter.core.libraries import library_has, pipeline_optional
-from porter.core.originals import ENCODERS, belongs, named_by_class, named_by_file
+from porter.core.originals import ENCODERS, as_role, belongs, named_by_class, named_by_file
 from porter.core.pieces import by_tensors
 from porter.core.plan import ComponentPlan
 from porter.core.port import MANIFEST
@@ -153,12 +153,7 @@ def _encoders(family: Family, found: list[ComponentPlan]) -> list[ComponentPlan]
     if len(rest) < len(free) and all(part.layout == "original" for part in rest):
         free = free[-len(rest) :] if rest else []  # a pipeline that lacks one lacks the first: the others are required
     named |= {id(part): role for part, role in zip(rest, free, strict=False)}
-    return [
-        part.replace(name=role.name, library=role.library,
-                     class_name=part.class_name if part.layout == "diffusers" else role.class_names[0])
-        if (role := named.get(id(part))) else part
-        for part in found
-    ]  # fmt: skip
+    return [as_role(part, role) if (role := named.get(id(part))) else part for part in found]
 
 
 def _unfetched(

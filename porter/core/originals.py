@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from porter.core.architectures import SURE, Architecture, architectures, guesses, shapes_of
 from porter.core.family import Component, Family, families
+from porter.core.libraries import LIBRARIES
+from porter.core.plan import ComponentPlan
 from porter.core.source import Source
 from porter.core.weights import WeightSet, read_set, weight_sets
 
@@ -26,8 +28,18 @@ class Known(NamedTuple):
     @property
     def recipe(self) -> str | None:
         """The recipe that takes this layout."""
+        if is_dialect(self.architecture):
+            return None
         part = self.component
         return part.recipe if part and part.original_class == self.architecture.class_name else None
+
+
+def is_dialect(known: Architecture) -> bool:
+    """Whether a layout is a library's own in the words of another version, which that library still reads.
+
+    Such a class may be called as the original's is; the original's recipe does not know its names.
+    """
+    return known.layout != "diffusers" and known.layout.startswith(LIBRARIES)
 
 
 def original_of(source: Source, family: Family, known: Component, claimed: set[str]) -> WeightSet | None:
@@ -58,9 +70,25 @@ def _rank(known: Component, one: WeightSet) -> int | None:
 
 
 def _is(found: Architecture, known: Component) -> bool:
-    if found.layout == "diffusers" or found.component != known.name:
+    if found.layout == "diffusers" or is_dialect(found) or found.component != known.name:
         return False
     return known.original_class in (None, found.class_name)
+
+
+def takes(role: Component, part: ComponentPlan) -> bool:
+    """Whether a family's component has a recipe for the original layout that a part was told to be."""
+    return bool(role.recipe and part.guesses and role.original_class == part.guesses[0]["class"])
+
+
+def as_role(part: ComponentPlan, role: Component) -> ComponentPlan:
+    """A part as that component of a family: in the original layout, its recipe and class are the component's too."""
+    if part.layout == "diffusers":
+        return part.replace(name=role.name, library=role.library)
+    recipe = role.recipe if part.recipe and takes(role, part) else None
+    status = "port" if part.recipe and not recipe else part.status
+    return part.replace(
+        name=role.name, library=role.library, class_name=role.class_names[0], recipe=recipe, status=status
+    )
 
 
 def belongs(found: Architecture, prefer: Family | None = None) -> Known:
@@ -72,7 +100,7 @@ def belongs(found: Architecture, prefer: Family | None = None) -> Known:
     pairs = [(family, part) for family in homes for part in family.components if part.name == found.component]
     if found.layout == "diffusers":
         pairs = [(family, part) for family, part in pairs if found.class_name in part.class_names]
-    else:
+    elif not is_dialect(found):
         for family, part in pairs:
             if part.recipe and part.original_class == found.class_name:
                 return Known(found, prefer if found.family is None and prefer else family, part)

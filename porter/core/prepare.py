@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from porter.core.checkpoint import TensorInfo
@@ -14,6 +15,7 @@ from porter.core.family import Family, families, resolve
 from porter.core.identity import for_header
 from porter.core.inputs import component_tensors, left_over
 from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
+from porter.core.originals import as_role, takes
 from porter.core.pieces import SAME_NAMES
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST
@@ -33,6 +35,7 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
         BadInputError: the input cannot be converted; the message names the tensor or key.
         MissingError: weights that are not here.
     """
+    plan = _in_role(plan, settings.component)
     parts = _selected(source, plan, settings.component)
     if unknown := set(settings.recipes) - {part.name for part in parts}:
         raise UsageError(
@@ -75,6 +78,19 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
         left_over(source, parts, taken),
     )
     return completed(ready, settings.base) if settings.base else ready
+
+
+def _in_role(plan: PortPlan, component: str | None) -> PortPlan:
+    """The plan with one part called `component`, where its tensors fit that role too and only the user knows."""
+    if component is None or any(part.name == component for part in plan.components):
+        return plan
+    homes = [family for family in families().values() if plan.family in (None, family.name)]
+    for family, role in ((family, family.component(component)) for family in homes):
+        fit = [part for part in plan.components if role and part.recipe and takes(role, part)]
+        if role and len(fit) == 1:
+            parts = tuple(as_role(part, role) if part is fit[0] else part for part in plan.components)
+            return replace(plan, components=parts, family=family.name)
+    return plan
 
 
 def _selected(source: Source, plan: PortPlan, component: str | None) -> list[ComponentPlan]:
@@ -136,7 +152,8 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         )  # fmt: skip
     notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
     plain = {key: value for key, value in full.items() if not key.startswith("_")}
-    text = {"_class_name": part.class_name, **notes, **plain} if part.library == "diffusers" else {**notes, **plain}
+    said = {"_class_name": part.class_name} if part.library == "diffusers" else {"architectures": [part.class_name]}
+    text = {**said, **notes, **plain}
     same = json.dumps(text, sort_keys=True) == json.dumps(given, sort_keys=True)  # unlike ==, tells 2 from 2.0
     kept = settings.config is None and config_name in source.files and same
     content = source.path(config_name).read_bytes() if kept else (json.dumps(text, indent=2) + "\n").encode()

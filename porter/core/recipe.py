@@ -49,7 +49,8 @@ class Rule:
         object.__setattr__(self, "ops", (self.ops,) if isinstance(self.ops, Op) else tuple(self.ops))
         drops = [op for op in self.ops if isinstance(op, Drop)]
         constant = bool(self.ops) and isinstance(self.ops[0], Constant)
-        if constant != (not self.sources) or bool(drops) != (not self.targets):
+        undone = any(isinstance(op, _Undo) for op in self.ops)  # read backwards: a drop has no sources
+        if not undone and (constant != (not self.sources) or bool(drops) != (not self.targets)):
             raise RecipeError(
                 f"the rule for {self.sources or self.targets} is incomplete",
                 expected="sources and targets, or sources and one Drop, or one Constant and targets",

@@ -61,6 +61,7 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
         if told.get(kind):
             raise CheckFailed(f"{job.class_name} does not load strictly", found=f"{kind}: {list(told[kind])[:4]}")
     state = module.state_dict()
+    state = _as_written(state, header)
     if odd := set(state) ^ set(header):
         raise CheckFailed(f"{job.class_name} and the written file name different tensors", found=str(sorted(odd)[:4]))
     for name, info in header.items():
@@ -70,6 +71,17 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
         if hashlib.sha256(raw).hexdigest() != written[name]:
             raise CheckFailed(f"{job.class_name} holds other values than were written", found=name)
     return f"{job.library}.{job.class_name}"
+
+
+def _as_written(state: Any, header: Any) -> Any:
+    """A class's tensors by the names in the file, where the class has left out the first part that all of these share.
+
+    transformers 5 does so: its CLIPTextModel reads `text_model.embeddings…` and calls it `embeddings…`.
+    """
+    heads = {name.partition(".")[0] for name in header}
+    if len(heads) == 1 and not any(name.startswith(f"{next(iter(heads))}.") for name in state):
+        return {f"{next(iter(heads))}.{name}": tensor for name, tensor in state.items()}
+    return state
 
 
 def _round_trip(job: Job, written: Mapping[str, TensorInfo], staging: Staging) -> int | str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from porter.core import family as module
-from porter.core.architectures import guesses
+from porter.core.architectures import architectures, guesses
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families, family_named, proof, resolve
-from porter.core.originals import belongs
+from porter.core.originals import belongs, is_dialect
 from porter.core.source import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +61,16 @@ def test_original_files_are_told_by_their_tensor_names() -> None:
     encoder = source.header("text_encoder/model.safetensors")[0]
     best = guesses({key: info.shape for key, info in encoder.items()}, 1)[0]
     assert belongs(best.architecture).recipe is None
+
+
+def test_a_librarys_older_or_newer_names_are_no_original() -> None:
+    """A class may be called as the original's is; the original's recipe cannot read its library's other names."""
+    dialects = [known for known in architectures() if known.layout not in ("diffusers", "original")]
+    told = {known.layout for known in dialects if is_dialect(known)}
+    assert {"diffusers-old", "transformers-4", "transformers-5"} <= told
+    for known in dialects:
+        for family in (None, *families().values()) if is_dialect(known) else ():
+            assert belongs(known, family).recipe is None
 
 
 def record(name: str, pipeline: str) -> Family:

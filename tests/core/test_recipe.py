@@ -11,7 +11,7 @@ import pytest
 
 from porter.core.checkpoint import ANY, TensorInfo, spec, specs
 from porter.core.errors import RecipeError
-from porter.core.ops import Concat, Drop, PermuteBlocks, Split
+from porter.core.ops import Concat, Constant, Drop, PermuteBlocks, Split
 from porter.core.recipe import Recipe, Rule, compile_recipe
 
 H, N = 4, 3
@@ -182,6 +182,17 @@ def test_inverse_is_derived_and_undone_twice_is_the_same() -> None:
     again = back.inverse()
     assert again.coverage == plan.coverage and list(again.targets) == list(plan.targets)
     assert {o.name: o.runs for _, o in again.outputs()} == {o.name: o.runs for _, o in plan.outputs()}
+
+
+def test_what_was_dropped_and_what_was_made_up_go_back_with_the_original_at_hand() -> None:
+    recipe = Recipe(
+        "toy-base", "a", "b", (Rule("x", "y"), Rule("step", (), Drop("training only")), Rule((), "z", Constant(1.0))),
+        target_headers=lambda config, dtype: specs({"y": (1,), "z": ()}),
+    )  # fmt: skip
+    header = specs({"x": (1,), "step": ()}, "F32")
+    back = compiled(recipe, header).inverse(header)
+    assert list(back.targets) == list(header) and "step (base)" in back.sources
+    assert "undo drop: training only" in str(back.coverage) and "undo constant 1" in str(back.coverage)
 
 
 def test_rebind_takes_only_the_plans_own_tensors() -> None:

@@ -1,7 +1,12 @@
 """AutoencoderKL: the layout of latent diffusion's original code ↔ diffusers' AutoencoderKL.
 
-Original, as FLUX.1 has it:
+Original, as Stable Diffusion 1.x and 2.x have it; XL's, 3's and FLUX.1's are the same code, written anew:
+https://github.com/CompVis/stable-diffusion/blob/21f890f9da3cfbeaba8e2ac3c425ee9e998d5229/ldm/models/autoencoder.py
+https://github.com/Stability-AI/generative-models/blob/0ad7de9a5cb53fd63d6d30a4f385485e72e08597/sgm/models/autoencoder.py
+https://github.com/Stability-AI/sd3.5/blob/fbf8f483f992d8d6ad4eaaeb23b1dc5f523c3b3a/sd3_impls.py
 https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/autoencoder.py
+
+3's and FLUX.1's lack the two 1x1 convolutions around the latents. A file of the training code also holds the loss.
 
     n levels of resolution · the original counts `up` blocks from the finest level, diffusers from the coarsest
 """
@@ -12,10 +17,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from conversions.common.shapes import Shapes, conv, norm
 from porter.core.checkpoint import ANY, Header, TensorInfo, specs
 from porter.core.errors import RecipeError
-from porter.core.ops import Squeeze
-from porter.core.patterns import count_blocks
+from porter.core.ops import Drop, Squeeze
+from porter.core.patterns import Pattern, count_blocks
 from porter.core.recipe import Recipe, Rule, settle, tensor_shape
 
 CLASS = "AutoencoderKL"
@@ -27,6 +33,22 @@ _KEYS = (
     "latents_std", "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
 )  # fmt: skip
 _NEEDED = ("scaling_factor", "shift_factor")  # in no tensor, and every latent depends on them
+_TRAINING = "_training"  # private key of a config: name -> shape of the loss's tensors, where a file has them
+# flag -> the tensors of the training's loss that it stands for, and what they are
+_LOSS = {
+    "loss_logvar": ("loss.logvar", "the loss's log-variance"),
+    "loss_vgg": (
+        "loss.perceptual_loss.net.slice{s:int}.{i:int}.{p:weight|bias}", "the VGG network of the perceptual loss"
+    ),
+    "loss_lin": ("loss.perceptual_loss.lin{s:int}.model.{i:int}.weight", "the perceptual loss's weights per channel"),
+    "loss_scaling": (
+        "loss.perceptual_loss.scaling_layer.{p:shift|scale}", "the perceptual loss's normalisation of images"
+    ),
+    "loss_discriminator": (
+        "loss.discriminator.main.{i:int}.{p:weight|bias|running_mean|running_var|num_batches_tracked}",
+        "the discriminator of the training",
+    ),
+}  # fmt: skip
 
 
 def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +92,9 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         "use_post_quant_conv": "post_quant_conv.weight" in header,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in header,
     }
-    return {"_class_name": CLASS, **settle(CLASS, config, seen)}
+    full = {key: value for key, value in settle(CLASS, config, seen).items() if key != _TRAINING}
+    loss = {name: list(info.shape) for name, info in header.items() if name.startswith("loss.")}
+    return {"_class_name": CLASS, **full} | ({_TRAINING: loss} if loss else {})
 
 
 def _is_number(value: Any) -> bool:
@@ -78,8 +102,8 @@ def _is_number(value: Any) -> bool:
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers that the rules use; the last five are flags."""
-    widths = list(config["block_out_channels"])
+    """The numbers that the rules use; all but `n` are flags."""
+    widths, training = list(config["block_out_channels"]), config.get(_TRAINING, {})
     return {
         "n": len(widths),
         "resampled": int(len(widths) > 1),
@@ -87,23 +111,17 @@ def parameters(config: Mapping[str, Any]) -> dict[str, int]:
         "attention": int(config["mid_block_add_attention"]),
         "quant": int(config["use_quant_conv"]),
         "post_quant": int(config["use_post_quant_conv"]),
+        **{flag: int(any(Pattern(text).find(training, {}))) for flag, (text, _) in _LOSS.items()},
     }
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
 def _conv(name: str, rows: int, columns: int, kernel: int = 3) -> Shapes:
-    return {f"{name}.weight": (rows, columns, kernel, kernel), f"{name}.bias": (rows,)}
-
-
-def _norm(name: str, channels: int) -> Shapes:
-    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
+    return conv(name, rows, columns, kernel, kernel)
 
 
 def _resnet(name: str, rows: int, columns: int, shortcut: str) -> Shapes:
-    shapes = _norm(f"{name}.norm1", columns) | _conv(f"{name}.conv1", rows, columns)
-    shapes |= _norm(f"{name}.norm2", rows) | _conv(f"{name}.conv2", rows, rows)
+    shapes = norm(f"{name}.norm1", columns) | _conv(f"{name}.conv1", rows, columns)
+    shapes |= norm(f"{name}.norm2", rows) | _conv(f"{name}.conv2", rows, rows)
     return shapes | (_conv(f"{name}.{shortcut}", rows, columns, 1) if rows != columns else {})
 
 
@@ -119,7 +137,7 @@ def original_headers(config: Mapping[str, Any], dtype: str = ANY) -> dict[str, T
         if i != last:
             shapes |= _conv(f"encoder.down.{i}.downsample.conv", width, width)
     shapes |= _original_middle("encoder", widths[last], config["mid_block_add_attention"])
-    shapes |= _norm("encoder.norm_out", widths[last]) | _conv("encoder.conv_out", 2 * z, widths[last])
+    shapes |= norm("encoder.norm_out", widths[last]) | _conv("encoder.conv_out", 2 * z, widths[last])
     shapes |= _conv("decoder.conv_in", widths[last], z)
     shapes |= _original_middle("decoder", widths[last], config["mid_block_add_attention"])
     for i, width in enumerate(widths):
@@ -128,7 +146,8 @@ def original_headers(config: Mapping[str, Any], dtype: str = ANY) -> dict[str, T
                               "nin_shortcut")  # fmt: skip
         if i != 0:
             shapes |= _conv(f"decoder.up.{i}.upsample.conv", width, width)
-    shapes |= _norm("decoder.norm_out", widths[0]) | _conv("decoder.conv_out", config["out_channels"], widths[0])
+    shapes |= norm("decoder.norm_out", widths[0]) | _conv("decoder.conv_out", config["out_channels"], widths[0])
+    shapes |= {name: tuple(shape) for name, shape in config.get(_TRAINING, {}).items()}
     return specs(shapes | _quant(config, z), dtype)
 
 
@@ -136,7 +155,7 @@ def _original_middle(at: str, width: int, attention: bool) -> Shapes:
     shapes = _resnet(f"{at}.mid.block_1", width, width, "nin_shortcut")
     shapes |= _resnet(f"{at}.mid.block_2", width, width, "nin_shortcut")
     if attention:
-        shapes |= _norm(f"{at}.mid.attn_1.norm", width)
+        shapes |= norm(f"{at}.mid.attn_1.norm", width)
         for name in ("q", "k", "v", "proj_out"):
             shapes |= _conv(f"{at}.mid.attn_1.{name}", width, width, 1)
     return shapes
@@ -164,10 +183,10 @@ def diffusers_headers(config: Mapping[str, Any], dtype: str = ANY) -> dict[str, 
             shapes |= _resnet(f"{at}.mid_block.resnets.{j}", middle, middle, "conv_shortcut")
         if config["mid_block_add_attention"]:
             inner = f"{at}.mid_block.attentions.0"
-            shapes |= _norm(f"{inner}.group_norm", middle)
+            shapes |= norm(f"{inner}.group_norm", middle)
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes |= {f"{inner}.{name}.weight": (middle, middle), f"{inner}.{name}.bias": (middle,)}
-        shapes |= _norm(f"{at}.conv_norm_out", order[-1])
+        shapes |= norm(f"{at}.conv_norm_out", order[-1])
         shapes |= _conv(f"{at}.conv_out", 2 * z if encodes else config["out_channels"], order[-1])
     return specs(shapes | _quant(config, z), dtype)
 
@@ -228,6 +247,8 @@ AUTOENCODER = Recipe(
         *_attention("proj_out", "to_out.0"),
         Rule("quant_conv.{p:weight|bias}", "quant_conv.{p}", when="quant"),
         Rule("post_quant_conv.{p:weight|bias}", "post_quant_conv.{p}", when="post_quant"),
+        *(Rule(text, (), (Drop(f"{what}: the autoencoder runs without it"),), when=flag)
+          for flag, (text, what) in _LOSS.items()),
     ),
     parameters=parameters,
     source_headers=original_headers,

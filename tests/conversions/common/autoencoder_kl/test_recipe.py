@@ -15,6 +15,7 @@ from safetensors.torch import load_file as load_torch
 
 from conversions.common.autoencoder_kl.recipe import AUTOENCODER
 from porter.core.checkpoint import read_bytes, read_header, specs
+from porter.core.convert import convert
 from porter.core.errors import RecipeError
 from porter.core.execute import execute
 from porter.core.recipe import compile_recipe
@@ -212,3 +213,23 @@ def test_module_map_crosses_the_reversed_blocks() -> None:
     pairs = {p.source: p.target for p in plan.module_map()}
     assert pairs["decoder.up.0.block.1.conv2"] == "decoder.up_blocks.2.resnets.1.conv2"
     assert pairs["encoder.mid.attn_1.q"] == "encoder.mid_block.attentions.0.to_q"
+
+
+def test_a_file_of_the_training_loses_its_loss_and_nothing_else(tmp_path: Path) -> None:
+    """Recognised in spite of the loss's tensors; each of them is dropped with its reason, and no config names them."""
+    loss = {"loss.logvar": (), "loss.discriminator.main.0.weight": (8, 3, 4, 4),
+            "loss.perceptual_loss.lin4.model.1.weight": (1, 8, 1, 1)}  # fmt: skip
+    loss |= {f"loss.perceptual_loss.net.slice{i}.{i}.bias": (8,) for i in range(1, 6)}
+    loss |= {f"loss.perceptual_loss.scaling_layer.{name}": (1, 3, 1, 1) for name in ("shift", "scale")}
+    loss |= {f"loss.discriminator.main.3.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")}
+    full = config(use_quant_conv=True, use_post_quant_conv=True)
+    kept = shapes_of(AUTOENCODER.source_headers(full))
+    write(tmp_path / "vae.safetensors", fingerprint({**kept, **loss}))
+    done = convert(tmp_path / "vae.safetensors", tmp_path / "port", config=FACTORS, verify=True)
+    assert done.manifest
+    dropped = {item["tensor"]: item["reason"] for item in done.manifest["loss"]["dropped"]}
+    assert dropped.keys() == loss.keys() and "discriminator" in dropped["loss.discriminator.main.0.weight"]
+    assert json.loads((tmp_path / "port" / "vae" / "config.json").read_text()) == full
+    odd = write(tmp_path / "odd.safetensors", fingerprint({**kept, **loss, "loss.novel": (2,)}))
+    with pytest.raises(RecipeError, match=r"no rule claims the source tensor: loss\.novel"):
+        convert(odd, tmp_path / "no", config=FACTORS)

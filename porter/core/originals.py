@@ -27,11 +27,16 @@ class Known(NamedTuple):
     def recipe(self) -> str | None:
         """The recipe that takes this layout."""
         part = self.component
-        return part.recipe if part and part.original_class == self.architecture.class_name else None
+        return part.layouts.get(self.architecture.class_name) if part else None
 
 
-def original_of(source: Source, family: Family, known: Component, claimed: set[str]) -> WeightSet | None:
-    """The weights outside any component's folder that are `known` in its original layout: by name, then by tensors."""
+def original_of(
+    source: Source, family: Family, known: Component, claimed: set[str]
+) -> tuple[WeightSet, str | None] | None:
+    """The weights outside any component's folder that are `known` in an original layout, and the recipe that takes it.
+
+    They are found by name, then told by their tensors.
+    """
     sets = [
         one for one in weight_sets(source.files, "") if not claimed & set(one.files) and _rank(known, one) is not None
     ]
@@ -39,11 +44,11 @@ def original_of(source: Source, family: Family, known: Component, claimed: set[s
         header = read_set(source, one).header
         if header is None:  # a Git-LFS pointer: its name is all there is, if no other component's is like it
             if _alone(one, known, family):
-                return one
+                return one, known.recipe
             continue
         best = next(iter(guesses(shapes_of(header), 1)), None)
         if best and best.score >= SURE and _is(best.architecture, known):
-            return one
+            return one, known.layouts.get(best.architecture.class_name)
     return None
 
 
@@ -60,7 +65,7 @@ def _rank(known: Component, one: WeightSet) -> int | None:
 def _is(found: Architecture, known: Component) -> bool:
     if found.layout == "diffusers" or found.component != known.name:
         return False
-    return known.original_class in (None, found.class_name)
+    return not known.layouts or found.class_name in known.layouts
 
 
 def belongs(found: Architecture, prefer: Family | None = None) -> Known:
@@ -74,7 +79,7 @@ def belongs(found: Architecture, prefer: Family | None = None) -> Known:
         pairs = [(family, part) for family, part in pairs if found.class_name in part.class_names]
     else:
         for family, part in pairs:
-            if part.recipe and part.original_class == found.class_name:
+            if found.class_name in part.layouts:
                 return Known(found, prefer if found.family is None and prefer else family, part)
     if found.family is None:  # shared by families: none of them owns it
         own = prefer.component(found.component) if prefer else None

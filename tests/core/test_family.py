@@ -6,16 +6,17 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from porter.core import family as module
-from porter.core.architectures import guesses
+from porter.core.architectures import architectures, guesses
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families, family_named, proof, resolve
-from porter.core.originals import belongs
+from porter.core.originals import Known, belongs
 from porter.core.source import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,8 @@ def test_every_folder_of_the_catalogue_is_a_family() -> None:
         assert family.components and family.license_hint
         for part in family.components:
             assert part.class_names and bool(part.recipe) == bool(part.original_class) <= bool(part.original_files)
+            assert bool(part.recipes) <= bool(part.recipe)
+            assert len(part.layouts) == len(part.recipes) + bool(part.recipe)
 
 
 def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None:
@@ -44,7 +47,7 @@ def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None
 
 def test_every_lazy_reference_names_a_module_that_exists() -> None:
     for family in families().values():
-        parts = [reference for part in family.components for reference in (part.recipe, part.native) if reference]
+        parts = [r for part in family.components for r in (*part.layouts.values(), part.native) if r]
         for reference in filter(None, [*parts, family.pipeline, family.cases]):
             path = ROOT / (reference.partition(":")[0].replace(".", "/") + ".py")
             assert path.is_file(), reference
@@ -61,6 +64,17 @@ def test_original_files_are_told_by_their_tensor_names() -> None:
     encoder = source.header("text_encoder/model.safetensors")[0]
     best = guesses({key: info.shape for key, info in encoder.items()}, 1)[0]
     assert belongs(best.architecture).recipe is None
+
+
+def test_a_component_may_take_several_original_layouts() -> None:
+    one = Component("transformer", "diffusers", ("A",), ("a*",), original_class="Old", recipe="m:OLD")
+    two = replace(one, recipes=(("Fused", "m:FUSED"),))
+    assert one.layouts == {"Old": "m:OLD"} and two.layouts == {"Old": "m:OLD", "Fused": "m:FUSED"}
+    assert Component("vae", "diffusers", ("B",)).layouts == {}
+    family = Family("twin", "twin", ("TwinPipeline",), (two,))
+    for class_name, recipe in (("Old", "m:OLD"), ("Fused", "m:FUSED"), ("Other", None)):
+        known = replace(architectures()[0], class_name=class_name, layout="original")
+        assert Known(known, family, two).recipe == recipe
 
 
 def record(name: str, pipeline: str) -> Family:

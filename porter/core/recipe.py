@@ -47,6 +47,8 @@ class Rule:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "ops", (self.ops,) if isinstance(self.ops, Op) else tuple(self.ops))
+        if self.ops and isinstance(self.ops[0], _Undo):
+            return  # read backwards: what was dropped comes from the original, and a constant goes nowhere
         drops = [op for op in self.ops if isinstance(op, Drop)]
         constant = bool(self.ops) and isinstance(self.ops[0], Constant)
         if constant != (not self.sources) or bool(drops) != (not self.targets):

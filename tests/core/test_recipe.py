@@ -11,7 +11,7 @@ import pytest
 
 from porter.core.checkpoint import ANY, TensorInfo, spec, specs
 from porter.core.errors import RecipeError
-from porter.core.ops import Concat, Drop, PermuteBlocks, Split
+from porter.core.ops import Concat, Constant, Drop, PermuteBlocks, Split
 from porter.core.recipe import Recipe, Rule, compile_recipe
 
 H, N = 4, 3
@@ -52,6 +52,17 @@ RECIPE = Recipe(
 
 def compiled(recipe: Recipe = RECIPE, header: Mapping[str, TensorInfo] | None = None, **more: Any) -> Any:
     return compile_recipe(recipe, {}, source() if header is None else header, **more)
+
+
+def test_an_inverse_with_the_original_has_what_was_dropped_and_no_constants() -> None:
+    recipe = dataclasses.replace(
+        RECIPE, rules=(*RECIPE.rules, Rule((), "scale", Constant(1.0, (H,)))),
+        target_headers=lambda config, dtype: target(config, dtype) | specs({"scale": (H,)}, dtype),
+    )  # fmt: skip
+    back = compiled(recipe).inverse(source())
+    assert set(back.targets) == set(source()) and "step (base)" in back.sources and "scale" in back.sources
+    rows = {(row.sources, row.targets): row.ops for row in back.coverage.rows}
+    assert rows[(), ("step",)] == "undo drop: training only" and rows[("scale",), ()] == "undo constant 1"
 
 
 def refused(recipe: Recipe = RECIPE, header: Mapping[str, TensorInfo] | None = None, **more: Any) -> RecipeError:

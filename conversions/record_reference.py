@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def importable(original: Original, checkout: Path) -> Any:
         yield
     finally:
         sys.path[:] = before
+        for name, module in list(sys.modules.items()):  # another checkout's `utils` or `models` is another module
+            spec = getattr(module, "__spec__", None)
+            places = [spec.origin, *(spec.submodule_search_locations or ())] if isinstance(spec, ModuleSpec) else []
+            if any(str(place).startswith(f"{checkout}/") for place in places):
+                del sys.modules[name]
 
 
 def fill(module: nn.Module, seed: int, rename: Callable[[str], str] = str) -> dict[str, tuple[int, ...]]:

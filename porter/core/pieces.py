@@ -109,6 +109,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     class_name = known.component.class_names[0] if known.component else None
     status: Status = "port"
     recipe: str | None = None
+    config = file.config or _config_for(file, name)
     title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
     words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
     if layout == "diffusers":
@@ -122,6 +123,9 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
             )
         native = known.component is not None and known.component.native is not None and bool(file.config)
         status = "native" if status == "reuse" and native else status
+        if status == "reuse" and known.recipe and not config:  # the original's names are the class's own
+            recipe, status = known.recipe, "convert"
+            words.append("the conversion writes its config.json")
     elif known.recipe and not file.quantised:
         if file.alone and not piece.prefix:
             recipe, status = known.recipe, "convert"
@@ -130,8 +134,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     if twin:
         class_name, model = None, None
         words[0] = f"{known.architecture.layout} layout of {twin} alike, told by {best.score:.0%} of its tensor names"
-    config = file.config or _config_for(file, name)
-    if layout == "diffusers" and not config:
+    if layout == "diffusers" and not config and status != "convert":
         words.append("its class needs a config.json")
     words += [file.note] if file.note else []
     return _component(file, piece, name, library=library, class_name=class_name, status=status, layout=layout,

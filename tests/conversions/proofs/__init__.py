@@ -40,6 +40,7 @@ class Table:
     family: str
     class_name: str
     model: str | None = None
+    layout: str | None = None
 
     def templates(self) -> dict[str, Counter[Shape]]:
         """Template → how often each shape."""
@@ -47,7 +48,9 @@ class Table:
         found = [
             entry
             for entry in json.loads((ROOT / name).read_text())["layouts"]
-            if entry["class"] == self.class_name and self.model in (None, entry.get("model"))
+            if entry["class"] == self.class_name
+            and self.model in (None, entry.get("model"))
+            and self.layout in (None, entry["layout"])
         ]
         assert len(found) == 1, f"{len(found)} layouts of {self.class_name} ({self.model}) in {name}"
         return {

@@ -114,7 +114,8 @@ def parameters(config: Mapping[str, Any]) -> dict[str, int]:
 
 def _shared(config: Mapping[str, Any]) -> Shapes:
     """What both layouts call alike: the embedders, and the blocks without their attention."""
-    h, shapes = config["dim"], {"x_pad_token": (1, config["dim"]), "cap_pad_token": (1, config["dim"])}
+    h: int = config["dim"]
+    shapes: Shapes = {"x_pad_token": (1, h), "cap_pad_token": (1, h)}
     condition, hidden = min(h, CONDITION), int(h / 3 * 8)
     shapes |= linear("t_embedder.mlp.0", MIDDLE, SINUSOIDS) | linear("t_embedder.mlp.2", condition, MIDDLE)
     shapes |= norm("cap_embedder.0", config["cap_feat_dim"], bias=False)

@@ -47,11 +47,10 @@ class Rule:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "ops", (self.ops,) if isinstance(self.ops, Op) else tuple(self.ops))
-        if self.ops and isinstance(self.ops[0], _Undo):
-            return  # read backwards: what was dropped comes from the original, and a constant goes nowhere
         drops = [op for op in self.ops if isinstance(op, Drop)]
         constant = bool(self.ops) and isinstance(self.ops[0], Constant)
-        if constant != (not self.sources) or bool(drops) != (not self.targets):
+        undone = any(isinstance(op, _Undo) for op in self.ops)  # read backwards: a drop has no sources
+        if not undone and (constant != (not self.sources) or bool(drops) != (not self.targets)):
             raise RecipeError(
                 f"the rule for {self.sources or self.targets} is incomplete",
                 expected="sources and targets, or sources and one Drop, or one Constant and targets",

@@ -40,7 +40,7 @@ class Table:
     family: str
     class_name: str
     model: str | None = None
-    layout: str | None = None
+    layout: str | None = None  # where two layouts' classes share a name
 
     def templates(self) -> dict[str, Counter[Shape]]:
         """Template → how often each shape."""

@@ -29,7 +29,8 @@ class Component:
         class_names: classes that implement it; the first is the one a conversion writes.
         original_files: file name patterns of the original layout, most specific first.
         original_name: the name that a restored original file gets when no manifest knows a better one.
-        original_class: the class of the original layout that the recipe takes, as `layouts.json` calls it.
+        original_class: the class of the original layout that the recipe takes, as `layouts.json` calls it; of a layout
+            that another family's `layouts.json` holds, `family:class`.
         recipe: `"module:attribute"` of the recipe original → diffusers, or None where nothing is converted.
         native: `"module:attribute"` of the native module, or None where the library's class is reused.
         recipes: (original class, recipe) of further layouts that a conversion takes; all write `class_names[0]`.

@@ -27,7 +27,13 @@ class Known(NamedTuple):
     def recipe(self) -> str | None:
         """The recipe that takes this layout."""
         part = self.component
-        return part.layouts.get(self.architecture.class_name) if part else None
+        return recipe_for(self.family, part, self.architecture) if part else None
+
+
+def recipe_for(family: Family | None, part: Component, found: Architecture) -> str | None:
+    """The recipe of a family's component that takes an original layout, its own or one that it names of another's."""
+    own = family is None or found.family in (None, family.name)
+    return part.layouts.get(found.class_name if own else f"{found.family}:{found.class_name}")
 
 
 def original_of(
@@ -47,8 +53,8 @@ def original_of(
                 return one, known.recipe
             continue
         best = next(iter(guesses(shapes_of(header), 1)), None)
-        if best and best.score >= SURE and _is(best.architecture, known):
-            return one, known.layouts.get(best.architecture.class_name)
+        if best and best.score >= SURE and _is(best.architecture, family, known):
+            return one, recipe_for(family, known, best.architecture)
     return None
 
 
@@ -62,17 +68,21 @@ def _rank(known: Component, one: WeightSet) -> int | None:
     return next((i for i, pattern in enumerate(known.original_files) if fnmatchcase(base, pattern)), None)
 
 
-def _is(found: Architecture, known: Component) -> bool:
+def _is(found: Architecture, family: Family, known: Component) -> bool:
     if found.layout == "diffusers" or found.component != known.name:
         return False
-    return not known.layouts or found.class_name in known.layouts
+    return not known.layouts or recipe_for(family, known, found) is not None
 
 
 def belongs(found: Architecture, prefer: Family | None = None) -> Known:
     """The family and component of an architecture.
 
-    Of one that families share: `prefer`red, else the family with a recipe for it, else none of them.
+    Of one that families share, or whose original layout `prefer`'s component takes too: `prefer`red. Else the family
+    with a recipe for it, else none of them.
     """
+    same = prefer.component(found.component) if prefer and found.layout != "diffusers" else None
+    if same and recipe_for(prefer, same, found):
+        return Known(found, prefer, same)
     homes = [family for family in families().values() if found.family in (None, family.name)]
     pairs = [(family, part) for family in homes for part in family.components if part.name == found.component]
     if found.layout == "diffusers":

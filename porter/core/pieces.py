@@ -14,7 +14,7 @@ from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
-from porter.core.originals import ENCODERS, Known, belongs
+from porter.core.originals import ENCODERS, Known, belongs, named_by_file, recipe_for
 from porter.core.plan import ComponentPlan, Extra, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
@@ -98,9 +98,9 @@ def _is_copy(name: str) -> bool:
 
 def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     """A piece that is a known architecture."""
-    best, found = piece.sure, file.found
+    best = piece.sure
     assert best is not None
-    known, twin = _settle(found, piece, best)
+    known, twin = _settle(file, piece, best)
     layout: Layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
     variant = known.architecture.variant(piece.shapes)
     model = variant.name if variant else known.architecture.model
@@ -184,14 +184,20 @@ def _config_for(file: _Checkpoint, name: str) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
-    """The best guess's family, and what it cannot be told from: an equal layout of another family."""
+def _settle(file: _Checkpoint, piece: Part, best: Guess) -> tuple[Known, str]:
+    """The best guess's family, and what it cannot be told from: an equal layout of another family.
+
+    Where families take one original layout, the rest of the source decides, then the file's name.
+    """
+    found = file.found
     equal = [
         guess for guess in piece.guesses[1:]
         if guess.score == best.score and guess.architecture.templates == best.architecture.templates
         and guess.architecture.family != best.architecture.family
     ]  # fmt: skip
-    known = belongs(best.architecture, found.family)
+    named = named_by_file(file.one.files[0])
+    told = named and named[1].name == best.architecture.component and recipe_for(*named, best.architecture)
+    known = belongs(best.architecture, found.family or (named[0] if named and told else None))
     if equal and found.family and any(guess.architecture.family == found.family.name for guess in equal):
         return belongs(next(g.architecture for g in equal if g.architecture.family == found.family.name)), ""
     every = [best, *equal] if equal else []

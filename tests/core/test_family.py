@@ -68,12 +68,14 @@ def test_original_files_are_told_by_their_tensor_names() -> None:
 
 def test_a_component_may_take_several_original_layouts() -> None:
     one = Component("transformer", "diffusers", ("A",), ("a*",), original_class="Old", recipe="m:OLD")
-    two = replace(one, recipes=(("Fused", "m:FUSED"),))
-    assert one.layouts == {"Old": "m:OLD"} and two.layouts == {"Old": "m:OLD", "Fused": "m:FUSED"}
+    two = replace(one, recipes=(("else:Fused", "m:FUSED"),))
+    assert one.layouts == {"Old": "m:OLD"} and two.layouts == {"Old": "m:OLD", "else:Fused": "m:FUSED"}
     assert Component("vae", "diffusers", ("B",)).layouts == {}
     family = Family("twin", "twin", ("TwinPipeline",), (two,))
-    for class_name, recipe in (("Old", "m:OLD"), ("Fused", "m:FUSED"), ("Other", None)):
-        known = replace(architectures()[0], class_name=class_name, layout="original")
+    for owner, class_name, recipe in (
+        ("twin", "Old", "m:OLD"), ("else", "Fused", "m:FUSED"), ("else", "Old", None), ("twin", "Fused", None),
+    ):  # fmt: skip
+        known = replace(architectures()[0], family=owner, class_name=class_name, layout="original")
         assert Known(known, family, two).recipe == recipe
 
 

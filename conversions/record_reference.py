@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Original:
         skip: regular expression of modules whose outputs are not recorded, because the other side has no such value.
         samples: elements kept of each module's tensors.
         rename: (state name) -> name in released files, where the class has other names.
+        note: what was changed in the original code so that it runs here; stands in the trace.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Original:
     skip: str = ""
     samples: int = 48
     rename: Callable[[str], str] = str
+    note: str = ""
 
     def trace(self, family: str) -> Path:
         """Where the committed trace lies."""
@@ -91,6 +94,11 @@ def importable(original: Original, checkout: Path) -> Any:
         yield
     finally:
         sys.path[:] = before
+        for name, module in list(sys.modules.items()):  # another checkout's `utils` or `models` is another module
+            spec = getattr(module, "__spec__", None)
+            places = [spec.origin, *(spec.submodule_search_locations or ())] if isinstance(spec, ModuleSpec) else []
+            if any(str(place).startswith(f"{checkout}/") for place in places):
+                del sys.modules[name]
 
 
 def fill(module: nn.Module, seed: int, rename: Callable[[str], str] = str) -> dict[str, tuple[int, ...]]:
@@ -137,7 +145,7 @@ def record_original(original: Original, family: str, checkout: Path, seed: int) 
             "weights": {"seed": seed, "shapes": {name: list(shape) for name, shape in shapes.items()}},
             "config": dict(original.config),
             "seed": seed,
-        }
+        } | ({"note": original.note} if original.note else {})
         return record(module, passes, [watched], meta)
 
 

@@ -139,7 +139,7 @@ def read(
             return fit(named[name], shape) if name in named else f"{ours} has no counterpart of {kind} {name}"
         tensors, at = list(own[kind].values()), place.position
         return fit(tensors[at], shape) if at < len(tensors) else f"{ours} has no {kind} {at}"
-    pieces: list[tuple[int, Tensor]] = []
+    pieces: dict[int, Tensor] = {}
     parts = alignment.parts[path]
     for part in parts if kind == "out" else parts[:1]:
         own_part = list(_named(captured, f"{part.candidate}#{call}.{kind}.").values())
@@ -148,9 +148,12 @@ def read(
         tensor = own_part[0]
         if kind == "out" and part.target is not None:
             tensor = tensor.narrow(_channels(tensor), part.target[0], part.target[1] - part.target[0])
-        pieces.append((part.source[0] if part.source else 0, tensor))
-    pieces.sort(key=lambda piece: piece[0])
-    whole = pieces[0][1] if len(pieces) == 1 else torch.cat([t for _, t in pieces], _channels(pieces[0][1]))
+        first = part.source[0] if part.source else 0
+        if first in pieces and not torch.equal(pieces[first], tensor):  # copies of the same weights
+            return f"{part.candidate} answers otherwise than another copy of {path}"
+        pieces[first] = tensor
+    rows = [pieces[first] for first in sorted(pieces)]
+    whole = rows[0] if len(rows) == 1 else torch.cat(rows, _channels(rows[0]))
     return fit(candidate.layout(path, shape, whole), shape)
 
 

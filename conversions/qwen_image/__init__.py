@@ -38,13 +38,25 @@ FAMILY = Family(
                 "qwen_image_layered_bf16.safetensors",
                 "qwen_image_layered_fp8*.safetensors",
             ),
+            original_name="qwen_image_bf16.safetensors",
+            original_class="QwenImageTransformer2DModel",
+            recipe="conversions.qwen_image.recipe:TRANSFORMER",
         ),
         Component(
             "vae",
             "diffusers",
             ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21"),
             original_files=("qwen_image_vae.safetensors", "qwen_image_layered_vae.safetensors"),
+            original_name="qwen_image_vae.safetensors",
+            original_class="wan:WanVAE_",  # a file is told to be ours by its name, or by what lies beside it
+            recipe="conversions.qwen_image.vae_recipe:AUTOENCODER",
         ),
+    ),
+    cases="conversions.qwen_image.case:CASES",
+    reference="conversions/qwen_image/reference",
+    reference_code=(
+        "modelscope/DiffSynth-Studio at fed7b18fac2ed4cb802796eec91970e7659bccde; of the autoencoder Wan-Video/Wan2.1"
+        " at 9737cba9c1c3c4d04b33fcad41c111989865d315"
     ),
     style="Modular",
     style_reason="text+image-to-image: pictures enter through the text encoder and as latents, no tokens are generated",

@@ -34,7 +34,7 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
         layouts = sorted({known.layout for known in architectures() if known.family == family.name})
         screen.print(f"  layouts  recognised: {escape(', '.join(layouts) or 'by class name only')}")
         for part in family.components if any(part.recipe for part in family.components) or verbose else ():
-            how = f"recipe {part.recipe}" if part.recipe else "reused as it is"
+            how = f"recipe {', '.join(part.layouts.values())}" if part.layouts else "reused as it is"
             native = f"; native {part.native}" if part.native else ""
             screen.print(f"  {escape(part.name):<16} {escape(part.class_names[0])}: {escape(how + native)}")
         if family.license_hint:
@@ -60,6 +60,7 @@ def _document(family: Family) -> dict[str, object]:
                 "class": part.class_names[0],
                 "original_files": list(part.original_files),
                 "recipe": part.recipe,
+                "recipes": part.layouts,
                 "native": part.native,
             }
             for part in family.components

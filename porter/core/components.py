@@ -36,6 +36,7 @@ def component(
     read: Read | None = None,
     files: tuple[str, ...] = (),
     note: str = "",
+    recipe: str | None = None,
     **more: Any,
 ) -> ComponentPlan:
     """One component, complete but for what only its caller knows (`more`); warns of whatever is odd.
@@ -43,6 +44,7 @@ def component(
     Args:
         weights, read: its weight files and their headers; None where it has none.
         files: its files where it has no weights.
+        recipe: the recipe that takes its layout, where its tensors told it; default the component's usual one.
     """
     if len(config) > MAX_ENTRIES:
         raise BadInputError(
@@ -90,7 +92,7 @@ def component(
         bytes=sum(source.files[file].size for file in files),
         parameters=count,
         dtypes=dtypes,
-        recipe=known.recipe if known and status == "convert" else None,
+        recipe=(recipe or known.recipe) if known and status == "convert" else None,
         config=config,
         note=note,
         custom_code=code,

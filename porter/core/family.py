@@ -29,9 +29,11 @@ class Component:
         class_names: classes that implement it; the first is the one a conversion writes.
         original_files: file name patterns of the original layout, most specific first.
         original_name: the name that a restored original file gets when no manifest knows a better one.
-        original_class: the class of the original layout that the recipe takes, as `layouts.json` calls it.
+        original_class: the class of the original layout that the recipe takes, as `layouts.json` calls it; of a layout
+            that another family's `layouts.json` holds, `family:class`.
         recipe: `"module:attribute"` of the recipe original → diffusers, or None where nothing is converted.
         native: `"module:attribute"` of the native module, or None where the library's class is reused.
+        recipes: (original class, recipe) of further layouts that a conversion takes; all write `class_names[0]`.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Component:
     original_class: str | None = None
     recipe: str | None = None
     native: str | None = None
+    recipes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """Class of an original layout → the recipe that takes it, the usual one first."""
+        usual = {self.original_class: self.recipe} if self.original_class and self.recipe else {}
+        return usual | dict(self.recipes)
 
 
 @dataclass(frozen=True)

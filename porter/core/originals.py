@@ -31,7 +31,13 @@ class Known(NamedTuple):
         if is_dialect(self.architecture):
             return None
         part = self.component
-        return part.recipe if part and part.original_class == self.architecture.class_name else None
+        return recipe_for(self.family, part, self.architecture) if part else None
+
+
+def recipe_for(family: Family | None, part: Component, found: Architecture) -> str | None:
+    """The recipe of a family's component that takes an original layout, its own or one that it names of another's."""
+    own = family is None or found.family in (None, family.name)
+    return part.layouts.get(found.class_name if own else f"{found.family}:{found.class_name}")
 
 
 def is_dialect(known: Architecture) -> bool:
@@ -42,8 +48,13 @@ def is_dialect(known: Architecture) -> bool:
     return known.layout != "diffusers" and known.layout.startswith(LIBRARIES)
 
 
-def original_of(source: Source, family: Family, known: Component, claimed: set[str]) -> WeightSet | None:
-    """The weights outside any component's folder that are `known` in its original layout: by name, then by tensors."""
+def original_of(
+    source: Source, family: Family, known: Component, claimed: set[str]
+) -> tuple[WeightSet, str | None] | None:
+    """The weights outside any component's folder that are `known` in an original layout, and the recipe that takes it.
+
+    They are found by name, then told by their tensors.
+    """
     sets = [
         one for one in weight_sets(source.files, "") if not claimed & set(one.files) and _rank(known, one) is not None
     ]
@@ -51,11 +62,11 @@ def original_of(source: Source, family: Family, known: Component, claimed: set[s
         header = read_set(source, one).header
         if header is None:  # a Git-LFS pointer: its name is all there is, if no other component's is like it
             if _alone(one, known, family):
-                return one
+                return one, known.recipe
             continue
         best = next(iter(guesses(shapes_of(header), 1)), None)
-        if best and best.score >= SURE and _is(best.architecture, known):
-            return one
+        if best and best.score >= SURE and _is(best.architecture, family, known):
+            return one, recipe_for(family, known, best.architecture)
     return None
 
 
@@ -69,10 +80,10 @@ def _rank(known: Component, one: WeightSet) -> int | None:
     return next((i for i, pattern in enumerate(known.original_files) if fnmatchcase(base, pattern)), None)
 
 
-def _is(found: Architecture, known: Component) -> bool:
+def _is(found: Architecture, family: Family, known: Component) -> bool:
     if found.layout == "diffusers" or is_dialect(found) or found.component != known.name:
         return False
-    return known.original_class in (None, found.class_name)
+    return not known.layouts or recipe_for(family, known, found) is not None
 
 
 def takes(role: Component, part: ComponentPlan) -> bool:
@@ -94,15 +105,19 @@ def as_role(part: ComponentPlan, role: Component) -> ComponentPlan:
 def belongs(found: Architecture, prefer: Family | None = None) -> Known:
     """The family and component of an architecture.
 
-    Of one that families share: `prefer`red, else the family with a recipe for it, else none of them.
+    Of one that families share, or whose original layout `prefer`'s component takes too: `prefer`red. Else the family
+    with a recipe for it, else none of them.
     """
+    same = prefer.component(found.component) if prefer and found.layout != "diffusers" else None
+    if same and recipe_for(prefer, same, found):
+        return Known(found, prefer, same)
     homes = [family for family in families().values() if found.family in (None, family.name)]
     pairs = [(family, part) for family in homes for part in family.components if part.name == found.component]
     if found.layout == "diffusers":
         pairs = [(family, part) for family, part in pairs if found.class_name in part.class_names]
     elif not is_dialect(found):
         for family, part in pairs:
-            if part.recipe and part.original_class == found.class_name:
+            if found.class_name in part.layouts:
                 return Known(found, prefer if found.family is None and prefer else family, part)
     if found.family is None:  # shared by families: none of them owns it
         own = prefer.component(found.component) if prefer else None

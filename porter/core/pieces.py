@@ -14,7 +14,7 @@ from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
-from porter.core.originals import ENCODERS, Known, belongs
+from porter.core.originals import ENCODERS, Known, belongs, named_by_file, recipe_for
 from porter.core.plan import ComponentPlan, Extra, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
@@ -100,9 +100,9 @@ def _is_copy(name: str) -> bool:
 
 def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     """A piece that is a known architecture."""
-    best, found = piece.sure, file.found
+    best = piece.sure
     assert best is not None
-    known, twin = _settle(found, piece, best)
+    known, twin = _settle(file, piece, best)
     layout: Layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
     variant = known.architecture.variant(piece.shapes)
     model = variant.name if variant else known.architecture.model
@@ -111,6 +111,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     class_name = known.component.class_names[0] if known.component else None
     status: Status = "port"
     recipe: str | None = None
+    config = file.config or _config_for(file, name)
     title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
     words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
     if layout == "diffusers":
@@ -123,6 +124,9 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
             words.append(f"{class_name} takes its tensors as they are, from a file of its own")
         native = known.component is not None and known.component.native is not None and bool(file.config)
         status = "native" if status == "reuse" and native else status
+        if status == "reuse" and known.recipe and not config:  # the original's names are the class's own
+            recipe, status = known.recipe, "convert"
+            words.append("the conversion writes its config.json")
     elif known.recipe and not file.quantised:
         if file.one.kind in CONVERTED:
             recipe, status = known.recipe, "convert"
@@ -131,8 +135,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     if twin:
         class_name, model, status, recipe = None, None, "port", None
         words[0] = f"{known.architecture.layout} layout of {twin} alike, told by {best.score:.0%} of its tensor names"
-    config = file.config or _config_for(file, name)
-    if layout == "diffusers" and not config:
+    if layout == "diffusers" and not config and status != "convert":
         words.append("its class needs a config.json")
     words += [file.note] if file.note else []
     return _component(file, piece, name, library=library, class_name=class_name, status=status, layout=layout,
@@ -182,14 +185,20 @@ def _config_for(file: _Checkpoint, name: str) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def _settle(found: Survey, piece: Part, best: Guess) -> tuple[Known, str]:
-    """The best guess's family, and what it cannot be told from: an equal layout of another family."""
+def _settle(file: _Checkpoint, piece: Part, best: Guess) -> tuple[Known, str]:
+    """The best guess's family, and what it cannot be told from: an equal layout of another family.
+
+    Where families take one original layout, the rest of the source decides, then the file's name.
+    """
+    found = file.found
     equal = [
         guess for guess in piece.guesses[1:]
         if guess.score == best.score and guess.architecture.templates == best.architecture.templates
         and guess.architecture.family != best.architecture.family
     ]  # fmt: skip
-    known = belongs(best.architecture, found.family)
+    named = named_by_file(file.one.files[0])
+    told = named and named[1].name == best.architecture.component and recipe_for(*named, best.architecture)
+    known = belongs(best.architecture, found.family or (named[0] if named and told else None))
     if equal and found.family and any(guess.architecture.family == found.family.name for guess in equal):
         return belongs(next(g.architecture for g in equal if g.architecture.family == found.family.name)), ""
     every = [best, *equal] if equal else []

@@ -200,7 +200,8 @@ def _components(source: Source, found: Survey, name: str, entry: Entry, claimed:
     note = _others(sets)
     layout: Layout = "diffusers"
     known = known_component(found.family, name, class_name)
-    spare = original_of(source, found.family, known, claimed) if found.family and known else None
+    outside = original_of(source, found.family, known, claimed) if found.family and known else None
+    spare, recipe = outside or (None, None)
     if chosen is None and spare:
         chosen, layout = spare, "original"
     if spare:
@@ -224,7 +225,7 @@ def _components(source: Source, found: Survey, name: str, entry: Entry, claimed:
     return [
         component(
             source, found, name, library, class_name, config=config, layout=layout, weights=chosen, read=read,
-            files=files, note=note, location=elsewhere,
+            files=files, note=note, location=elsewhere, recipe=recipe,
         )
     ]  # fmt: skip
 

@@ -240,7 +240,7 @@ def _recipe(name: str, reference: str, given: Mapping[str, Recipe], header: Mapp
         return given[name]
     if reference == SAME_NAMES:
         return for_header(header, "original", "diffusers")
-    known = {part.recipe for family in families().values() for part in family.components if part.recipe}
+    known = {each for family in families().values() for part in family.components for each in part.layouts.values()}
     if reference not in known:
         raise UsageError(
             f"{name} was written by a recipe that is not in the catalogue: {reference}",

@@ -38,17 +38,19 @@ every = pytest.mark.parametrize(
 )
 
 
-def port_of(case: ComponentCase, folder: Path) -> Path:
-    """The port of a trace's weights, converted as a user would."""
-    config = write_weights(case.trace, folder / "source.safetensors")
-    source, port = folder / "source.safetensors", folder / "port"
-    convert(source, port, component=case.component, config=config or None, verify=True)
+def port_of(family: str, case: ComponentCase, folder: Path) -> Path:
+    """The port of a trace's weights, converted as a user would, from a file with the component's usual name."""
+    part = families()[family].component(case.component)
+    usual = Path(part.original_name if part and part.original_name else "source")
+    source = folder / usual.with_suffix(".safetensors").name
+    config = write_weights(case.trace, source)
+    convert(source, folder / "port", component=case.component, config=config or None, verify=True)
     return folder / "port" / case.component
 
 
 @every
 def test_the_port_computes_what_the_original_computed(family: str, case: ComponentCase, tmp_path: Path) -> None:
-    port = port_of(case, tmp_path)
+    port = port_of(family, case, tmp_path)
     trace, alignment = Trace.open(case.trace), alignment_of(case, port)
     for candidate in case.candidates:
         result = ComponentResult(case.component, "trace", candidate.name, "")

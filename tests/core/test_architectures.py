@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
 from porter.core.architectures import Architecture, architectures, fold, guesses, parts, template
-from porter.core.family import families
+from porter.core.family import Component, Family, families
+from porter.core.originals import belongs, recipe_for
 from porter.core.planning import plan
 from tests.sparse_models import names_of, sparse
 
@@ -78,6 +80,43 @@ def test_an_all_in_one_file_is_taken_apart(tmp_path: Path) -> None:
     assert [extra.name for extra in planned.extras] == ["averaged copies"] and planned.family == "sd1"
     sizes = sum(part.bytes for part in planned.components) + planned.extras[0].bytes
     assert sizes == sum(2 * math.prod(shape) for shape in whole.values())
+
+
+SHARED = [
+    (family, part, known)
+    for family in families().values()
+    for part in family.components
+    for known in architectures()
+    if f"{known.family}:{known.class_name}" in part.layouts and known.component == part.name
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "part", "known"), SHARED, ids=lambda value: getattr(value, "name", None))
+def test_an_original_layout_that_another_family_takes_too_is_told_by_the_files_name(
+    family: Family, part: Component, known: Architecture, tmp_path: Path
+) -> None:
+    shapes = names_of(known)
+    named = plan(sparse(tmp_path / str(part.original_name), shapes))
+    assert named.family == family.name
+    assert [(one.class_name, one.recipe) for one in named.components] == [
+        (part.class_names[0], recipe_for(family, part, known))
+    ]
+    assert plan(sparse(tmp_path / "weights.safetensors", shapes)).family == known.family
+
+
+KEPT = [known for known in architectures() if known.layout == "diffusers" and belongs(known).recipe]
+
+
+@pytest.mark.parametrize("known", KEPT, ids=lambda known: known.class_name)
+def test_a_bare_file_whose_names_the_library_kept_needs_only_a_config(known: Architecture, tmp_path: Path) -> None:
+    """A recipe that renames nothing writes the config; where there is one, nothing is left to do."""
+    file = sparse(tmp_path / "alone" / "model.safetensors", names_of(known))
+    (part,) = plan(file).components
+    assert (part.status, part.recipe, part.class_name) == ("convert", belongs(known).recipe, known.class_name)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": known.class_name}))
+    file.rename(tmp_path / "diffusion_pytorch_model.safetensors")
+    (part,) = plan(tmp_path).components
+    assert (part.status, part.recipe) == ("reuse", None)
 
 
 def test_a_stranger_gets_guesses_and_not_a_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from porter.core import family as module
 from porter.core.architectures import architectures, guesses
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families, family_named, proof, resolve
-from porter.core.originals import belongs, is_dialect
+from porter.core.originals import Known, belongs, is_dialect
 from porter.core.source import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,8 @@ def test_every_folder_of_the_catalogue_is_a_family() -> None:
         assert family.components and family.license_hint
         for part in family.components:
             assert part.class_names and bool(part.recipe) == bool(part.original_class) <= bool(part.original_files)
+            assert bool(part.recipes) <= bool(part.recipe)
+            assert len(part.layouts) == len(part.recipes) + bool(part.recipe)
 
 
 def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None:
@@ -44,7 +47,7 @@ def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None
 
 def test_every_lazy_reference_names_a_module_that_exists() -> None:
     for family in families().values():
-        parts = [reference for part in family.components for reference in (part.recipe, part.native) if reference]
+        parts = [r for part in family.components for r in (*part.layouts.values(), part.native) if r]
         for reference in filter(None, [*parts, family.pipeline, family.cases]):
             path = ROOT / (reference.partition(":")[0].replace(".", "/") + ".py")
             assert path.is_file(), reference
@@ -71,6 +74,19 @@ def test_a_librarys_older_or_newer_names_are_no_original() -> None:
     for known in dialects:
         for family in (None, *families().values()) if is_dialect(known) else ():
             assert belongs(known, family).recipe is None
+
+
+def test_a_component_may_take_several_original_layouts() -> None:
+    one = Component("transformer", "diffusers", ("A",), ("a*",), original_class="Old", recipe="m:OLD")
+    two = replace(one, recipes=(("else:Fused", "m:FUSED"),))
+    assert one.layouts == {"Old": "m:OLD"} and two.layouts == {"Old": "m:OLD", "else:Fused": "m:FUSED"}
+    assert Component("vae", "diffusers", ("B",)).layouts == {}
+    family = Family("twin", "twin", ("TwinPipeline",), (two,))
+    for owner, class_name, recipe in (
+        ("twin", "Old", "m:OLD"), ("else", "Fused", "m:FUSED"), ("else", "Old", None), ("twin", "Fused", None),
+    ):  # fmt: skip
+        known = replace(architectures()[0], family=owner, class_name=class_name, layout="original")
+        assert Known(known, family, two).recipe == recipe
 
 
 def record(name: str, pipeline: str) -> Family:
@@ -127,7 +143,8 @@ def test_shared_code_names_no_family() -> None:
     names = {word for family in families().values() for word in (family.name, *family.pipeline_classes)}
     names |= {name for f in families().values() for p in f.components if p.native for name in p.class_names}
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(names)))})\b", re.IGNORECASE)
-    shared = [ROOT / "porter" / "cli.py", *(ROOT / "porter" / "core").glob("*.py"), *(ROOT / "parity").glob("*.py")]
+    shared = [ROOT / "porter" / "cli.py", *(ROOT / "porter" / "core").glob("*.py")]
+    shared += [*(ROOT / "porter" / "core" / "ops").glob("*.py"), *(ROOT / "parity").glob("*.py")]
     shared += [*(ROOT / "runtime").rglob("*.py"), *(ROOT / "porter" / "commands").glob("*.py")]
     for path in shared:
         found = pattern.search(path.read_text("utf-8"))

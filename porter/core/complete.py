@@ -17,18 +17,8 @@ def completed(ready: Preparation, base: Source) -> Preparation:
     """`ready` with model_index.json and every other component of the pipeline `base`.
 
     Raises:
-        UsageError: the base is no pipeline, or the source is a whole one itself.
         BadInputError: a converted component is not one that the base's pipeline takes, or the base is incomplete.
     """
-    if ready.pipeline_class is not None:
-        raise UsageError(
-            f"{ready.source.given} is a whole pipeline: it needs nothing of {base.given}", hint="leave out --base"
-        )
-    if INDEX not in base.files:
-        raise UsageError(
-            f"{base.given} is no base: it has no {INDEX}", expected="a pipeline in the diffusers layout",
-            hint="porter plan " + base.given,
-        )  # fmt: skip
     found = pipeline(base)
     parts = {part.name: part for part in found.components}
     for job in ready.jobs:
@@ -63,6 +53,23 @@ def completed(ready: Preparation, base: Source) -> Preparation:
         ready, pipeline_class=found.pipeline_class, copies=tuple(copies), copied_components=others, base=base,
         not_carried=tuple(sorted(left.items())), family=family,
     )  # fmt: skip
+
+
+def check_base(source: Source, pipeline_class: str | None, base: Source) -> None:
+    """Refuse a base that cannot complete a source, before anything is made of either.
+
+    Raises:
+        UsageError: the base is no pipeline, or the source is a whole one itself.
+    """
+    if pipeline_class is not None:
+        raise UsageError(
+            f"{source.given} is a whole pipeline: it needs nothing of {base.given}", hint="leave out --base"
+        )
+    if INDEX not in base.files:
+        raise UsageError(
+            f"{base.given} is no base: it has no {INDEX}", expected="a pipeline in the diffusers layout",
+            hint="porter plan " + base.given,
+        )  # fmt: skip
 
 
 def _fits(job: Job, part: ComponentPlan | None, base: Source) -> None:

@@ -14,7 +14,7 @@ from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
-from porter.core.originals import ENCODERS, Known, belongs, named_by_file, recipe_for
+from porter.core.originals import ENCODERS, Known, belongs, is_dialect, named_by_file, recipe_for
 from porter.core.plan import ComponentPlan, Extra, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
@@ -103,7 +103,9 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     best = piece.sure
     assert best is not None
     known, twin = _settle(file, piece, best)
-    layout: Layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
+    # A library's own names in the words of another of its versions: it reads them as they are.
+    dialect = is_dialect(known.architecture)
+    layout: Layout = "diffusers" if dialect or known.architecture.layout == "diffusers" else "original"
     variant = known.architecture.variant(piece.shapes)
     model = variant.name if variant else known.architecture.model
     name = known.architecture.component
@@ -112,7 +114,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     status: Status = "port"
     recipe: str | None = None
     config = file.config or _config_for(file, name)
-    title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
+    title = known.family.title if known.family else f"{known.architecture.class_name}, which several families have"
     words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
     if layout == "diffusers":
         class_name = known.architecture.class_name

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from porter.core.checkpoint import TensorInfo
-from porter.core.complete import completed
+from porter.core.complete import check_base, completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
 from porter.core.identity import for_header
@@ -35,6 +35,8 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
         BadInputError: the input cannot be converted; the message names the tensor or key.
         MissingError: weights that are not here.
     """
+    if settings.base is not None:
+        check_base(source, plan.pipeline_class, settings.base)
     plan = _in_role(plan, settings.component)
     parts = _selected(source, plan, settings.component)
     if unknown := set(settings.recipes) - {part.name for part in parts}:

@@ -19,6 +19,7 @@ from porter.core.writeback import Writeback
 
 WINDOW = 4 << 20  # bytes that are moved at a time
 BUFFERS = 6
+AHEAD = 32 << 20  # bytes behind the window that the system is asked to have ready
 _SMALL = 256 << 10  # runs below this many bytes on average are put together before they are written
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {
     8: "B",
@@ -61,6 +62,7 @@ class Sources:
                 tensor = tensors[run.source]
                 position, end = (tensor.begin + index * bits // 8 for index in (run.begin, run.begin + run.length))
                 while position < end:
+                    self._expect(tensor, position, end)
                     buffer = self.pool.take()
                     window = memoryview(buffer.data)[: min(WINDOW, end - position)]
                     self._read(tensor, window, position, buffer)
@@ -123,6 +125,11 @@ class Sources:
             yield memoryview(buffer.data)[: filled * size], buffer
         else:
             buffer.release()
+
+    def _expect(self, tensor: TensorInfo, position: int, end: int) -> None:
+        """Tell the system what will be read soon: its own guess is too short for a disk that takes many requests."""
+        if end - position >= WINDOW and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(tensor), position, WINDOW + AHEAD, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, tensor: TensorInfo) -> int:
         assert tensor.file is not None

@@ -26,6 +26,7 @@ from porter.core.errors import PorterError, ResourceError, UsageError, visible
 VERBS = {
     "plan": "Show what a model holds and what each component needs.",
     "convert": "Write a port folder in another layout, with its manifest.",
+    "recipe": "Show a recipe's rules, or its account of a file.",
     "parity": "Compare a port with its reference and write the report.",
     "generate": "Generate images from a port on the native runtime.",
     "families": "List the catalogue and what each family is proven against.",

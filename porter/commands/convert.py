@@ -79,7 +79,7 @@ def command(
             to=to,  # type: ignore[arg-type]
             component=components[0] if components else None,
             base=base,
-            config=_config(config) if config else None,
+            config=read_config_option(config),
             recipe=recipe,
             dtype=dtype,
             shard_size=shard_size,
@@ -103,7 +103,10 @@ def command(
         click.echo(str(out))
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config_option(path: Path | None) -> dict[str, Any] | None:
+    """What `--config FILE` holds; None without it."""
+    if path is None:
+        return None
     from porter.core.files import read_json
 
     document = read_json(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from porter.core.errors import RecipeError, UsageError
 from porter.core.family import families, resolve
-from porter.core.ops import Constant, Drop
+from porter.core.ops import Constant
 from porter.core.patterns import nearest
 from porter.core.recipe import Recipe, Rule
 from porter.core.tensorplan import weakest
@@ -37,26 +37,18 @@ def catalogue() -> dict[str, Known]:
     return dict(sorted(found.items()))
 
 
-def recipe_named(name: str) -> Known:
-    """The recipe called `name`; or the only one of a family, or of `family/component`.
+def recipes_named(name: str) -> list[Known]:
+    """The recipe called `name`; or those of a family, or of `family/component`.
 
     Raises:
-        UsageError: there is none, or a family has several.
+        UsageError: there is none.
     """
     known = catalogue()
     if name in known:
-        return known[name]
-    found = {
-        key: each
-        for key, each in known.items()
-        if any(user == name or user.startswith(f"{name}/") for user in each.users)
-    }
-    if len(found) == 1:
-        return next(iter(found.values()))
+        return [known[name]]
+    found = [each for each in known.values() if any(user == name or user.startswith(f"{name}/") for user in each.users)]
     if found:
-        raise UsageError(
-            f"{name} has several recipes", expected="one of " + ", ".join(found), hint="porter recipe show"
-        )
+        return found
     near = nearest(name, [*known, *families()])
     raise UsageError(
         f"no recipe is called {name!r}", expected=", ".join(near) or "a name of `porter recipe show`", found=name,
@@ -90,26 +82,21 @@ def _rule(rule: Rule) -> dict[str, Any]:
 
 def _inverse(rule: Rule) -> str:
     """What the way back does, in words; the sizes it takes are those of the file at hand."""
-    if any(isinstance(op, Drop) for op in rule.ops):
-        return "only with --base: the original's tensor is copied"
     if any(isinstance(op, Constant) for op in rule.ops):
         return "checks that the tensor is that constant, and leaves it out"
+    if any(op.exactness == "needs-base" for op in rule.ops):
+        return "only with --base: the original's tensor is copied"
     words = []
     for op in reversed(rule.ops):
         try:
             words.append(op.inverse().describe())
-        except RecipeError:
-            return "only with --base: the original's tensor is copied"
-        except (TypeError, ValueError, AttributeError, IndexError):  # an op whose sizes only a file gives
+        except (RecipeError, NotImplementedError, TypeError, IndexError):  # its sizes are those of a file at hand
             words.append(f"undo {op.describe()}")
     return ", ".join(words) or "rename back"
 
 
-def steps_of(document: Mapping[str, Any]) -> list[str]:
-    """The rules of `in_words`, a line each for people."""
-    lines = []
-    for rule in document["rules"]:
-        sources, targets = " + ".join(rule["sources"]) or "nothing", ", ".join(rule["targets"]) or "nothing"
-        when = f"  if {rule['when']}" if rule["when"] else ""
-        lines.append(f"{sources} → {targets}: {rule['ops']}{when}")
-    return lines
+def line_of(rule: Mapping[str, Any]) -> str:
+    """A rule of `in_words`, or of a plan's account, in one line."""
+    sources, targets = " + ".join(rule["sources"]) or "nothing", ", ".join(rule["targets"]) or "nothing"
+    when = f"  (if {rule['when']})" if rule.get("when") else ""
+    return f"{sources} → {targets}: {rule['ops']}{when}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from porter.core.architectures import shapes_of
 from porter.core.errors import UsageError
 from porter.core.recipe import Recipe, TensorPlan
 from porter.core.sharding import Shard
@@ -111,6 +112,9 @@ class Job:
             "assumed": dict(self.assumed),
             "source_metadata": dict(self.source_metadata),
             "source_dtypes": self.source_dtypes,
+            # A recipe that does not know its sources' tensors could not be read backwards without these.
+            "source_shapes": None if self.recipe.knows_sources else shapes_of(self.plan.sources),
+            "targets_checked": self.recipe.knows_targets,
             "coverage": self.coverage,
         }
 
@@ -127,6 +131,7 @@ class Job:
             "bytes_out": self.plan.bytes_out,
             "peak_buffer": self.plan.peak_buffer,
             "assumed": dict(self.assumed),
+            "targets_checked": self.recipe.knows_targets,
             "coverage": self.coverage,
         }
 

@@ -37,7 +37,7 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
     """
     if settings.base is not None:
         check_base(source, plan.pipeline_class, settings.base)
-    plan = _in_role(plan, settings.component)
+    plan = _with_own(_in_role(plan, settings.component), settings.recipes)
     parts = _selected(source, plan, settings.component)
     if unknown := set(settings.recipes) - {part.name for part in parts}:
         raise UsageError(
@@ -93,6 +93,32 @@ def _in_role(plan: PortPlan, component: str | None) -> PortPlan:
             parts = tuple(as_role(part, role) if part is fit[0] else part for part in plan.components)
             return replace(plan, components=parts, family=family.name)
     return plan
+
+
+def _with_own(plan: PortPlan, recipes: Mapping[str, Recipe]) -> PortPlan:
+    """The plan with the components that only the user's recipes take: of a layout that the catalogue does not know.
+
+    Raises:
+        RecipeError: neither the recipe nor the model says which class it writes for.
+    """
+    parts = list(plan.components)
+    for name, recipe in recipes.items():
+        named = [part for part in parts if part.name == name]
+        if any(part.status == "convert" for part in named):
+            continue
+        fit = named or [part for part in parts if part.status == "port" and part.files]
+        if len(fit) != 1:
+            continue  # `_selected` says what is there
+        library, _, class_name = recipe.target_class.rpartition(".")
+        library, class_name = library or fit[0].library or "", class_name or fit[0].class_name or ""
+        if library not in WEIGHTS_NAMES or not class_name:
+            raise RecipeError(
+                f"{recipe.name} does not say which class it writes for", expected="target_class='diffusers.<Class>'",
+                found=recipe.target_class or "nothing", hint="add target_class to the Recipe",
+            )  # fmt: skip
+        own = fit[0].replace(name=name, library=library, class_name=class_name, status="convert", recipe=SAME_NAMES)
+        parts[parts.index(fit[0])] = own
+    return replace(plan, components=tuple(parts))
 
 
 def _selected(source: Source, plan: PortPlan, component: str | None) -> list[ComponentPlan]:

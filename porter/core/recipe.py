@@ -130,6 +130,7 @@ class Recipe:
             config that they cannot read is a RecipeError.
         infer_config: (source header, what is known of the config) → the full config, refusing what it cannot know.
         keep_dtype: target patterns that a cast leaves as they are stored.
+        target_class: `library.Class` of the target, for a layout that the catalogue does not know.
     """
 
     name: str
@@ -141,10 +142,21 @@ class Recipe:
     target_headers: Callable[..., Header] = _no_headers
     infer_config: Callable[[Header, Config], dict[str, Any]] = lambda header, config: dict(config)
     keep_dtype: tuple[str, ...] = field(default=())
+    target_class: str = ""
 
     def __post_init__(self) -> None:
         for name in ("parameters", "source_headers", "target_headers"):
             object.__setattr__(self, name, guarded(getattr(self, name)))
+
+    @property
+    def knows_sources(self) -> bool:
+        """Whether the recipe says which tensors its source layout has."""
+        return self.source_headers is not _no_headers
+
+    @property
+    def knows_targets(self) -> bool:
+        """Whether the recipe says which tensors its target has; else only a strict load can tell what is missing."""
+        return self.target_headers is not _no_headers
 
     @property
     def digest(self) -> str:
@@ -186,19 +198,20 @@ def compile_recipe(
     Args:
         config: the full config, as `recipe.infer_config` returns it.
         source: header of the original weights: a file's, or the recipe's own `source_headers(config, dtype)`.
-        target: header that the result must have; default `recipe.target_headers(config)`. A file's header makes the
-            plan's inverse executable.
+        target: header that the result must have; default `recipe.target_headers(config)`, and where the recipe does not
+            know them, whatever its rules make. A file's header makes the plan's inverse executable.
         dtype: cast floating-point tensors to this dtype, but for the recipe's `keep_dtype`; None keeps all.
 
     Raises:
         RecipeError: anything is not accounted for exactly once, or has another shape or dtype than expected.
     """
     parameters = recipe.parameters(config)
-    expected = recipe.target_headers(config, ANY) if target is None else target
+    expected = {} if target is None and not recipe.knows_targets else target
+    expected = recipe.target_headers(config, ANY) if expected is None else expected
     wanted = dtype_code(dtype) if dtype is not None else None
     keep = [Pattern(text) for text in recipe.keep_dtype]
     problems = Problems(recipe, source, expected)
-    if recipe.source_headers is not _no_headers:
+    if recipe.knows_sources:
         problems.compare(recipe.source_headers(config, ANY))
     steps: list[Step] = []
     for index, rule in enumerate(recipe.rules):
@@ -211,8 +224,10 @@ def compile_recipe(
             step = _expand(index, rule, name, values, parameters, source, problems, wanted, keep)
             if step is not None:
                 steps.append(step)
-    problems.check(steps)
     made = {output.name: spec(output.dtype, output.shape, output.name) for step in steps for output in step.outputs}
+    if target is None and not recipe.knows_targets:
+        expected = problems.target = made
+    problems.check(steps)
     targets = {name: info if info.file else made[name] for name, info in expected.items()}
     digest = digest_of([recipe.digest, dict(parameters), wanted])
     return TensorPlan(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from porter.core.checkpoint import TensorInfo, dtype_code
+from porter.core.checkpoint import TensorInfo, dtype_code, specs
 from porter.core.described import full_config
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, families
@@ -22,7 +22,7 @@ from porter.core.pieces import SAME_NAMES
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST, Port
 from porter.core.prepare import CARRIED, licence_of, recipe_for
-from porter.core.recipe import Recipe, compile_recipe
+from porter.core.recipe import Recipe, compile_recipe, guarded
 from porter.core.sharding import index_of, shards
 from porter.core.source import LocalSource, Source
 
@@ -130,7 +130,12 @@ def _port_job(
 def _originals(recipe: Recipe, record: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
     """The original's tensors, in the dtypes that the manifest kept."""
     dtypes = record["source_dtypes"]
-    original = recipe.source_headers(record["config"], dtypes if isinstance(dtypes, str) else "F32")
+    first = dtypes if isinstance(dtypes, str) else "F32"
+    shapes = record.get("source_shapes")
+    if recipe.knows_sources or not isinstance(shapes, dict):
+        original = recipe.source_headers(record["config"], first)
+    else:
+        original = guarded(lambda config: specs({key: tuple(shape) for key, shape in shapes.items()}, first))({})
     if isinstance(dtypes, str):
         return original
     if set(dtypes) != set(original):

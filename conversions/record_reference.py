@@ -51,6 +51,7 @@ class Original:
         skip: regular expression of modules whose outputs are not recorded, because the other side has no such value.
         samples: elements kept of each module's tensors.
         rename: (state name) -> name in released files, where the class has other names.
+        note: what was changed in the original code so that it runs here; stands in the trace.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Original:
     skip: str = ""
     samples: int = 48
     rename: Callable[[str], str] = str
+    note: str = ""
 
     def trace(self, family: str) -> Path:
         """Where the committed trace lies."""
@@ -137,7 +139,7 @@ def record_original(original: Original, family: str, checkout: Path, seed: int) 
             "weights": {"seed": seed, "shapes": {name: list(shape) for name, shape in shapes.items()}},
             "config": dict(original.config),
             "seed": seed,
-        }
+        } | ({"note": original.note} if original.note else {})
         return record(module, passes, [watched], meta)
 
 

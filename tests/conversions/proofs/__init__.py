@@ -35,7 +35,10 @@ Oracle = Callable[[dict[str, Tensor], Config], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Table:
-    """A layout in a family's `layouts.json`: what a class has, as that class itself said."""
+    """A layout in a family's `layouts.json`: what a class has, as that class itself said.
+
+    `model` is the entry's; empty for an entry that names none among others of the class.
+    """
 
     family: str
     class_name: str
@@ -47,7 +50,7 @@ class Table:
         found = [
             entry
             for entry in json.loads((ROOT / name).read_text())["layouts"]
-            if entry["class"] == self.class_name and self.model in (None, entry.get("model"))
+            if entry["class"] == self.class_name and self.model in (None, entry.get("model", ""))
         ]
         assert len(found) == 1, f"{len(found)} layouts of {self.class_name} ({self.model}) in {name}"
         return {

@@ -159,7 +159,7 @@ def test_an_original_repository_with_shards_configs_and_pickles(tmp_path: Path) 
     by_name = {part.name: part for part in found.components}
     assert found.family == "wan" and set(by_name) == {"transformer", "text_encoder", "vae"}
     assert by_name["transformer"].layout == "original" and len(by_name["transformer"].files) == 2
-    assert by_name["transformer"].config["dim"] == 1536 and by_name["transformer"].status == "port"
+    assert by_name["transformer"].config["dim"] == 1536 and by_name["transformer"].status == "convert"
     assert "file name alone" in by_name["vae"].note and by_name["vae"].bytes == 5678
     assert any("also has" in line and "scheduler" in line for line in found.warnings)
     for file in model.glob("*.safetensors"):

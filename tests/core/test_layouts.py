@@ -358,6 +358,20 @@ def test_a_pointer_s_size_tells_the_parameters_of_a_released_model(tmp_path: Pat
         assert ("by its size" in part.note) == (parameters is not None)
 
 
+def test_a_config_tells_the_parameters_of_the_class_that_a_recipe_makes_and_of_no_other(tmp_path: Path) -> None:
+    config = {
+        "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 6, "in_channels": 4,
+        "out_channels": 4, "text_dim": 8, "freq_dim": 6, "ffn_dim": 16, "num_layers": 1, "cross_attn_norm": True,
+    }  # fmt: skip
+    for class_name, parameters in (("WanTransformer3DModel", 3680), ("WanVACETransformer3DModel", None)):
+        model = tmp_path / class_name
+        write(model / "model_index.json", {"_class_name": "WanPipeline", "transformer": ["diffusers", class_name]})
+        write(model / "transformer" / "config.json", {"_class_name": class_name, **config})
+        write(model / "transformer" / "diffusion_pytorch_model.safetensors", POINTER)
+        part = plan(model).component("transformer")
+        assert part and part.parameters == parameters
+
+
 def test_what_a_component_s_folder_says_and_holds_must_agree(sharded: Path) -> None:
     """Zero-based shards, an index with names of its own, other classes, LoRA factors and scales: nothing is silent."""
     folder = sharded / "transformer"

@@ -98,7 +98,7 @@ AUTOENCODERS = (
     ),
     _vae(
         "Wan2.2", _VAE_22, {"decoder_base_dim": 5, "dim_mult": [1, 2, 2], "scale_factor_spatial": 8},
-        no_oracle="diffusers' converter of single files has no names of 2.2; its script converts what it downloads",
+        no_oracle="diffusers' converter of single files has no names of 2.2; its script: tests/conversions/wan",
     ),
 )  # fmt: skip
 

@@ -124,8 +124,11 @@ def compare_component(
     own = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
     result.unused = [p for p in own if p not in ran]
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
-    # Tensors of the outermost module itself (no path) take part in the pass, whose output is compared.
-    result.unwatched = [leaf for leaf in alignment.parts if leaf and leaf not in recorded]
+    # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.
+    result.unwatched = [
+        leaf for leaf, parts in alignment.parts.items()
+        if leaf and leaf not in recorded and any(part.candidate for part in parts)
+    ]  # fmt: skip
     return result
 
 

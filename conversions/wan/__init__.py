@@ -33,9 +33,32 @@ FAMILY = Family(
             "transformer",
             "diffusers",
             ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+            original_files=(
+                "wan2*_t2v_*.safetensors",
+                "wan2*_i2v_*.safetensors",
+                "wan2*_flf2v_*.safetensors",
+                "wan2*_ti2v_*.safetensors",
+            ),
+            original_name="diffusion_pytorch_model.safetensors",
+            original_class="WanModel",
+            recipe="conversions.wan.recipe:TRANSFORMER",
         ),
         Component("transformer_2", "diffusers", ("WanTransformer3DModel", "WanVACETransformer3DModel")),
-        Component("vae", "diffusers", ("AutoencoderKLWan",), original_files=("wan2.1_vae.pth", "wan2.2_vae.pth")),
+        Component(
+            "vae",
+            "diffusers",
+            ("AutoencoderKLWan",),
+            original_files=("wan2.1_vae.pth", "wan2.2_vae.pth", "wan_2.1_vae.safetensors", "wan2.2_vae.safetensors"),
+            original_name="wan_vae.safetensors",
+            original_class="WanVAE_",
+            recipe="conversions.wan.vae_recipe:AUTOENCODER",
+        ),
+    ),
+    cases="conversions.wan.case:CASES",
+    reference="conversions/wan/reference",
+    reference_code=(
+        "Wan-Video/Wan2.1 at 9737cba9c1c3c4d04b33fcad41c111989865d315, Wan-Video/Wan2.2 at"
+        " 42bf4cfaa384bc21833865abc2f9e6c0e67233dc"
     ),
     style="Modular",
     style_reason="standard text-to-video and text+image-to-video",

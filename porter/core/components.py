@@ -74,7 +74,7 @@ def component(
             found.warnings.append(f"{name}: only the variant {weights.variant} is here")
     if any(source.files[file].lfs_pointer for file in files):
         note = note if "not fetched" in note else "; ".join(filter(None, ("weights not fetched (Git LFS)", note)))
-        count = _count_by_config(known, config)
+        count = _count_by_config(known, class_name, config)
         fit = parameters_by_size(class_name or "", sum(source.files[file].size for file in files), config)
         if count is None and fit and not packed:
             count, note = fit[0], f"{note}; parameters by its size"
@@ -238,9 +238,9 @@ def _tied(part: ComponentPlan, header: Mapping[str, TensorInfo], metadata: Mappi
     return shared_tensors(header, metadata, declared)
 
 
-def _count_by_config(known: Component | None, config: dict[str, Any]) -> int | None:
+def _count_by_config(known: Component | None, class_name: str | None, config: dict[str, Any]) -> int | None:
     """Parameters that a config says a component has, where its recipe can tell; for weights that are not here."""
-    if known is None or known.recipe is None:
+    if known is None or known.recipe is None or class_name != known.class_names[0]:  # the class that a recipe makes
         return None
     try:
         return sum(int(info.numel) for info in resolve(known.recipe).target_headers(config).values())

@@ -107,7 +107,8 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     dialect = is_dialect(known.architecture)
     layout: Layout = "diffusers" if dialect or known.architecture.layout == "diffusers" else "original"
     variant = known.architecture.variant(piece.shapes)
-    model = variant.name if variant else known.architecture.model
+    # Variants are every released model of the layout: what fits none is called by no released one's name.
+    model = variant.name if variant else None if known.architecture.variants else known.architecture.model
     name = known.architecture.component
     library = known.component.library if known.component else None
     class_name = known.component.class_names[0] if known.component else None

@@ -55,6 +55,9 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
         raise BadInputError(f"{job.component}: porter imports no class of {job.library}", expected=", ".join(LIBRARIES))
     torch = importlib.import_module("torch")
     real = getattr(importlib.import_module(job.library), job.class_name)
+    if job.library == "diffusers" and getattr(real, "_keep_in_fp32_modules", None):
+        # Says something only where a dtype is asked for, and would need accelerate.
+        real = type(job.class_name, (real,), {"_keep_in_fp32_modules": None})
     quiet = {"low_cpu_mem_usage": False} if job.library == "diffusers" else {}  # or it advises to install something
     module, told = real.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **quiet)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -154,6 +154,15 @@ def test_dtype(tmp_path: Path, tiny_port: Path) -> None:
     assert narrow.manifest and narrow.manifest["loss"]["exact"] is False and narrow.manifest["loss"]["lossy"]
 
 
+def test_verify_loads_a_class_that_keeps_modules_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers would load such a class only with accelerate."""
+    import diffusers
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "_keep_in_fp32_modules", ["norm1"])
+    result = convert("builtin:tiny-flux", tmp_path / "port", component="vae", verify=True)
+    assert result.verified["vae"]["class"] == "diffusers.AutoencoderKL"
+
+
 @pytest.mark.parametrize(("to", "message"), [("diffusers", "other values"), ("original", "does not restore")])
 def test_verify_sees_a_changed_byte(
     to: Any, message: str, tiny_port: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

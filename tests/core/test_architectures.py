@@ -187,6 +187,14 @@ def test_a_pruned_model_is_not_called_a_released_one(tmp_path: Path) -> None:
     assert plan(sparse(tmp_path / "flex.safetensors", pruned)).components[0].model is None
 
 
+def test_a_size_that_was_never_released_has_no_name(tmp_path: Path) -> None:
+    """Names of Wan 2.2 TI2V 5B and nearly its shapes, but for the channels that go in."""
+    names = names_of(by_name("wan", "transformer", "original", "Wan2.2 TI2V 5B"))
+    assert plan(sparse(tmp_path / "5b.safetensors", names)).components[0].model == "Wan2.2-TI2V-5B"
+    names["patch_embedding.weight"] = (3072, 52, 1, 2, 2)
+    assert plan(sparse(tmp_path / "more.safetensors", names)).components[0].model is None
+
+
 def test_half_a_model_has_a_closest_family(tmp_path: Path) -> None:
     names = names_of(by_name("flux1", "transformer", "original"))
     half = {name: shape for name, shape in names.items() if name.startswith("double_blocks")}

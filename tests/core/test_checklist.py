@@ -38,6 +38,7 @@ WAN = {
     "transformer": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
+HELIOS = {**WAN, "transformer": ("diffusers", "HeliosTransformer3DModel")}
 LUNA = {
     **WAN,
     "transformer": ("diffusers", "LunaVideoTransformer3DModel"),
@@ -79,6 +80,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PortPlan]:
         "tiny": plan("builtin:tiny-flux"),
         "tiny file": plan(tiny),
         "wan": plan(pipeline(place / "wan", "WanPipeline", WAN)),
+        "helios": plan(pipeline(place / "helios", "HeliosPipeline", HELIOS)),
         "sibling": plan(pipeline(place / "sibling", "WanAudioToVideoPipeline", WAN)),
         "luna": plan(pipeline(place / "luna video", "LunaVideoPipeline", LUNA)),
         "moon": plan(pipeline(place / "moon", "MoonPipeline", MOON)),
@@ -195,14 +197,14 @@ def test_what_porter_has_is_ticked(plans: dict[str, PortPlan]) -> None:
 
 
 def test_nothing_is_ticked_for_a_family_without_recipe_and_trace(plans: dict[str, PortPlan]) -> None:
-    assert not proof(families()["wan"])
-    own = checklist(plans["wan"], "porter")
+    assert not proof(families()["helios"])
+    own = checklist(plans["helios"], "porter")
     assert {each.text for each in own.steps if each.done} == {
         step(own, "`FAMILY`").text,
         step(own, "Layouts recorded").text,
         step(own, "Used as they are").text,
     }
-    assert step(own, "Trace of `vae`").creates == ("conversions/wan/reference/vae.safetensors",)
+    assert step(own, "Trace of `vae`").creates == ("conversions/helios/reference/vae.safetensors",)
     for target in FRAMEWORKS:
         assert not [each for each in checklist(plans["sibling"], target).steps if each.done and "trace" in each.text]
 

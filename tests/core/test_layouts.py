@@ -159,7 +159,7 @@ def test_an_original_repository_with_shards_configs_and_pickles(tmp_path: Path) 
     by_name = {part.name: part for part in found.components}
     assert found.family == "wan" and set(by_name) == {"transformer", "text_encoder", "vae"}
     assert by_name["transformer"].layout == "original" and len(by_name["transformer"].files) == 2
-    assert by_name["transformer"].config["dim"] == 1536 and by_name["transformer"].status == "port"
+    assert by_name["transformer"].config["dim"] == 1536 and by_name["transformer"].status == "convert"
     assert "file name alone" in by_name["vae"].note and by_name["vae"].bytes == 5678
     assert any("also has" in line and "scheduler" in line for line in found.warnings)
     for file in model.glob("*.safetensors"):
@@ -356,6 +356,20 @@ def test_a_pointer_s_size_tells_the_parameters_of_a_released_model(tmp_path: Pat
         part = plan(model).component("unet")
         assert part and part.parameters == parameters
         assert ("by its size" in part.note) == (parameters is not None)
+
+
+def test_a_config_tells_the_parameters_of_the_class_that_a_recipe_makes_and_of_no_other(tmp_path: Path) -> None:
+    config = {
+        "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 6, "in_channels": 4,
+        "out_channels": 4, "text_dim": 8, "freq_dim": 6, "ffn_dim": 16, "num_layers": 1, "cross_attn_norm": True,
+    }  # fmt: skip
+    for class_name, parameters in (("WanTransformer3DModel", 3680), ("WanVACETransformer3DModel", None)):
+        model = tmp_path / class_name
+        write(model / "model_index.json", {"_class_name": "WanPipeline", "transformer": ["diffusers", class_name]})
+        write(model / "transformer" / "config.json", {"_class_name": class_name, **config})
+        write(model / "transformer" / "diffusion_pytorch_model.safetensors", POINTER)
+        part = plan(model).component("transformer")
+        assert part and part.parameters == parameters
 
 
 def test_what_a_component_s_folder_says_and_holds_must_agree(sharded: Path) -> None:

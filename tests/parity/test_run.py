@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from conversions.flux1.case import CASES, NATIVE
 from parity import truths
+from parity.align import Alignment, Part
 from parity.component import ComponentResult, compare_component
 from parity.outcome import Options, Outcome
 from parity.report import document, write
@@ -79,6 +80,15 @@ def test_a_trace_that_watched_less_proves_less(transformer: Any) -> None:
     less = Trace(full.meta, kept, full._tensors)
     compare_component(NATIVE.load(transformer.folder), NATIVE, less, transformer.alignment, result)
     assert result.unwatched == ["single_blocks.1.linear1"] and not result.passed and result.status == "not compared"
+
+
+def test_a_tensor_of_the_candidate_s_outermost_module_needs_no_tap(transformer: Any) -> None:
+    """No module of the candidate has a value to compare with; the output, which it takes part in, is compared."""
+    for holder, unwatched in (("", []), ("elsewhere", ["table"])):
+        parts = {**transformer.alignment.parts, "table": (Part(holder),)}
+        result = ComponentResult("transformer", "trace", "native", "")
+        compare_component(NATIVE.load(transformer.folder), NATIVE, transformer.trace, Alignment(parts), result)
+        assert result.unwatched == unwatched and result.passed == (not unwatched)
 
 
 def test_a_port_of_other_weights_is_not_compared(own_port: Path) -> None:

@@ -94,11 +94,19 @@ def importable(original: Original, checkout: Path) -> Any:
         yield
     finally:
         sys.path[:] = before
-        for name, module in list(sys.modules.items()):  # another checkout's `utils` or `models` is another module
-            spec = getattr(module, "__spec__", None)
-            places = [spec.origin, *(spec.submodule_search_locations or ())] if isinstance(spec, ModuleSpec) else []
-            if any(str(place).startswith(f"{checkout}/") for place in places):
-                del sys.modules[name]
+        for name in _modules_of(checkout):  # another checkout's `utils` or `models` is another module
+            del sys.modules[name]
+
+
+def _modules_of(checkout: Path) -> list[str]:
+    """The imported modules and packages that lie in a checkout."""
+    found = {name: getattr(module, "__spec__", None) for name, module in list(sys.modules.items())}
+    places = {
+        name: [spec.origin, *(spec.submodule_search_locations or ())]
+        for name, spec in found.items()
+        if isinstance(spec, ModuleSpec)
+    }
+    return [name for name, own in places.items() if any(str(place).startswith(f"{checkout}/") for place in own)]
 
 
 def fill(module: nn.Module, seed: int, rename: Callable[[str], str] = str) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from parity.outcome import PIPELINE, Options, Outcome
 from parity.pipeline import Request, compare_pipelines
 from parity.recorder import Watch, record
 from parity.trace import Trace
-from parity.truths import origin, truths
+from parity.truths import applicable, origin, truths
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import family_named, resolve
 from porter.core.files import read_config
@@ -77,7 +77,7 @@ def run_parity(
     outcome = Outcome(port, family, options, changed=port.stale(full=True))
     proven: set[str] = set()
     here = [c for c in cases.components if _asked(c.component, options) and c.component in port.components]
-    for case in here:
+    for case in applicable(here, port):
         folder = port.component_dir(case.component)
         for against, trace, warnings in truths(case, port, options, wanted):
             for candidate in case.candidates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parity.case import ComponentCase
@@ -15,6 +15,29 @@ from porter.core.errors import BadInputError, CheckFailed, MissingError
 from porter.core.port import Port
 
 
+def applicable(cases: Sequence[ComponentCase], port: Port) -> list[ComponentCase]:
+    """Of each component's cases those whose trace ran on the port's own weights; the first, where none did."""
+    found: dict[str, list[ComponentCase]] = {}
+    for case in cases:
+        found.setdefault(case.component, []).append(case)
+    chosen: list[ComponentCase] = []
+    for same in found.values():
+        own = [case for case in same if _ran_on(Trace.open(case.trace), case, port)] if len(same) > 1 else same
+        chosen += own or same[:1]
+    return chosen
+
+
+def _sources(case: ComponentCase, port: Port) -> set[str]:
+    """sha256 of the files that the port's component was made from."""
+    sources = port.manifest["source"]["files"]
+    used = port.manifest["components"][case.component].get("sources") or list(sources)
+    return {sources[name]["sha256"] for name in used if name in sources}
+
+
+def _ran_on(trace: Trace, case: ComponentCase, port: Port) -> bool:
+    return trace.meta["source"]["sha256"] in _sources(case, port)
+
+
 def truths(
     case: ComponentCase, port: Port, options: Options, wanted: tuple[str, ...]
 ) -> Iterator[tuple[str, Trace | str, list[str]]]:
@@ -22,13 +45,10 @@ def truths(
 
     A trace recorded on other weights says nothing about this port; the original code live then takes its place.
     """
-    sources = port.manifest["source"]["files"]
-    used = port.manifest["components"][case.component].get("sources") or list(sources)
-    digests = {sources[name]["sha256"] for name in used if name in sources}
 
     def bound(trace: Trace, hint: str) -> Trace | str:
         source = trace.meta["source"]
-        if source["sha256"] in digests:
+        if _ran_on(trace, case, port):
             return trace
         return (
             f"the reference ran on {source['file']} (sha256 {source['sha256'][:12]}), "

@@ -293,6 +293,12 @@ CASES = FamilyCases(
                 "decode": "denormalisation of latents (vae/config.json: scaling_factor, shift_factor)",
             },
         ),
+        ComponentCase(
+            component="transformer",
+            recipe="conversions.flux1.recipe:TRANSFORMER",
+            trace=HERE / "reference" / "transformer-fill.safetensors",
+            candidates=(NATIVE, DIFFUSERS),
+        ),
     ),
     pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5),
     code=("conversions.flux1", "conversions.common", "runtime", "porter.core"),

@@ -25,9 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import parity.recorder as recorder
+from conversions.flux1.record_fill import ORIGINALS
 from parity.recorder import Watch, file_sha256, record
 from porter.core.errors import BadInputError, MissingError, PorterError, UsageError
 
+__all__ = ["ORIGINALS"]  # of `conversions.record_reference`, beside what is recorded here
 COMMIT = "802fb4713906133fcbd0d8dc5351620ca4773036"
 REPOSITORY = "https://github.com/black-forest-labs/flux"
 HERE = Path(__file__).parent

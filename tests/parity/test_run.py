@@ -122,6 +122,15 @@ def test_other_weights_are_compared_with_the_original_live(
     assert found[-1][1] is fresh and bool(found[-1][2]) == (not against)
 
 
+def test_of_several_traces_the_one_on_the_ports_weights_counts(own_port: Path) -> None:
+    """Where none is, the first says so: a component is never left out."""
+    port, (case, *others) = Port.open(own_port), CASES.components
+    strange = [other for other in others if other.component == case.component]
+    assert strange and truths.applicable([*strange, case], port) == [case]
+    assert truths.applicable(strange, port) == strange[:1] == truths.applicable([strange[0], strange[0]], port)
+    assert truths.applicable(CASES.components, port) == [c for c in CASES.components if c not in strange]
+
+
 def test_weights_changed_after_conversion(own_port: Path) -> None:
     def scale(state: dict[str, torch.Tensor]) -> None:
         state["decoder.conv_out.bias"] = state["decoder.conv_out.bias"] + 0.5

@@ -233,12 +233,26 @@ def compare_with_diffusers(path: Path, full: Mapping[str, Any], folder: Path) ->
     return len(TRANSFORMER.target_headers(full))
 
 
-@pytest.mark.parametrize("dtype", ["U8", pytest.param("BF16", marks=pytest.mark.slow)])
-def test_equal_to_diffusers_converter_at_its_width(tmp_path: Path, dtype: str) -> None:
+FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "count"),
+    [
+        ("U8", {}, 66),
+        ("U8", {"guidance_embeds": False}, 62),
+        pytest.param("U8", FILL, 66, marks=pytest.mark.slow),
+        pytest.param("BF16", {}, 66, marks=pytest.mark.slow),
+    ],
+    ids=["dev", "schnell", "fill", "dev-BF16"],
+)
+def test_equal_to_diffusers_converter_at_its_width(
+    tmp_path: Path, dtype: str, more: dict[str, Any], count: int
+) -> None:
     """Its width, 3072, is hard-coded: one double and one single block. A byte an element moves like two."""
-    full = {**real("dev"), "num_layers": 1, "num_single_layers": 1}
+    full = {**real("dev"), "num_layers": 1, "num_single_layers": 1, **more}
     path = random_checkpoint(tmp_path / "in.safetensors", full, dtype)
-    assert compare_with_diffusers(path, full, tmp_path) == 66
+    assert compare_with_diffusers(path, full, tmp_path) == count
     for file in tmp_path.iterdir():
         file.unlink()  # a gigabyte or two
 

@@ -133,10 +133,8 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
         if part["assumed"]:
             words = ", ".join(f"{key}: {value}" for key, value in part["assumed"].items())
             screen.print(f"  assumed {escape(words)}: no tensor shows it, and nobody gave it")
-        if not part["targets_checked"]:
-            screen.print(
-                "  the recipe does not say which tensors its class has: only --verify can tell what is missing"
-            )
+        if not part["targets_checked"] and not document["verified"]:
+            screen.print("  not checked: which tensors its class has; the recipe does not say, --verify loads it")
         if len(part["targets"]) > 1:
             screen.print(f"  {len(part['targets'])} shards and their index")
     for file, left in document["left_tensors"].items():

@@ -16,7 +16,7 @@ from porter.core.hashing import DEFAULT_WORKERS
 from porter.core.jobs import Preparation, Settings
 from porter.core.plan import PortPlan
 from porter.core.planning import make_plan
-from porter.core.port import MANIFEST, is_manifest
+from porter.core.port import MANIFEST, Port, is_manifest
 from porter.core.prepare import forward
 from porter.core.restore import inverse
 from porter.core.sharding import parse_size
@@ -148,8 +148,12 @@ def _back(
     """To the original layout, or ComfyUI's: from a port by its manifest, from another pipeline by its configs."""
     if settings.averaged or settings.config is not None:
         raise UsageError(f"--ema and --config mean nothing with --to {to}", hint="leave them out")
-    given = recipe if isinstance(recipe, Mapping) else read_recipes(Path(recipe), settings.component) if recipe else {}
     port = isinstance(source, LocalSource) and MANIFEST in source.files
+    given: Mapping[str, Recipe] = recipe if isinstance(recipe, Mapping) else {}
+    if recipe is not None and not isinstance(recipe, Mapping):
+        records = Port.open(source.root).manifest["components"] if isinstance(source, LocalSource) and port else {}
+        converted = [name for name, record in records.items() if record["action"] == "convert"]
+        given = read_recipes(Path(recipe), settings.component or (converted[0] if len(converted) == 1 else None))
     settings = replace(settings, recipes=given)
     assert to != "diffusers"
     return inverse(source, None if port else make_plan(source), settings, to)

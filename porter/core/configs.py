@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +35,15 @@ class ConfigFacts:
     aliases: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    def complete(self, given: Mapping[str, Any], seen: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(
+        self, given: Mapping[str, Any], seen: Mapping[str, Any], released: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The full config, with `_class_name`; keys that were assumed stand under `_assumed` too.
 
         Args:
             given: a config.json of the class, or what a user knows, in its keys or the original code's.
             seen: what the tensors show. A key whose value is None there may be anything that is given.
+            released: what released models of these sizes say; never taken, only named where a key is asked for.
 
         Raises:
             RecipeError: a key is unknown, missing, given twice with two values, or contradicts the tensors.
@@ -59,7 +63,7 @@ class ConfigFacts:
             names = " and ".join(absent)
             raise RecipeError(
                 f"{self.class_name}: the tensors do not say {names}", expected=f"{names} in the config",
-                found="no such key", hint=_HINT.format(names),
+                found="no such key", hint=_HINT.format(names) + suggested(absent, released or {}),
             )  # fmt: skip
         assumed = {key: value for key, value in self.assumed.items() if key not in known and key not in seen}
         shown = {key: value for key, value in seen.items() if value is not None or key not in known}
@@ -93,6 +97,12 @@ class ConfigFacts:
             else:
                 known[ours] = value
         return known
+
+
+def suggested(keys: Iterable[str], released: Mapping[str, Any]) -> str:
+    """What released models of the same sizes say of some keys, for a hint; empty where nothing is known."""
+    known = {key: _plain(released[key]) for key in keys if key in released}
+    return f"; released models of these sizes have {json.dumps(known)}" if known else ""
 
 
 def _plain(value: Any) -> Any:

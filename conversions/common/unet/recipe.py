@@ -16,7 +16,7 @@ from typing import Any
 
 from conversions.common.unet.headers import attends, diffusers_headers, of_all, original_headers, per_level
 from porter.core.checkpoint import Header
-from porter.core.configs import ConfigFacts
+from porter.core.configs import ConfigFacts, suggested
 from porter.core.errors import RecipeError
 from porter.core.patterns import Pattern, count_blocks
 from porter.core.recipe import Recipe, Rule, tensor_shape
@@ -56,14 +56,13 @@ FACTS = ConfigFacts(
 )  # fmt: skip
 
 # Released models by width of the text, widths of the levels, and whether projections are linear layers: what no tensor
-# of theirs shows. Every released model of these sizes was trained from one of them, so a file without a config is read
-# as such. Stable Diffusion 2.1 overflows in float16 unless attention computes in float32, which harms no other.
+# of theirs shows. It is named where it is asked for, and never taken: another model may have other heads.
+_TOLD = ("addition_embed_type", "addition_time_embed_dim", "class_embed_type")
 _TIMES = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 RELEASED: Mapping[tuple[int, tuple[int, ...], bool], Mapping[str, Any]] = {
     (768, (320, 640, 1280, 1280), False): {"attention_head_dim": 8, "sample_size": 64},
     (1024, (320, 640, 1280, 1280), True): {
-        "attention_head_dim": (5, 10, 20, 20), "sample_size": 96, "upcast_attention": True,
-        "class_embed_type": "projection",
+        "attention_head_dim": (5, 10, 20, 20), "sample_size": 96, "class_embed_type": "projection",
     },
     (1024, (256, 512, 512, 1024), True): {
         "attention_head_dim": 8, "sample_size": 128, "only_cross_attention": (True, True, True, False),
@@ -74,7 +73,7 @@ RELEASED: Mapping[tuple[int, tuple[int, ...], bool], Mapping[str, Any]] = {
 
 
 def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The full config: what tensors show, what a released model of these sizes has, what the original always computes.
+    """The full config: what tensors show, what is given, what the original always computes.
 
     Raises:
         RecipeError: a key is unknown, missing, contradicts the tensors, or says what the original cannot compute.
@@ -92,7 +91,7 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
     widths = [tensor_shape(header, f"{block}.0.out_layers.3.weight", 4)[0] for block in blocks]
     flat = f"{_MIDDLE}.proj_in.weight" in header and len(header[f"{_MIDDLE}.proj_in.weight"].shape) == 2
     released = RELEASED.get((text, tuple(widths), flat), {})
-    known = {**released, **(FACTS.defaults if "_class_name" in config else {}), **config}
+    known = {**(FACTS.defaults if "_class_name" in config else {}), **config}
 
     depths = [count_blocks(header, f"{block}.1.transformer_blocks") or None for block in blocks]
     depths[-1] = count_blocks(header, f"{_MIDDLE}.transformer_blocks")
@@ -110,7 +109,7 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         "cross_attention_dim": _agreed([text] * n, config.get("cross_attention_dim")),
         "transformer_layers_per_block": _agreed(depths, config.get("transformer_layers_per_block"), 1),
         "use_linear_projection": flat,
-        **_labels(header, known),
+        **_labels(header, known, released),
     }
     if not untold or "only_cross_attention" in known:
         said = _agreed(crossed, known.get("only_cross_attention"), False)
@@ -118,10 +117,10 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         seen["only_cross_attention"] = [True] * n if said is True and not _crossed(header, _MIDDLE, text) else said
     needed = ("attention_head_dim", "addition_time_embed_dim", "only_cross_attention")
     facts = replace(
-        FACTS, needed=tuple(key for key in needed if key not in seen and key not in released),
-        assumed={**FACTS.assumed, **released},
+        FACTS, needed=tuple(key for key in needed if key not in seen),
+        assumed={**FACTS.assumed, **{key: released[key] for key in ("sample_size",) if key in released}},
     )  # fmt: skip
-    full = facts.complete(config, seen)
+    full = facts.complete(config, seen, released)
     _check_heads(full)
     return full
 
@@ -158,7 +157,7 @@ def _agreed(levels: Sequence[Any], given: Any, fill: Any = None) -> Any:
     return told[0] if told.count(told[0]) == len(told) else [fill if value is None else value for value in levels]
 
 
-def _labels(header: Header, known: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(header: Header, known: Mapping[str, Any], released: Mapping[str, Any]) -> dict[str, Any]:
     """What is added to the time embedding: nothing, a table of classes, or a projection, of which there are two."""
     table = "label_emb.weight" in header
     seen = {
@@ -176,7 +175,8 @@ def _labels(header: Header, known: Mapping[str, Any]) -> dict[str, Any]:
     raise RecipeError(
         f"{CLASS}: the tensors do not say what label_emb embeds",
         expected="addition_embed_type: text_time and addition_time_embed_dim, or class_embed_type: projection",
-        found="no such key", hint="porter convert … --config FILE, with one of the two in it",
+        found="no such key",
+        hint="porter convert … --config FILE, with one of the two in it" + suggested(_TOLD, released),
     )  # fmt: skip
 
 

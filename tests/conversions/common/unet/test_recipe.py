@@ -1,4 +1,4 @@
-"""What the UNets' recipe reads off tensors, takes from released models, asks for, and refuses."""
+"""What the UNets' recipe reads off tensors, asks for, and refuses."""
 
 from __future__ import annotations
 
@@ -31,23 +31,27 @@ def infer(found: Header, **given: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_released_model_needs_no_config(name: str) -> None:
-    """2.1's attention computes in float32, which no tensor shows: what else there is comes out as released."""
+def test_what_released_models_have_is_named_and_never_taken(name: str) -> None:
+    """Another model of these sizes may have other heads, and would compute something else without a word."""
     real = plain(REAL[name].config)
     found = UNET.source_headers(real, "F16")
-    full = UNET.infer_config(found, {})
-    assert "attention_head_dim" in full["_assumed"], "it says that this is no tensor's fact"
-    assert plain(full) == {**real, "upcast_attention": "2.1" in name}
+    with pytest.raises(RecipeError, match="the tensors do not say") as error:
+        UNET.infer_config(found, {})
+    assert "released models of these sizes have {" in str(error.value.hint)
+    kept = ("addition_embed_type", "class_embed_type", "addition_time_embed_dim", "only_cross_attention")
+    given = {key: real[key] for key in ("attention_head_dim", *(key for key in kept if real.get(key)))}
+    full = UNET.infer_config(found, given)
+    assert plain(full) == real
     compile_recipe(UNET, full, found)
 
 
 @pytest.mark.parametrize("channels", [5, 8, 9])
 def test_more_channels_in_are_another_variant_of_the_same(channels: int) -> None:
     real = plain({**REAL["Stable Diffusion 1.5"].config, "in_channels": channels})
-    assert infer(UNET.source_headers(real)) == real
+    assert infer(UNET.source_headers(real), attention_head_dim=8) == real
 
 
-def test_what_is_given_goes_before_a_released_model() -> None:
+def test_what_is_given_is_taken() -> None:
     real = REAL["Stable Diffusion 1.5"]
     found = UNET.source_headers(real.config)
     assert infer(found, attention_head_dim=16, sample_size=32) == {

@@ -16,6 +16,7 @@ from parity.component import ComponentResult, compare_component
 from parity.run import alignment_of
 from parity.trace import Trace
 from porter.core.convert import convert
+from porter.core.errors import UsageError
 from porter.core.family import families, resolve
 
 REFERENCES = os.environ.get("PORTER_REFERENCES")
@@ -59,6 +60,9 @@ def test_the_port_computes_what_the_original_computed(family: str, case: Compone
         assert result.passed, (result.status, result.reason, result.guilty, bad, result.unused, result.unwatched)
         assert result.counts["compared"] > 10 and not result.counts["missing"], result.counts
         assert not result.warnings, "weights at zero or one hide faults"
+    with pytest.raises(UsageError, match="nothing to convert"):  # what is converted stays as it is
+        convert(port, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 @every

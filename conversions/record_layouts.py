@@ -9,7 +9,8 @@ the code's version or commit, and the result go into `<family>/layouts.json`, so
 
 An entry is added by hand with `component`, `layout`, `class`, `code` and `build` (Python; the last line is the module,
 or a dict of name -> shape); this command fills in `made` and `templates`. Modules named in `absent` (CUDA-only imports)
-are replaced by empty ones while the code is imported.
+are replaced by empty ones while the code is imported. `drops` lists beginnings of names that files may have besides and
+that the recipe leaves out, with what they are.
 """
 
 from __future__ import annotations

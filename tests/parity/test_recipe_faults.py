@@ -106,7 +106,7 @@ def test_autoencoder_with_q_and_k_exchanged(tmp_path: Path, monkeypatch: pytest.
         rule.sources[0]: {"targets": tuple(t.replace(name, other) for t in rule.targets)}
         for rule in autoencoder.AUTOENCODER.rules
         for name, other in exchange.items()
-        if name in rule.targets[0]
+        if rule.targets and name in rule.targets[0]
     }
     assert len(changes) == 4
     recipe = broken(autoencoder.AUTOENCODER, changes)

@@ -37,7 +37,7 @@ def to_markdown(plan: PortPlan) -> str:
         "",
         f"- **Source**: {plan.kind}{where}{inner}, {plan.files} files, {size}{human_bytes(plan.bytes)} of weights",
         f"- **Pipeline**: {code(plan.pipeline_class or 'none named')}, family {text(plan.family or 'unknown')}",
-        f"- **Style**: {plan.style} ({text(plan.style_reason)})",
+        f"- **Style**: {plan.style or 'none'} ({text(plan.style_reason)})",
         f"- **Licence**: {text(', '.join([licence, *plan.licence.get('files', [])]))}"
         + (f", gated ({text(plan.gated)})" if plan.gated else ""),
     ]

@@ -27,9 +27,9 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
     screen.print(_components(result, screen.width))
     total = f"{human_count(result.parameters)} parameters" if result.parameters is not None else "parameters unknown"
     unknown = [p.name for p in result.components if p.parameters is None and p.layout not in ("none", "elsewhere")]
-    without = f", without {', '.join(unknown)}" if unknown and result.parameters is not None else ""
+    without = f" (those of {', '.join(unknown)} are unknown)" if unknown and result.parameters is not None else ""
     screen.print()
-    fact(screen, "total", f"{total}{without}, {human_bytes(result.bytes)}")
+    fact(screen, "total", f"{total}{without}; {human_bytes(result.bytes)} in all")
     for status in sorted({part.status for part in result.components}):
         fact(screen, status, STATUS_MEANING[status], style="dim")
     for extra in result.extras:
@@ -59,7 +59,7 @@ def _head(screen: Console, result: PortPlan) -> None:
         soft_wrap=True,
     )
     fact(screen, "pipeline", f"{result.pipeline_class or 'none named'}, family {result.family or 'unknown'}")
-    fact(screen, "style", f"{result.style}: {result.style_reason}")
+    fact(screen, "style", f"{result.style}: {result.style_reason}" if result.style else result.style_reason)
     name = stated(result.licence)
     terms = ", ".join([*([name] if name else []), *result.licence.get("files", [])]) or "none stated"
     fact(screen, "licence", terms + (f"; gated ({result.gated})" if result.gated else ""))

@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from porter.core.errors import visible
+from porter.core.units import human_bytes, human_count
+
+__all__ = [
+    "LABEL", "ByteBar", "byte_progress", "console", "escape", "fact", "hang", "human_bytes", "human_count", "notes",
+    "one_line", "print_json", "table",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
@@ -110,28 +116,6 @@ def escape(text: str) -> str:
 def one_line(text: str) -> str:
     """A value from a model with its control characters, line breaks and tabs spelled out."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def human_bytes(count: int | None) -> str:
-    """`1536` → `1.5 kB`; decimal units; None is `?`."""
-    if count is None:
-        return "?"
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def human_count(count: int | None) -> str:
-    """`11901408320` → `11.90 B`; None is `?`."""
-    if count is None:
-        return "?"
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
 
 
 class ByteBar:

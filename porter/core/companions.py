@@ -21,7 +21,7 @@ _ENDS: Mapping[str, re.Pattern[str]] = {
     "bitsandbytes 8-bit": re.compile(r"\.(SCB|weight_format)$"),
     "comfy quantised": re.compile(r"\.comfy_quant$"),
 }  # fmt: skip
-_FACTORS = re.compile(
+FACTORS = re.compile(
     r"[._](lora_(?:A|B|down|up|mid)(?:\.\w+)?(?:\.weight)?|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks"
     r"|dora_scale|lora_magnitude_vector(?:\.\w+)?|diff(?:_b)?|alpha)$"
 )
@@ -62,4 +62,4 @@ def part(header: Mapping[str, TensorInfo]) -> Companions:
     words += [f"GGUF {kind} ({count} tensors)" for kind, count in blocks.most_common(3)]
     if not words and scaled:
         words = [f"fp8 without scales ({sum(info.dtype in _FP8 for info in plain.values())} tensors)"]
-    return Companions(plain, ", ".join(words) or None, sum(bool(_FACTORS.search(name)) for name in header))
+    return Companions(plain, ", ".join(words) or None, sum(bool(FACTORS.search(name)) for name in header))

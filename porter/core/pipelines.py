@@ -260,7 +260,9 @@ def _inner_pipeline(source: Source, found: Survey, name: str, folder: str) -> tu
     from porter.core.source import Subfolder
 
     inner = pipeline(Subfolder(source, folder))
-    found.warnings += [f"{name}/{line}" for line in inner.warnings]
+    own = {part.name for part in inner.components} | set(source.json(f"{folder}/{INDEX}"))
+    for line in inner.warnings:  # those that begin with a component's name are about it
+        found.warnings.append(f"{name}/{line}" if line.partition(":")[0] in own else f"{name}: {line}")
     found.headers |= {f"{name}/{part}": header for part, header in inner.headers.items()}
     parts = [
         replace(part, name=f"{name}/{part.name}", files=tuple(f"{folder}/{file}" for file in part.files))

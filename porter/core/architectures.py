@@ -23,6 +23,7 @@ from porter.core.errors import BadInputError
 LAYOUTS_SCHEMA = "porter.layouts/1"
 _MEMBERS = 4  # numbered groups of names that may each be a model
 SURE = 0.85  # from this score on a file is called by the architecture's name
+ALIKE = 0.9  # share of templates that have the recorded sizes, from which on a file is called a released model's name
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 Shape = tuple[int, ...]
@@ -77,6 +78,11 @@ class Variant:
             and all(templates.get(name, Counter()).total() == count for name, count in self.counts.items())
         )
 
+    @property
+    def sized(self) -> bool:
+        """Whether a condition of it is a size: a depth, or all dims of a tensor."""
+        return bool(self.counts) or any(None not in shape for shape in self.shapes.values())
+
     def evidence(self) -> list[str]:
         """The conditions, as short words."""
         return [
@@ -117,9 +123,20 @@ class Architecture:
     variants: tuple[Variant, ...]
 
     def variant(self, shapes: Shapes, folded: Mapping[str, Counter[Shape]] | None = None) -> Variant | None:
-        """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already."""
+        """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already.
+
+        A variant without sizes of its own is called only where the sizes are the recorded ones.
+        """
         folded = fold(shapes) if folded is None else folded
-        return next((variant for variant in self.variants if variant.fits(shapes, folded)), None)
+        fitting = (variant for variant in self.variants if variant.fits(shapes, folded))
+        return next((each for each in fitting if each.sized or _closeness(folded, self) >= ALIKE), None)
+
+    def released(self, shapes: Shapes) -> str | None:
+        """The name of the released model that has these tensors, in these sizes; None where none is known."""
+        folded = fold(shapes)
+        if found := self.variant(shapes, folded):
+            return found.name
+        return self.model if _closeness(folded, self) >= ALIKE else None
 
 
 class Guess(NamedTuple):

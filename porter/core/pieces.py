@@ -103,20 +103,21 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     best, found = piece.sure, file.found
     assert best is not None
     known, twin = _settle(found, piece, best)
-    layout: Layout = "diffusers" if known.architecture.layout == "diffusers" else "original"
-    variant = known.architecture.variant(piece.shapes)
-    model = variant.name if variant else known.architecture.model
+    whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
+    # What a library wrote at another version is the library's own to read, as long as it stays in its file.
+    written = known.architecture.layout.startswith(("diffusers-", "transformers-")) and whole
+    layout: Layout = "diffusers" if known.architecture.layout == "diffusers" or written else "original"
+    model = known.architecture.released(piece.shapes)
     name = known.architecture.component
     library = known.component.library if known.component else None
     class_name = known.component.class_names[0] if known.component else None
     status: Status = "port"
     recipe: str | None = None
-    title = known.family.title if known.family else f"shared by several families ({known.architecture.class_name})"
+    title = known.family.title if known.family else f"{known.architecture.class_name}, which families share"
     words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
     if layout == "diffusers":
         class_name = known.architecture.class_name
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
-        whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
         status = "reuse" if library and not file.quantised and whole else "port"
         if not whole and library and not file.quantised and file.one.kind in CONVERTED:
             status, recipe = "convert", SAME_NAMES

@@ -520,3 +520,21 @@ def test_a_port_says_why(tmp_path: Path) -> None:
     write(model / "vae" / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
     part = plan(model).components[0]
     assert part.status == "port" and "quantised (bitsandbytes): no recipe takes it" in part.note
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "real"),
+    [("text_encoder", "CLIPTextModel", "CLIP ViT-L/14"), ("text_encoder_2", "T5EncoderModel", "T5 v1.1 XXL")],
+)
+def test_a_file_is_what_it_is_in_its_folder_and_called_by_its_sizes(
+    name: str, class_name: str, real: str, tiny_flux: Path, tmp_path: Path
+) -> None:
+    tiny = plan(tiny_flux / name / "model.safetensors").components[0]
+    inside = plan(tiny_flux).component(name)
+    assert inside and (tiny.class_name, tiny.status) == (inside.class_name, inside.status) == (class_name, "reuse")
+    assert tiny.model is None and inside.model is None and f"of {class_name}, which families share" in tiny.note
+    known = next(k for k in architectures() if k.class_name == class_name and k.layout == "diffusers")
+    sparse(tmp_path / "whole.safetensors", names_of(known))
+    whole = plan(tmp_path / "whole.safetensors").components[0]
+    assert whole.model and whole.model.startswith(real)
+    assert plan(tiny_flux / "ae.safetensors").components[0].model is None

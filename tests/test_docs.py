@@ -10,6 +10,9 @@ import click
 import pytest
 
 from porter.cli import VERBS, app, main
+from porter.core.architectures import architectures
+from porter.core.planning import plan
+from porter.core.units import human_bytes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +56,12 @@ def test_links_to_files_resolve(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not (page.parent / t).exists()]
     assert not missing
+
+
+def test_the_numbers_of_the_front_pages_are_those_that_porter_finds() -> None:
+    news, front = ((ROOT / name).read_text("utf-8") for name in ("CHANGELOG.md", "README.md"))
+    found = re.search(r"more than (\d+) layouts of (\d+) families", news)
+    homes = {known.family for known in architectures() if known.family}
+    assert found and int(found[1]) < len(architectures()) < int(found[1]) + 50 and int(found[2]) == len(homes)
+    size = human_bytes(plan("builtin:tiny-flux").bytes)
+    assert f"FLUX.1 of {size}" in news and f"FLUX.1 of {size}" in front

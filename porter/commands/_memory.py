@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _COLUMNS = ("stage", "all on device", "component offload", "layer offload")
+_WIDE = 66  # columns that the whole headings need
 _COLORS = {"yes": "green", "no": "red", "unknown": "dim"}
 
 
@@ -22,7 +23,9 @@ def print_memory(screen: Console, memory: Mapping[str, Any], *, verbose: bool) -
         screen.print()
         return
     fact(screen, "memory", f"{work_line(memory)}, weights {human_bytes(memory['weights'])}")
-    rows = table(*_COLUMNS, right=_COLUMNS[1:])
+    columns = _COLUMNS if screen.width >= _WIDE else tuple(name.replace(" on device", "").replace(" offload", "")
+                                                            for name in _COLUMNS)  # fmt: skip
+    rows = table(*columns, right=columns[1:])
     for stage in memory["stages"]:
         rows.add_row(stage["stage"], *(human_bytes(stage[key]) for key in _KEYS))
     screen.print(rows)

@@ -63,7 +63,9 @@ class Survey:
             if part.config and part.class_name and not part.custom_code
         ]
         call = call_source(self.pipeline_class) if self.pipeline_class else None
-        return risks_of_all(parts, upcasts=call.upcasts_decoder if call else None)
+        encoders = [part for part in self.components if "encoder" in part.name.rpartition("/")[2]]
+        whole = all(part.config and not part.custom_code for part in encoders)
+        return risks_of_all(parts, upcasts=call.upcasts_decoder if call else None, whole=whole)
 
 
 def survey(source: Source) -> Survey:

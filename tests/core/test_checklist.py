@@ -192,7 +192,7 @@ def test_what_porter_has_is_ticked(plans: dict[str, PortPlan]) -> None:
     own = checklist(plans["tiny"], "porter")
     for words in ("Recipe of `vae`", "Trace of `transformer`", "Parity cases", "natively", "Layouts recorded"):
         assert step(own, words).done, words
-    assert not step(own, "Pictures are no noise").done and not step(own, "A LoRA loads").done
+    assert not step(own, "What it generates is no noise").done and not step(own, "A LoRA loads").done
 
 
 def test_nothing_is_ticked_for_a_family_without_recipe_and_trace(plans: dict[str, PortPlan]) -> None:

@@ -153,7 +153,7 @@ def _table(outcome: Any, width: int) -> tuple[Any, str]:
     lacking = [key for key in ("skipped", "missing") if rows and all(row[key] == "0" for row in rows)]
     shown = [key for key in (rows[0] if rows else names) if key not in lacking]
     for spare in ("floor", "ratio"):  # what a narrow screen can do without; the report has all of it
-        if sum(2 + max(len(row[key]) for row in (*rows, {key: key})) for key in shown if key not in names) > width - 36:
+        if sum(2 + max(len(row[key]) for row in (*rows, {key: key})) for key in shown if key not in names) > width - 30:
             shown = [key for key in shown if key != spare]
     built = table(*shown, right=[key for key in shown if key not in names], fold=names)
     for row, result in zip(rows, outcome.results, strict=True):

@@ -64,9 +64,8 @@ def test_links_to_files_resolve(page: Path) -> None:
 def test_the_design_names_every_denoiser_without_a_memory_formula() -> None:
     page = (ROOT / "docs" / "design.md").read_text("utf-8").split("**Still open here**")[1].split("\n\n")[0]
     roles = [roles for family in families().values() for roles in family_roles(family).items()]
-    denoisers = {
-        name for role, names in roles if re.fullmatch(r"transformer|unet|\w+_dit(_2)?", role) for name in names
-    }
+    kinds = re.compile(r"transformer|unet|\w+_dit(_2)?")
+    denoisers = {name for role, names in roles if kinds.fullmatch(role) for name in names}
     assert {name for name in denoisers if formula_of(name) is None} == set(re.findall(r"`(\w+)`", page))
 
 

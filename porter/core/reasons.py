@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from porter.core.adapters import adapted
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as companions_of
 from porter.core.errors import PorterError
@@ -13,7 +12,6 @@ from porter.core.layout import weightless
 from porter.core.libraries import LIBRARIES, library_has, pipeline_module_has
 from porter.core.plan import ComponentPlan
 from porter.core.pointers import pointers
-from porter.core.recipe import Recipe
 from porter.core.source import Source
 from porter.core.survey import Survey
 
@@ -62,6 +60,8 @@ def _why(source: Source, found: Survey, part: ComponentPlan) -> str:
 
 def _lora(found: Survey, header: Mapping[str, TensorInfo]) -> str:
     """What a LoRA's factors are for; tells the survey."""
+    from porter.core.adapters import adapted
+
     found.factors = True
     near, share = adapted(header)
     if not near:
@@ -77,6 +77,8 @@ def _lora(found: Survey, header: Mapping[str, TensorInfo]) -> str:
 
 def _lacks(recipe: str, header: Mapping[str, TensorInfo] | None) -> str:
     """What a recipe needs to know beside the tensors; empty where they say it all."""
+    from porter.core.recipe import Recipe
+
     made = resolve(recipe)
     if not isinstance(made, Recipe) or header is None:
         return "its class needs a config.json"

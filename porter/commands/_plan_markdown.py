@@ -33,11 +33,11 @@ def to_markdown(plan: PortPlan) -> str:
     inner = f", folder {code(plan.subfolder)}" if plan.subfolder else ""
     licence = stated(plan.licence) or "none stated"
     size = f"{human_count(plan.parameters)} parameters, " if plan.parameters is not None else ""
-    files = several(plan.files, "file")
+    files = "" if plan.kind == "file" else f", {several(plan.files, 'file')}"
     lines = [
         f"## Port plan of {code(plan.source)}",
         "",
-        f"- **Source**: {plan.kind}{where}{inner}, {files}, {size}{human_bytes(plan.bytes)} of weights",
+        f"- **Source**: {plan.kind}{where}{inner}{files}, {size}{human_bytes(plan.bytes)} of weights",
         f"- **Pipeline**: {code(plan.pipeline_class or 'none named')}, family {text(plan.family or 'unknown')}",
         f"- **Style**: {plan.style or 'none'} ({text(plan.style_reason)})",
         f"- **Licence**: {text(', '.join([licence, *plan.licence.get('files', [])]))}"

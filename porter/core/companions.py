@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from porter.core.checkpoint import TensorInfo
 from porter.core.gguf import QUANTISED
+from porter.core.units import several
 
 # method -> ends of names that only it writes
 _ENDS: Mapping[str, re.Pattern[str]] = {
@@ -58,8 +59,9 @@ def part(header: Mapping[str, TensorInfo]) -> Companions:
         else:
             plain[name] = info
     blocks = Counter(info.dtype for info in plain.values() if info.dtype in QUANTISED)
-    words = [f"{method} ({count} scales)" for method, count in counts.most_common()]
-    words += [f"GGUF {kind} ({count} tensors)" for kind, count in blocks.most_common(3)]
+    words = [f"{method} ({several(count, 'scale')})" for method, count in counts.most_common()]
+    words += [f"GGUF {kind} ({several(count, 'tensor')})" for kind, count in blocks.most_common(3)]
     if not words and scaled:
-        words = [f"fp8 without scales ({sum(info.dtype in _FP8 for info in plain.values())} tensors)"]
+        bare = sum(info.dtype in _FP8 for info in plain.values())
+        words = [f"fp8 without scales ({several(bare, 'tensor')})"]
     return Companions(plain, ", ".join(words) or None, sum(bool(FACTORS.search(name)) for name in header))

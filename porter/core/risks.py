@@ -15,7 +15,7 @@ from porter.core.defaults import ClassSource, Computed
 from porter.core.pitfalls import RULES, Config, Facts
 
 # Weights of what no rule of pitfalls.py finds.
-_NOISY_STEP, _KEPT, _STATEFUL_STEP, _LEFT_OUT, _IGNORED, _UNMET = 57, 65, 41, 20, 10, 99
+_NOISY_STEP, _KEPT, _STATEFUL_STEP, _LEFT_OUT, _IGNORED, _UNMET = 57, 65, 41, 20, 10, 100
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def risks_of_all(parts: Sequence[Part], *, upcasts: bool | None = None, whole: b
         pipelines.setdefault(part.name.rpartition("/")[0], []).append(part)
     found = [weighed for together in pipelines.values() for weighed in _risks_within(together, upcasts)]
     if whole:
-        found += [weighed for together in pipelines.values() for weighed in _unmet(together)]
+        found = [weighed for together in pipelines.values() for weighed in _unmet(together)] + found
     return [risk for _, risk in sorted(found, key=lambda weighed: -weighed[0])]
 
 

@@ -60,7 +60,7 @@ def test_gguf(tmp_path: Path) -> None:
     assert notes == {"general.architecture": "flux", "list": 3, "words": 2}
     planned = plan(tmp_path / "m.gguf")
     assert planned.components[0].dtypes == {"Q4_K": 18432, "F32": 256, "F16": 30}
-    assert any("GGUF Q4_K (1 tensors)" in line for line in planned.warnings)
+    assert any("GGUF Q4_K (1 tensor)" in line for line in planned.warnings)
 
 
 @pytest.mark.parametrize(("raw", "words"), [

@@ -13,6 +13,7 @@ from porter.core.layout import weightless
 from porter.core.originals import original_of
 from porter.core.plan import ComponentPlan, Layout
 from porter.core.source import Source
+from porter.core.subfolder import Subfolder
 from porter.core.survey import INDEX, MODULAR_INDEX, Survey, leftovers
 from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, indexed, read_set, weight_sets
 
@@ -257,8 +258,6 @@ def _elsewhere(source: Source, place: dict[str, Any]) -> str | None:
 
 def _inner_pipeline(source: Source, found: Survey, name: str, folder: str) -> tuple[list[ComponentPlan], Survey]:
     """The components of a pipeline inside the source, called `<name>/<component>`, and what was found of it."""
-    from porter.core.source import Subfolder
-
     inner = pipeline(Subfolder(source, folder))
     own = {part.name for part in inner.components} | set(source.json(f"{folder}/{INDEX}"))
     for line in inner.warnings:  # those that begin with a component's name are about it

@@ -106,6 +106,19 @@ def dump(document: dict[str, Any]) -> str:
     return "\n".join([*lines, " ]", "}"]) + "\n"
 
 
+def read(file: Path) -> dict[str, Any]:
+    """A family's layouts; ends the program where the file is none."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(f"cannot read {file}: {error.strerror}; next: ls conversions/*/layouts.json") from None
+    except ValueError as error:
+        raise SystemExit(f"{file} is not valid JSON: {error}; next: git checkout {file}") from None
+    if not isinstance(document, dict) or document.get("schema") != LAYOUTS_SCHEMA:
+        raise SystemExit(f"{file} is no {LAYOUTS_SCHEMA}; next: ls conversions/*/layouts.json")
+    return document
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m conversions.record_layouts", description=__doc__)
     parser.add_argument("file", type=Path, help="a family's layouts.json")
@@ -113,9 +126,12 @@ def main() -> None:
     parser.add_argument("--only", metavar="CLASS", help="only entries of this class")
     options = parser.parse_args()
     checkouts = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.repo)}
-    document = json.loads(options.file.read_text(encoding="utf-8"))
-    if document.get("schema") != LAYOUTS_SCHEMA:
-        raise SystemExit(f"{options.file} is no {LAYOUTS_SCHEMA}")
+    document = read(options.file)
+    for name, folder in checkouts.items():
+        if not (name and folder.is_dir()):
+            raise SystemExit(
+                f"--repo {name}={folder}: expected OWNER/NAME=DIR with a checkout in DIR; next: git clone it"
+            )
     for entry in document["layouts"]:
         if options.only in (None, entry["class"]):
             done = record(entry, checkouts)

@@ -123,7 +123,7 @@ def _end(error: BaseException, given: Sequence[str]) -> int:
         click.echo("stopped; nothing half-written was left where a result belongs", err=True)
         return 130
     if _verbose(given) and not isinstance(error, click.ClickException):
-        traceback.print_exception(error)
+        click.echo(_frames(error), err=True, nl=False)
     if isinstance(error, click.ClickException):
         error.show(sys.stderr)
         return 2
@@ -139,6 +139,20 @@ def _end(error: BaseException, given: Sequence[str]) -> int:
     for line in rest:
         click.echo(line, err=True)
     return shown.exit_code
+
+
+def _frames(error: BaseException) -> str:
+    """Where an error came from, without the frames of the command line's library and without its message."""
+    told = traceback.TracebackException.from_exception(error)
+    each: traceback.TracebackException | None = told
+    while each is not None:
+        each.stack = traceback.StackSummary.from_list([frame for frame in each.stack if not _foreign(frame.filename)])
+        each = each.__cause__ or each.__context__
+    return visible("".join(told.format()).removesuffix("".join(told.format_exception_only())))
+
+
+def _foreign(file: str) -> bool:
+    return Path(file).parent == Path(click.__file__).parent
 
 
 def _verbose(given: Sequence[str]) -> bool:

@@ -10,6 +10,12 @@ import click
 import pytest
 
 from porter.cli import VERBS, app, main
+from porter.core.architectures import architectures
+from porter.core.family import families
+from porter.core.formulas import formula_of
+from porter.core.planning import plan
+from porter.core.similarity import family_roles
+from porter.core.units import human_bytes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +59,20 @@ def test_links_to_files_resolve(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not (page.parent / t).exists()]
     assert not missing
+
+
+def test_the_design_names_every_denoiser_without_a_memory_formula() -> None:
+    page = (ROOT / "docs" / "design.md").read_text("utf-8").split("**Still open here**")[1].split("\n\n")[0]
+    roles = [roles for family in families().values() for roles in family_roles(family).items()]
+    kinds = re.compile(r"transformer|unet|\w+_dit(_2)?")
+    denoisers = {name for role, names in roles if kinds.fullmatch(role) for name in names}
+    assert {name for name in denoisers if formula_of(name) is None} == set(re.findall(r"`(\w+)`", page))
+
+
+def test_the_numbers_of_the_front_pages_are_those_that_porter_finds() -> None:
+    news, front = ((ROOT / name).read_text("utf-8") for name in ("CHANGELOG.md", "README.md"))
+    found = re.search(r"more than (\d+) layouts of (\d+) families", news)
+    homes = {known.family for known in architectures() if known.family}
+    assert found and int(found[1]) < len(architectures()) < int(found[1]) + 50 and int(found[2]) == len(homes)
+    size = human_bytes(plan("builtin:tiny-flux").bytes)
+    assert f"FLUX.1 of {size}" in news and f"FLUX.1 of {size}" in front

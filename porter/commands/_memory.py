@@ -11,14 +11,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _COLUMNS = ("stage", "all on device", "component offload", "layer offload")
+_WIDE = 66  # columns that the whole headings need
 _COLORS = {"yes": "green", "no": "red", "unknown": "dim"}
 
 
 def print_memory(screen: Console, memory: Mapping[str, Any], *, verbose: bool) -> None:
     """Prints the estimate for people."""
     screen.print()
+    if not memory["stages"]:
+        fact(screen, "fits", f"{memory['fits']}: {memory['reason']}", style="dim")
+        screen.print()
+        return
     fact(screen, "memory", f"{work_line(memory)}, weights {human_bytes(memory['weights'])}")
-    rows = table(*_COLUMNS, right=_COLUMNS[1:])
+    columns = _COLUMNS if screen.width >= _WIDE else tuple(name.replace(" on device", "").replace(" offload", "")
+                                                            for name in _COLUMNS)  # fmt: skip
+    rows = table(*columns, right=columns[1:])
     for stage in memory["stages"]:
         rows.add_row(stage["stage"], *(human_bytes(stage[key]) for key in _KEYS))
     screen.print(rows)
@@ -32,6 +39,8 @@ def print_memory(screen: Console, memory: Mapping[str, Any], *, verbose: bool) -
             fact(screen, "", f"{part['name']}: weights {human_bytes(part['weights'])}, activations {shown}{note}")
     if memory["left_out"]:
         fact(screen, "left out", f"activations of {left_out(memory)}")
+    if memory["absent"]:
+        fact(screen, "left out", f"{', '.join(memory['absent'])}: no weights here")
     if memory["assumed"]:
         fact(screen, "assumed", "; ".join(memory["assumed"]), style="dim")
     screen.print()
@@ -53,11 +62,17 @@ def work_line(memory: Mapping[str, Any]) -> str:
     frames = f" x {work['frames']} frames" if work["frames"] > 1 else ""
     batch = f", batch {work['batch']}" if work["batch"] > 1 else ""
     passes = ", guidance in one batch" if work["guidance"] else ""
+    counted = {part["stage"] for part in memory["components"] if part["activations"] is not None}
+    if not counted - {"text encoding"}:  # no size of a picture plays a part
+        tokens = f"{work['text_tokens']} text tokens in " if counted else ""
+        return f"{tokens}{work['dtype']}{batch}"
     return f"{work['width']} x {work['height']}{frames} in {work['dtype']}{batch}{passes}"
 
 
 def memory_markdown(memory: Mapping[str, Any], text: Callable[[object], str]) -> list[str]:
     """The estimate as lines of Markdown; `text` makes a value plain text."""
+    if not memory["stages"]:
+        return [f"Fits: **{memory['fits']}** ({text(memory['reason'])})"]
     lines = [f"{work_line(memory)}; weights {human_bytes(memory['weights'])}.", ""]
     lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|--:|--:|--:|"]
     for stage in memory["stages"]:
@@ -66,6 +81,8 @@ def memory_markdown(memory: Mapping[str, Any], text: Callable[[object], str]) ->
         lines += ["", f"Fits: **{memory['fits']}** ({text(memory['reason'])})"]
     if memory["left_out"]:
         lines += ["", f"Left out: activations of {text(left_out(memory))}."]
+    if memory["absent"]:
+        lines += ["", f"Left out: {text(', '.join(memory['absent']))}, whose weights are not here."]
     if memory["assumed"]:
         lines += ["", "Assumed: " + text("; ".join(memory["assumed"])) + "."]
     return lines

@@ -8,6 +8,7 @@ from porter.commands._render import human_bytes, human_count
 from porter.core.errors import visible
 from porter.core.plan import STATUS_MEANING, PortPlan
 from porter.core.terms import stated
+from porter.core.units import several
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&@]|:(?=//)|(?<=[Ww])\.(?=\S))")  # what is markup inside a line
 
@@ -32,12 +33,13 @@ def to_markdown(plan: PortPlan) -> str:
     inner = f", folder {code(plan.subfolder)}" if plan.subfolder else ""
     licence = stated(plan.licence) or "none stated"
     size = f"{human_count(plan.parameters)} parameters, " if plan.parameters is not None else ""
+    files = "" if plan.kind == "file" else f", {several(plan.files, 'file')}"
     lines = [
         f"## Port plan of {code(plan.source)}",
         "",
-        f"- **Source**: {plan.kind}{where}{inner}, {plan.files} files, {size}{human_bytes(plan.bytes)} of weights",
+        f"- **Source**: {plan.kind}{where}{inner}{files}, {size}{human_bytes(plan.bytes)} of weights",
         f"- **Pipeline**: {code(plan.pipeline_class or 'none named')}, family {text(plan.family or 'unknown')}",
-        f"- **Style**: {plan.style} ({text(plan.style_reason)})",
+        f"- **Style**: {plan.style or 'none'} ({text(plan.style_reason)})",
         f"- **Licence**: {text(', '.join([licence, *plan.licence.get('files', [])]))}"
         + (f", gated ({text(plan.gated)})" if plan.gated else ""),
     ]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from porter.commands._render import console, escape, fact, human_bytes, human_count, table
 from porter.core.layout import highlights
 from porter.core.plan import STATUS_MEANING, ComponentPlan, PortPlan
 from porter.core.terms import stated
+from porter.core.units import several
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 RISKS = 6  # shown without --verbose
+VALUE = 60  # characters of one value of a config
 _COLORS = {"native": "green", "reuse": "green", "convert": "cyan", "port": "yellow", "missing": "red"}
 # From this width on a column is shown; below, the others get its room.
 _FROM = {"dtypes": 96, "files": 128, "config": 170}
@@ -27,9 +30,9 @@ def print_plan(result: PortPlan, *, verbose: bool) -> None:
     screen.print(_components(result, screen.width))
     total = f"{human_count(result.parameters)} parameters" if result.parameters is not None else "parameters unknown"
     unknown = [p.name for p in result.components if p.parameters is None and p.layout not in ("none", "elsewhere")]
-    without = f", without {', '.join(unknown)}" if unknown and result.parameters is not None else ""
+    without = f" (those of {', '.join(unknown)} are unknown)" if unknown and result.parameters is not None else ""
     screen.print()
-    fact(screen, "total", f"{total}{without}, {human_bytes(result.bytes)}")
+    fact(screen, "total", f"{total}{without}; {human_bytes(result.bytes)} in all")
     for status in sorted({part.status for part in result.components}):
         fact(screen, status, STATUS_MEANING[status], style="dim")
     for extra in result.extras:
@@ -55,15 +58,19 @@ def _head(screen: Console, result: PortPlan) -> None:
     inner = f" ({result.subfolder})" if result.subfolder else ""
     revision = f" at {result.revision}" if result.revision else ""
     screen.print(
-        f"[bold]{escape(result.source)}[/bold]{escape(inner + revision)}  ({result.kind}, {result.files} files)",
+        f"[bold]{escape(result.source)}[/bold]{escape(inner + revision)}  ({_origin(result)})",
         soft_wrap=True,
     )
     fact(screen, "pipeline", f"{result.pipeline_class or 'none named'}, family {result.family or 'unknown'}")
-    fact(screen, "style", f"{result.style}: {result.style_reason}")
+    fact(screen, "style", f"{result.style}: {result.style_reason}" if result.style else result.style_reason)
     name = stated(result.licence)
     terms = ", ".join([*([name] if name else []), *result.licence.get("files", [])]) or "none stated"
     fact(screen, "licence", terms + (f"; gated ({result.gated})" if result.gated else ""))
     screen.print()
+
+
+def _origin(result: PortPlan) -> str:
+    return result.kind if result.kind == "file" else f"{result.kind}, {several(result.files, 'file')}"
 
 
 def _components(result: PortPlan, width: int) -> Table:
@@ -119,11 +126,17 @@ def _details(screen: Console, part: ComponentPlan, *, verbose: bool) -> None:
     for line in part.shared:
         fact(screen, "tied", f"{part.name}: {line}")
     if verbose and part.config:
-        text = ", ".join(f"{key} {value}" for key, value in part.config.items() if not key.startswith("_"))
+        text = ", ".join(f"{key} {_short(value)}" for key, value in part.config.items() if not key.startswith("_"))
         fact(screen, "config", f"{part.name}: {text[:2000]}")
     if verbose and part.unusual:
-        text = ", ".join(f"{key} {pair[0]} (default {pair[1]})" for key, pair in part.unusual.items())
+        text = ", ".join(f"{key} {_short(pair[0])} (default {_short(pair[1])})" for key, pair in part.unusual.items())
         fact(screen, "unusual", f"{part.name}: {text[:2000]}")
+
+
+def _short(value: Any) -> str:
+    """A config's value in the room of a line; --json has all of it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= VALUE else f"{text[:VALUE]}…"
 
 
 def _memory(screen: Console, result: PortPlan, *, verbose: bool) -> None:

@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from porter.core.errors import visible
+from porter.core.units import human_bytes, human_count
+
+__all__ = [
+    "LABEL", "ByteBar", "byte_progress", "console", "escape", "fact", "hang", "human_bytes", "human_count", "notes",
+    "one_line", "print_json", "table",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
@@ -36,6 +42,16 @@ def _console(*, stderr: bool) -> Console:
     class Ours(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # the frame knows what that means; rich would end the process
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            one = objects[0] if len(objects) == 1 and isinstance(objects[0], str) else None
+            if one is None or self.soft_wrap or set(options) - {"style", "markup"}:
+                super().print(*objects, **options)
+                return
+            from porter.commands._wrap import hanging
+
+            for line in hanging(self.render_str(one, markup=options.get("markup", True)), self.width):
+                super().print(line, style=options.get("style"), soft_wrap=True)
 
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(visible(text), **options)
@@ -63,11 +79,13 @@ def hang(screen: Console, first: str, value: str, *, first_style: str = "", styl
     """`first` and then `value`, which goes on under its own beginning where the line is full; no markup in either."""
     from rich.text import Text
 
+    from porter.commands._wrap import wrapped
+
     shown = one_line(value)
     room = screen.width - len(first)
     rows = [shown]
     if wrap and not screen.soft_wrap and room > 20:
-        rows = [row.plain.rstrip() for row in Text(shown).wrap(screen, room)] or [""]
+        rows = [row.plain for row in wrapped(Text(shown), room)] or [""]
     for number, row in enumerate(rows):
         line = Text()
         line.append(first if number == 0 else " " * len(first), style=first_style)
@@ -83,7 +101,14 @@ def table(*columns: str, right: Sequence[str] = (), cut: Sequence[str] = (), fol
     from rich import box
     from rich.table import Table
 
-    built = Table(box=box.SIMPLE_HEAD, expand=bool(cut), pad_edge=False, header_style="bold", show_edge=False)
+    from porter.commands._wrap import Cell
+
+    class Ours(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            named = zip(columns, cells, strict=True)
+            super().add_row(*(Cell(cell) if name in fold else cell for name, cell in named), **options)
+
+    built = Ours(box=box.SIMPLE_HEAD, expand=bool(cut), pad_edge=False, header_style="bold", show_edge=False)
     for name in columns:
         justify: JustifyMethod = "right" if name in right else "left"
         broken = name in fold
@@ -110,28 +135,6 @@ def escape(text: str) -> str:
 def one_line(text: str) -> str:
     """A value from a model with its control characters, line breaks and tabs spelled out."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def human_bytes(count: int | None) -> str:
-    """`1536` → `1.5 kB`; decimal units; None is `?`."""
-    if count is None:
-        return "?"
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def human_count(count: int | None) -> str:
-    """`11901408320` → `11.90 B`; None is `?`."""
-    if count is None:
-        return "?"
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
 
 
 class ByteBar:

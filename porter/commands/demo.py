@@ -100,7 +100,7 @@ def _empty(out: Path) -> None:
 
 def _run(verb: str, *arguments: str) -> None:
     """Print one command as a user would type it, and run it in this process."""
-    console().print(f"\n$ {shlex.join(['porter', verb, *arguments])}", style="bold cyan", markup=False)
+    console().print(f"\n$ {shlex.join(['porter', verb, *arguments])}", style="bold cyan", markup=False, soft_wrap=True)
     module: Any = import_module(f"porter.commands.{verb}")
     module.command.main(args=list(arguments), prog_name=f"porter {verb}", standalone_mode=False)
 

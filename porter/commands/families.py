@@ -19,6 +19,7 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
         print_json({"schema": "porter.families/1", "families": [_document(family) for family in known]})
         return
     screen = console()
+    names = max(len(part.name) for family in known for part in family.components)
     for family in known:
         if quiet:
             click.echo(family.name)
@@ -36,7 +37,7 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
         for part in family.components if any(part.recipe for part in family.components) or verbose else ():
             how = f"recipe {', '.join(part.layouts.values())}" if part.layouts else "reused as it is"
             native = f"; native {part.native}" if part.native else ""
-            screen.print(f"  {escape(part.name):<16} {escape(part.class_names[0])}: {escape(how + native)}")
+            screen.print(f"  {escape(part.name):<{names}}  {escape(part.class_names[0])}: {escape(how + native)}")
         if family.license_hint:
             screen.print(f"  licence  {escape(family.license_hint)}")
 

@@ -108,7 +108,10 @@ def command(
     if as_json:
         print_json(document(outcome, repeat))
     elif not quiet:
-        screen.print(_table(outcome))
+        rows, rest = _table(outcome, screen.width)
+        screen.print(rows)
+        if rest:
+            screen.print(rest, style="dim")
         for line in _remarks(outcome, verbose):
             screen.print(line, markup=False)
     paths = write(
@@ -130,24 +133,33 @@ def _inside(out: Path, port: Path) -> bool:
     return place.is_relative_to(root) and not place.is_relative_to(root / "parity")
 
 
-def _table(outcome: Any) -> Any:
-    """One line a comparison."""
+def _table(outcome: Any, width: int) -> tuple[Any, str]:
+    """One line a comparison, and what the table leaves out; numbers are never cut."""
     from parity.pipeline import PipelineResult
     from parity.report import ratio_text
     from porter.commands._render import table
 
-    right = ("max|Δ|", "floor", "ratio", "compared", "skipped", "missing")
-    built = table("component", "against", "verdict", *right, right=right)
+    names = ("component", "against", "verdict")
+    rows = []
     for result in outcome.results:
         v = result.headline
         whole = isinstance(result, PipelineResult)
-        name = "pipeline (native)" if whole else f"{result.component} ({result.candidate})"
+        called = "pipeline (native)" if whole else f"{result.component} ({result.candidate})"
         numbers = (f"{v.max_abs:.1e}", f"{v.floor:.1e}", ratio_text(v.ratio)) if v else ("–", "–", "–")
-        color = "green" if result.passed else "red"
-        counts = (str(result.counts[k]) for k in right[3:])
+        counts = {key: str(result.counts[key]) for key in ("compared", "skipped", "missing")}
         against = "diffusers" if whole else result.against
-        built.add_row(name, against, f"[{color}]{result.status}[/{color}]", *numbers, *counts)
-    return built
+        texts = (called, against, result.status)
+        rows.append(dict(zip((*names, "max|Δ|", "floor", "ratio"), (*texts, *numbers), strict=True)) | counts)
+    lacking = [key for key in ("skipped", "missing") if rows and all(row[key] == "0" for row in rows)]
+    shown = [key for key in (rows[0] if rows else names) if key not in lacking]
+    for spare in ("floor", "ratio"):  # what a narrow screen can do without; the report has all of it
+        if sum(2 + max(len(row[key]) for row in (*rows, {key: key})) for key in shown if key not in names) > width - 30:
+            shown = [key for key in shown if key != spare]
+    built = table(*shown, right=[key for key in shown if key not in names], fold=names)
+    for row, result in zip(rows, outcome.results, strict=True):
+        colored = row | {"verdict": f"[{'green' if result.passed else 'red'}]{row['verdict']}[/]"}
+        built.add_row(*(colored[key] for key in shown))
+    return built, f"{' and '.join(lacking)}: 0 everywhere" if lacking else ""
 
 
 def _remarks(outcome: Any, verbose: bool) -> list[str]:

@@ -39,7 +39,7 @@ def _dtype(name: str) -> str:
 @model_argument
 @click.option("--subfolder", metavar="DIR", help="Look at this folder of MODEL alone.")
 @click.option("--target", metavar="NAME", help="Add the checklist of porter, diffusers, sglang or fastvideo.")
-@click.option("--dtype", metavar="DTYPE", help="Of the memory estimate: bfloat16 (default), float16, float32.")
+@click.option("--dtype", metavar="DTYPE", help="Of the memory estimate: bfloat16 (default), float16, float32, float64.")
 @click.option("--height", type=SIZE, metavar="PX", help="Of the memory estimate; default: the pipeline's own.")
 @click.option("--width", type=SIZE, metavar="PX", help="Of the memory estimate; default: the pipeline's own.")
 @click.option("--frames", type=SIZE, metavar="N", help="Of the memory estimate; default: the pipeline's own.")

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 
 from porter.core.checkpoint import TensorInfo
 from porter.core.errors import BadInputError
+from porter.core.variants import Shape, Shapes, Variant
 
 LAYOUTS_SCHEMA = "porter.layouts/1"
 _MEMBERS = 4  # numbered groups of names that may each be a model
 SURE = 0.85  # from this score on a file is called by the architecture's name
+ALIKE = 0.9  # share of templates that have the recorded sizes, from which on a file is called a released model's name
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
-
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
 
 
 def template(name: str) -> str:
@@ -45,52 +44,6 @@ def fold(shapes: Shapes) -> dict[str, Counter[Shape]]:
     for name, shape in shapes.items():
         found.setdefault(template(name), Counter())[tuple(shape)] += 1
     return found
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A released model of an architecture, told by one file's names and shapes.
-
-    Attributes:
-        has, lacks: tensor names or templates that stand in the file, or do not.
-        shapes: name or template -> shape, None for any size; for a template, the first tensor's.
-        counts: template -> how many tensors it has.
-    """
-
-    name: str
-    repo: str | None = None
-    has: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-    def fits(self, shapes: Shapes, templates: Mapping[str, Counter[Shape]]) -> bool:
-        """Whether every condition holds."""
-
-        def shape_of(name: str) -> Shape | None:
-            return shapes.get(name) or next(iter(templates.get(name, ())), None)
-
-        return (
-            all(name in shapes or name in templates for name in self.has)
-            and not any(name in shapes or name in templates for name in self.lacks)
-            and all(_same(shape_of(name), wanted) for name, wanted in self.shapes.items())
-            and all(templates.get(name, Counter()).total() == count for name, count in self.counts.items())
-        )
-
-    def evidence(self) -> list[str]:
-        """The conditions, as short words."""
-        return [
-            *(f"has {name}" for name in self.has),
-            *(f"lacks {name}" for name in self.lacks),
-            *(f"{n} is [{', '.join('?' if s is None else str(s) for s in shape)}]" for n, shape in self.shapes.items()),
-            *(f"{count} x {name}" for name, count in self.counts.items()),
-        ]
-
-
-def _same(found: Shape | None, wanted: tuple[int | None, ...]) -> bool:
-    return found is not None and len(found) == len(wanted) and all(
-        w is None or w == f for f, w in zip(found, wanted, strict=True)
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,9 +72,20 @@ class Architecture:
     drops: tuple[str, ...] = ()
 
     def variant(self, shapes: Shapes, folded: Mapping[str, Counter[Shape]] | None = None) -> Variant | None:
-        """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already."""
+        """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already.
+
+        A variant without sizes of its own is called only where the sizes are the recorded ones.
+        """
         folded = fold(shapes) if folded is None else folded
-        return next((variant for variant in self.variants if variant.fits(shapes, folded)), None)
+        fitting = (variant for variant in self.variants if variant.fits(shapes, folded))
+        return next((each for each in fitting if each.sized or _closeness(folded, self) >= ALIKE), None)
+
+    def released(self, shapes: Shapes) -> str | None:
+        """The name of the released model that has these tensors, in these sizes; None where none is known."""
+        folded = fold(shapes)
+        if found := self.variant(shapes, folded):
+            return found.name
+        return self.model if _closeness(folded, self) >= ALIKE else None
 
 
 class Guess(NamedTuple):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from porter.core.checkpoint import TensorInfo
 from porter.core.gguf import QUANTISED
+from porter.core.units import several
 
 # method -> ends of names that only it writes
 _ENDS: Mapping[str, re.Pattern[str]] = {
@@ -21,7 +22,7 @@ _ENDS: Mapping[str, re.Pattern[str]] = {
     "bitsandbytes 8-bit": re.compile(r"\.(SCB|weight_format)$"),
     "comfy quantised": re.compile(r"\.comfy_quant$"),
 }  # fmt: skip
-_FACTORS = re.compile(
+FACTORS = re.compile(
     r"[._](lora_(?:A|B|down|up|mid)(?:\.\w+)?(?:\.weight)?|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks"
     r"|dora_scale|lora_magnitude_vector(?:\.\w+)?|diff(?:_b)?|alpha)$"
 )
@@ -58,8 +59,9 @@ def part(header: Mapping[str, TensorInfo]) -> Companions:
         else:
             plain[name] = info
     blocks = Counter(info.dtype for info in plain.values() if info.dtype in QUANTISED)
-    words = [f"{method} ({count} scales)" for method, count in counts.most_common()]
-    words += [f"GGUF {kind} ({count} tensors)" for kind, count in blocks.most_common(3)]
+    words = [f"{method} ({several(count, 'scale')})" for method, count in counts.most_common()]
+    words += [f"GGUF {kind} ({several(count, 'tensor')})" for kind, count in blocks.most_common(3)]
     if not words and scaled:
-        words = [f"fp8 without scales ({sum(info.dtype in _FP8 for info in plain.values())} tensors)"]
-    return Companions(plain, ", ".join(words) or None, sum(bool(_FACTORS.search(name)) for name in header))
+        bare = sum(info.dtype in _FP8 for info in plain.values())
+        words = [f"fp8 without scales ({several(bare, 'tensor')})"]
+    return Companions(plain, ", ".join(words) or None, sum(bool(FACTORS.search(name)) for name in header))

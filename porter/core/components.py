@@ -8,11 +8,13 @@ from typing import Any
 from porter.core.architectures import architectures, fold, shapes_of
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as companions_of
+from porter.core.described import full_config
 from porter.core.errors import BadInputError, PorterError
 from porter.core.family import Component, Family, families, resolve
 from porter.core.layout import weightless
 from porter.core.libraries import LIBRARIES, library_has, pipeline_module, pipeline_module_has, tied_weights
 from porter.core.plan import ComponentPlan, Layout, Status
+from porter.core.pointers import pointers
 from porter.core.risks import unusual
 from porter.core.sizes import parameters_by_size
 from porter.core.source import Source
@@ -72,13 +74,21 @@ def component(
             found.warnings.append(f"{name}: shards {lost} are missing")
         if weights.variant:
             found.warnings.append(f"{name}: only the variant {weights.variant} is here")
-    if any(source.files[file].lfs_pointer for file in files):
-        note = note if "not fetched" in note else "; ".join(filter(None, ("weights not fetched (Git LFS)", note)))
-        count = _count_by_config(known, class_name, config)
+    absent = pointers(source, files)
+    by_config = None
+    if config and not packed and (absent or layout == "unknown"):
+        by_config = _count_by_config(known, class_name, full_config(library, class_name, config))
+    if absent:
+        what = "weights" if weights else ", ".join(file.rpartition("/")[2] for file in absent[:3])
+        note = note if "not fetched" in note else "; ".join(filter(None, (f"{what} not fetched (Git LFS)", note)))
         fit = parameters_by_size(class_name or "", sum(source.files[file].size for file in files), config)
-        if count is None and fit and not packed:
+        if fit and not packed and by_config in (None, fit[0]):
             count, note = fit[0], f"{note}; parameters by its size"
             more.setdefault("model", fit[1])
+        elif by_config is not None:
+            count, note = by_config, f"{note}; parameters by its config"
+    elif by_config is not None:
+        count, note = by_config, "; ".join(filter(None, (note, "no weights here; parameters by its config")))
     if header is not None:
         found.headers[name] = header
         more.setdefault("model", _released(class_name, header) if layout == "diffusers" else None)
@@ -125,6 +135,9 @@ def judge(
     quantised: bool,
 ) -> Status:
     """What can be done with a component; says why where it is not plain."""
+    if layout == "unknown":
+        what = "files" if weightless(class_name or "") else "weights"
+        found.warnings.append(f"{name}: no {what} found for {class_name}")
     if code:
         where = (
             f"code of the repository ({code})" if code.endswith(".py") else f"not diffusers' or transformers' ({code})"
@@ -148,8 +161,6 @@ def judge(
             found.warnings.append(f"{name}: the installed {library} has no class {class_name}")
             return "port"
     if layout == "unknown":
-        what = "files" if weightless(class_name or "") else "weights"
-        found.warnings.append(f"{name}: no {what} found for {class_name}")
         return "missing"
     if layout == "original":
         return "convert" if known and known.recipe and not quantised else "port"

@@ -67,7 +67,7 @@ def target_size(parts: Iterable[Described], spatial: int) -> tuple[int, int] | N
     """(height, width) in pixels of the area that the denoiser was made for, at 16:9, where its config gives its side.
 
     Of the sizes in whole latent positions that cover no more than that area, the one that is the closest to 16:9 and
-    not wider, as the image processors of such pipelines find it.
+    not wider, as pipelines with a `target_size` in their denoiser's config find it.
     """
     configs = (full_config(part.library, part.class_name, part.config) for part in _denoisers(parts))
     sides = (number(config.get("target_size")) for config in configs)

@@ -36,6 +36,7 @@ def read_any(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         raise CheckpointError(f"{path} is a folder, not a weights file", hint="name one file in it") from None
     except OSError as error:
         raise MissingError(f"cannot read {path}", found=error.strerror, hint="check the path and its rights") from None
+    _no_gguf(start, path)
     if _is_torch(start):
         from porter.core.pickles import read_pickled
 
@@ -60,6 +61,7 @@ def read_ranged(read: Read, path: Path, size: int, first: int) -> tuple[dict[str
 
     if start.startswith(b"GGUF"):
         return read_gguf(onwards, path, size)
+    _no_gguf(start, path)
     if _is_torch(start):
         from porter.core.pickles import read_pickled_from
         from porter.core.ranges import RangeFile
@@ -67,6 +69,19 @@ def read_ranged(read: Read, path: Path, size: int, first: int) -> tuple[dict[str
         return read_pickled_from(RangeFile(onwards, size, start), path, size)
     length = header_length(start[:8], path, size)
     return parse_header(onwards(8, 8 + length), path, size)
+
+
+def _no_gguf(start: bytes, path: Path) -> None:
+    """Refuses a file that is called GGUF, and is neither that nor another format that is known by its beginning.
+
+    Raises:
+        CheckpointError: always, for such a file.
+    """
+    if path.suffix == ".gguf" and start[8:9] != b"{" and not _is_torch(start):
+        raise CheckpointError(
+            f"{path} is no GGUF file", expected="the letters GGUF at its beginning", found=repr(start[:4]),
+            hint="download it again",
+        )  # fmt: skip
 
 
 def _is_torch(start: bytes) -> bool:

@@ -16,7 +16,7 @@ from porter.core.card import declared
 from porter.core.errors import BadInputError, MissingError, PorterError, UsageError
 from porter.core.files import MAX_FILES, MAX_JSON, FileInfo, list_files
 from porter.core.hubcalls import ask, timeout
-from porter.core.hubstore import COMMIT, HubStore
+from porter.core.hubstore import COMMIT, HubStore, go_online
 from porter.core.ranges import RangeReader
 from porter.core.source import LocalSource, Source
 from porter.core.trouble import Trouble
@@ -192,7 +192,7 @@ def open_cached(repo: str, revision: str | None, store: HubStore) -> Source:
             f"{repo} is not in the hub's cache at revision {revision or 'main'}",
             expected=f"a snapshot in {store.hub}",
             found=f"offline, and {f'only the commits {others}' if others else 'nothing of it'}",
-            hint=f"hf download {repo}, or leave out --offline",
+            hint=f"hf download {repo}, or {go_online()}",
         )
     here = list_files(snapshot) if snapshot.is_dir() else {}
     if notes is None:
@@ -221,7 +221,7 @@ class CachedSource(LocalSource):
             raise MissingError(
                 f"{name} of {self.spec} is not on this machine", expected="the file in the hub's cache",
                 found="offline, and only what planning needed is here",
-                hint=f"hf download {self.spec} {name} --revision {self._commit}, or leave out --offline",
+                hint=f"hf download {self.spec} {name} --revision {self._commit}, or {go_online()}",
             )  # fmt: skip
         return self.root / name
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import urllib.parse
 from collections.abc import Mapping
@@ -127,6 +128,14 @@ class HubStore:
             replace_bytes(path, data)
 
 
+def go_online() -> str:
+    """What to leave out so that the hub is asked: the variable that forbids it, else the option."""
+    from huggingface_hub import constants
+
+    names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)]
+    return f"unset {names[0]}" if constants.HF_HUB_OFFLINE and names else "leave out --offline"
+
+
 def _commit_in(ref: Path) -> str:
     try:
         with open_regular(ref) as file:
@@ -136,7 +145,7 @@ def _commit_in(ref: Path) -> str:
     if not COMMIT.fullmatch(text):
         raise BadInputError(
             f"{ref} of the hub's cache names no commit", expected="40 hexadecimal digits", found=text[:60],
-            hint="remove that file, or run the same without --offline",
+            hint=f"remove that file, or {go_online()}",
         )  # fmt: skip
     return text
 

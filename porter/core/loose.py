@@ -38,6 +38,7 @@ def loose(source: Source) -> Survey:
         key = one.folder + "/*" if one.standard else one.stem
         if key in chosen:
             others.setdefault(key, []).append(one.variant or one.kind)
+            found.told.update(one.files)
         else:
             chosen[key] = one
     looked = list(chosen.items())[:MAX_SETS]

@@ -9,11 +9,12 @@ without one is named as not estimated. docs/memory.md says what is left out, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from porter.core.described import Described, full_config, is_autoencoder
+from porter.core.fits import Fits, verdict
 from porter.core.formulas import Formula, facts_of, formula_of, kept_of
 from porter.core.records import check_keys
 from porter.core.workload import ELEMENT, Workload
@@ -21,7 +22,6 @@ from porter.core.workload import ELEMENT, Workload
 __all__ = ["Fits", "Formula", "Memory", "PartMemory", "Sized", "StageMemory", "Workload", "estimate", "formula_of"]
 
 Stage = Literal["text encoding", "image encoding", "denoising", "decoding"]
-Fits = Literal["yes", "with component offload", "with layer offload", "no", "unknown"]
 STAGES: tuple[Stage, ...] = ("text encoding", "image encoding", "denoising", "decoding")
 # Of a device's memory, kept free in the verdict: the CUDA context, libraries' workspaces, the allocator's fragments.
 RESERVE = 10**9
@@ -92,6 +92,7 @@ class Memory:
         reason: the verdict's figures, and what it leaves out, in one line.
         assumed: lines on what nobody said: default sizes, guidance, and so on.
         left_out: names of components whose activations are not estimated.
+        absent: names of components whose weights are not here, and whose size nothing says: they count as nothing.
     """
 
     workload: Workload
@@ -104,6 +105,7 @@ class Memory:
     reason: str
     assumed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -127,24 +129,42 @@ class Memory:
             "stages": tuple(StageMemory(**stage) for stage in stages),
             "assumed": tuple(document["assumed"]),
             "left_out": tuple(document["left_out"]),
+            "absent": tuple(document["absent"]),
         })  # fmt: skip
 
 
 def estimate(
-    components: Sequence[Sized], workload: Workload, device_memory: int | None = None, assumed: Sequence[str] = ()
+    components: Sequence[Sized],
+    workload: Workload,
+    device_memory: int | None = None,
+    assumed: Sequence[str] = (),
+    *,
+    absent: Sequence[str] = (),
+    nothing: str = "no component with weights is known",
 ) -> Memory:
     """Memory of a pipeline made of `components` for one call.
 
     Args:
         device_memory: bytes of the device; without it nothing is said about fitting.
-        assumed: what `default_workload` assumed.
+        assumed: what `default_workload` assumed; what plays no part in the estimate is left out.
+        absent: components of the pipeline whose size nobody knows.
+        nothing: the reason that is given where there are no components.
     """
     parts = tuple(_part(each, workload) for each in components if each.bytes > 0 or each.parameters)
     total = sum(part.weights for part in parts)
     stages = tuple(found for stage in STAGES if (found := _stage(stage, parts, total)))
     left_out = tuple(part.name for part in parts if part.activations is None)
-    fits, reason = _verdict(parts, stages, device_memory, workload.guessed)
-    return Memory(workload, device_memory, total, RESERVE, parts, stages, fits, reason, tuple(assumed), left_out)
+    counted = {part.stage for part in parts if part.activations is not None}
+    if not counted - {"text encoding"}:  # the size of a picture plays no part
+        workload = replace(workload, guessed=())
+        assumed = [line for line in assumed if counted and "text tokens" in line]
+    fits: Fits = "unknown"
+    reason = nothing
+    if stages:
+        fits, reason = verdict(parts, stages, device_memory, workload.guessed, absent, RESERVE, _least)
+    return Memory(
+        workload, device_memory, total, RESERVE, parts, stages, fits, reason, tuple(assumed), left_out, tuple(absent)
+    )
 
 
 def _part(part: Sized, work: Workload) -> PartMemory:
@@ -223,49 +243,6 @@ def _stage(stage: Stage, parts: Sequence[PartMemory], total: int) -> StageMemory
     )
 
 
-def _verdict(
-    parts: Sequence[PartMemory], stages: Sequence[StageMemory], device_memory: int | None, guessed: Sequence[str]
-) -> tuple[Fits, str]:
-    """The first way that fits, and a line with its figures and those of the ways that do not."""
-    if device_memory is None:
-        return "unknown", "no device memory was given"
-    if not stages:
-        return "unknown", "no component with weights is known"
-    room = device_memory - RESERVE
-    said, found = [], "no"
-    for way, peak in _ways(stages):
-        stage = max(stages, key=peak)
-        need = peak(stage)
-        name = "all on the device" if way == "yes" else way
-        said.append(f"{name}: {stage.stage} needs {gigabytes(need)}")
-        if need <= room:
-            found = way
-            break
-    text = f"{'; '.join(said)}, of {gigabytes(device_memory)} less {gigabytes(RESERVE)} for the device's own"
-    if found == "no" and stage.stage == "decoding":
-        text += "; an autoencoder in tiles needs less, which is not estimated"
-    out = [part for part in parts if part.activations is None]
-    if out:
-        text += f"; leaves out the activations of {', '.join(part.name for part in out)}"
-    if found != "no" and any(part.stage in ("denoising", "decoding") for part in out):
-        found = "unknown"  # what is left out there may be more than all the rest
-    if blind := [part.name for part in parts if part.missing == "config" and part.blocks == 1 and part.weights > room]:
-        text += f"; the blocks of {', '.join(blind)} are not known, so layer offload may need less"
-    if guessed:
-        text += f"; {' and '.join(guessed)}: only guessed, say {' '.join(f'--{name} N' for name in guessed)}"
-    least = [replace(part, activations=0) for part in parts if part.name not in blind]
-    floor = max((bare.layer_offload for stage in STAGES if (bare := _stage(stage, least, 0))), default=0)
-    if (guessed or blind) and (found != "no" or floor <= room):
-        found = "unknown"  # only what no size changes can be refused
-    return found, text  # type: ignore[return-value]
-
-
-def _ways(stages: Sequence[StageMemory]) -> Iterator[tuple[Fits, Callable[[StageMemory], int]]]:
-    yield "yes", lambda stage: stage.resident
-    yield "with component offload", lambda stage: stage.component_offload
-    yield "with layer offload", lambda stage: stage.layer_offload
-
-
-def gigabytes(size: int) -> str:
-    """`size` in 10^9 bytes, with one digit."""
-    return f"{size / 1e9:.1f} GB"
+def _least(parts: Sequence[PartMemory]) -> int:
+    """Bytes at the peak of the stage that needs most, with layer offload."""
+    return max((one.layer_offload for stage in STAGES if (one := _stage(stage, parts, 0))), default=0)

@@ -103,24 +103,22 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     best = piece.sure
     assert best is not None
     known, twin = _settle(file, piece, best)
+    whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
     # A library's own names in the words of another of its versions: it reads them as they are.
     dialect = is_dialect(known.architecture)
     layout: Layout = "diffusers" if dialect or known.architecture.layout == "diffusers" else "original"
-    variant = known.architecture.variant(piece.shapes)
-    # Variants are every released model of the layout: what fits none is called by no released one's name.
-    model = variant.name if variant else None if known.architecture.variants else known.architecture.model
+    model = known.architecture.released(piece.shapes)
     name = known.architecture.component
     library = known.component.library if known.component else None
     class_name = known.component.class_names[0] if known.component else None
     status: Status = "port"
     recipe: str | None = None
     config = file.config or _config_for(file, name)
-    title = known.family.title if known.family else f"{known.architecture.class_name}, which several families have"
+    title = known.family.title if known.family else f"{known.architecture.class_name}, which families share"
     words = [f"{known.architecture.layout} layout of {title}, told by {best.score:.0%} of its tensor names"]
     if layout == "diffusers":
         class_name = known.architecture.class_name
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
-        whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
         status = "reuse" if library and not file.quantised and whole else "port"
         if not whole and library and not file.quantised and file.one.kind in CONVERTED:
             status, recipe = "convert", SAME_NAMES

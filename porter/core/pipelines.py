@@ -13,6 +13,7 @@ from porter.core.layout import weightless
 from porter.core.originals import original_of
 from porter.core.plan import ComponentPlan, Layout
 from porter.core.source import Source
+from porter.core.subfolder import Subfolder
 from porter.core.survey import INDEX, MODULAR_INDEX, Survey, leftovers
 from porter.core.weights import WEIGHT_SUFFIXES, Read, WeightSet, indexed, read_set, weight_sets
 
@@ -258,10 +259,10 @@ def _elsewhere(source: Source, place: dict[str, Any]) -> str | None:
 
 def _inner_pipeline(source: Source, found: Survey, name: str, folder: str) -> tuple[list[ComponentPlan], Survey]:
     """The components of a pipeline inside the source, called `<name>/<component>`, and what was found of it."""
-    from porter.core.source import Subfolder
-
     inner = pipeline(Subfolder(source, folder))
-    found.warnings += [f"{name}/{line}" for line in inner.warnings]
+    own = {part.name for part in inner.components} | set(source.json(f"{folder}/{INDEX}"))
+    for line in inner.warnings:  # those that begin with a component's name are about it
+        found.warnings.append(f"{name}/{line}" if line.partition(":")[0] in own else f"{name}: {line}")
     found.headers |= {f"{name}/{part}": header for part, header in inner.headers.items()}
     parts = [
         replace(part, name=f"{name}/{part.name}", files=tuple(f"{folder}/{file}" for file in part.files))

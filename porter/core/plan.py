@@ -131,7 +131,7 @@ class PortPlan:
     subfolder: str | None
     pipeline_class: str | None
     family: str | None
-    style: Style
+    style: Style | None
     style_reason: str
     components: tuple[ComponentPlan, ...]
     extras: tuple[Extra, ...]

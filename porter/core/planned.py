@@ -9,6 +9,7 @@ from porter.core.files import read_json
 from porter.core.plan import SCHEMA, PortPlan
 from porter.core.port import MANIFEST, Port, is_manifest
 from porter.core.source import Source, open_source
+from porter.core.units import several
 
 
 def is_plan(path: Path) -> bool:
@@ -57,7 +58,8 @@ def open_planned(path: Path, *, token: str | None = None, offline: bool | None =
         odd = sorted(name for name in now.keys() | plan.content.keys() if now.get(name) != plan.content.get(name))
         raise BadInputError(
             f"{plan.source} has changed since {path} was made", expected=f"{odd[0]}: {_size(plan.content.get(odd[0]))}",
-            found=f"{_size(now.get(odd[0]))}, {len(odd)} files differ", hint=f"porter plan {plan.source} -o {path}",
+            found=f"{_size(now.get(odd[0]))}, {several(len(odd), 'file')} changed",
+            hint=f"porter plan {plan.source} -o {path}",
         )  # fmt: skip
     return source
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from porter.core.layout import weightless
 from porter.core.memory import estimate
+from porter.core.nextsteps import next_commands
 from porter.core.plan import ComponentPlan, PortPlan
+from porter.core.reasons import explain
 from porter.core.similarity import closest
 from porter.core.source import Source, open_source
 from porter.core.style import style_of
@@ -51,6 +52,7 @@ def make_plan(
         UsageError: an unknown target.
     """
     found = survey(source)
+    explain(source, found)
     licence, gate = terms(source)
     parts = [_with_terms(source, part, licence, gate) for part in found.components]
     found.components = parts
@@ -58,16 +60,6 @@ def make_plan(
         found.warnings.append(f"gated repository ({gate}): its terms hold for every port of it")
     known = [part.parameters for part in parts if part.parameters is not None]
     style, reason = style_of(found)
-    sized = [p for p in parts if p.layout not in ("none", "elsewhere") and p.class_name and (p.bytes or p.parameters)]
-    home = next(iter((*found.family.shared_pipelines, *found.family.pipeline_classes)), None) if found.family else None
-    work, assumed = default_workload(found.pipeline_class, parts, home, **(workload or {}))
-    once: dict[str, ComponentPlan] = {}
-    for part in sized:
-        once.setdefault(part.name, part)
-    copies = Counter(part.name for part in sized)
-    assumed += tuple(f"the first {name} of {count}" for name, count in sorted(copies.items()) if count > 1)
-    single = sized and not found.places  # several pipelines do not run at once
-    memory = estimate(list(once.values()), work, device_memory, assumed).to_json() if single else None
     made = PortPlan(
         source=source.spec,
         kind=source.kind,
@@ -89,9 +81,9 @@ def make_plan(
         settings=found.settings,
         risks=tuple(found.risks()),
         warnings=tuple(found.warnings),
-        next=tuple(_next_commands(source, found)),
+        next=tuple(next_commands(source, found)),
         content={name: info.size for name, info in source.files.items()},
-        memory=memory,
+        memory=_memory(found, workload or {}, device_memory),
     )
     if target is None:
         return made
@@ -100,42 +92,28 @@ def make_plan(
     return replace(made, checklist=checklist(made, target).to_json())
 
 
+def _memory(found: Survey, workload: Mapping[str, Any], device_memory: int | None) -> dict[str, Any] | None:
+    """The memory of one call as JSON; None where nothing is known of it and nobody asked."""
+    parts = [part for part in found.components if part.layout != "none" and part.class_name]
+    sized = [part for part in parts if part.layout != "elsewhere" and (part.bytes or part.parameters)]
+    nothing = "no weights here, and no config says how many there are: download them first"
+    if found.places:
+        sized, nothing = [], "several pipelines do not run at once: name one with --subfolder"
+    if not sized and device_memory is None:
+        return None
+    family = found.family
+    home = next(iter((*family.shared_pipelines, *family.pipeline_classes)), None) if family else None
+    work, assumed = default_workload(found.pipeline_class, found.components, home, **workload)
+    once: dict[str, ComponentPlan] = {}
+    for part in sized:
+        once.setdefault(part.name, part)
+    copies = Counter(part.name for part in sized)
+    firsts = tuple(f"the first {name} of {count}" for name, count in sorted(copies.items()) if count > 1)
+    absent = [part.name for part in parts if part not in sized and not weightless(part.class_name or "")]
+    found_memory = estimate(list(once.values()), work, device_memory, assumed, absent=absent, nothing=nothing)
+    return replace(found_memory, assumed=found_memory.assumed + firsts).to_json()
+
+
 def _with_terms(source: Source, part: ComponentPlan, licence: Mapping[str, Any], gate: str | None) -> ComponentPlan:
     own = next((name for name in source.files if name.startswith(f"{part.name}/LICEN")), None)
     return part.replace(licence=own or stated(licence), gated=gate is not None)
-
-
-def _next_commands(source: Source, found: Survey) -> list[str]:
-    """Commands to paste, the most useful first."""
-    parts = found.components
-    model, port = shlex.quote(source.given), shlex.quote(f"{source.name}-port")
-    at = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
-    inner = f" --subfolder {shlex.quote(source.subfolder)}" if source.subfolder else ""
-    include = f" --include {shlex.quote(source.subfolder + '/*')}" if source.subfolder else ""
-    pin = at + inner
-    family = found.family
-    runs = family is not None and family.pipeline is not None and found.pipeline_class in family.pipeline_classes[:1]
-    generate = f'porter generate {model} "a prompt"'
-    if found.verdict:
-        run = [generate] if runs else []
-        return [f"porter parity {model}", *run]
-    if found.places:
-        return [f"porter plan {model}{pin} --subfolder {shlex.quote(place)}" for place in found.places[:4]]
-    if any(source.files[name].lfs_pointer for part in parts for name in part.files):
-        return [f"git -C {shlex.quote(source.spec)} lfs pull", f"porter plan {model}"]
-    if any(part.status == "convert" for part in parts):
-        bare = [part for part in parts if part.status == "convert" and not part.config]
-        config = " --config CONFIG.json" if bare else ""
-        only = f" --component {shlex.quote(bare[0].name)}" if bare and len(parts) > 1 else ""
-        return [f"porter convert {model}{pin}{only}{config} -o {port}"]
-    places = [part.location.partition("@")[0] for part in parts if part.location]
-    if location := next((place for place in places if re.fullmatch(r"[\w.-]+/[\w./-]+", place)), None):
-        return [f"porter plan {shlex.quote('/'.join(location.split('/')[:2]))}"]
-    if any(part.status in ("port", "missing") for part in parts) or source.kind == "file":
-        return [f"porter plan {model}{pin} --target porter"]
-    if source.kind == "hub":
-        return [
-            f"hf download {model}{at}{include} --local-dir {shlex.quote(source.name)}",
-            f"porter plan {shlex.quote(source.name)}{inner}",
-        ]
-    return [generate] if runs else [f"porter plan {model}{pin} --target porter"]

@@ -15,7 +15,7 @@ from porter.core.defaults import ClassSource, Computed
 from porter.core.pitfalls import RULES, Config, Facts
 
 # Weights of what no rule of pitfalls.py finds.
-_NOISY_STEP, _KEPT, _STATEFUL_STEP, _LEFT_OUT, _IGNORED = 57, 65, 41, 20, 10
+_NOISY_STEP, _KEPT, _STATEFUL_STEP, _LEFT_OUT, _IGNORED, _UNMET = 57, 65, 41, 20, 10, 100
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,19 @@ def risks_of(name: str, class_name: str | None, config: Config, source: ClassSou
     return risks_of_all([Part(name, class_name, config, source)])
 
 
-def risks_of_all(parts: Sequence[Part], *, upcasts: bool | None = None) -> list[Risk]:
+def risks_of_all(parts: Sequence[Part], *, upcasts: bool | None = None, whole: bool = False) -> list[Risk]:
     """The risks of a pipeline's components, those first that break a port most.
 
     Args:
         upcasts: whether the pipeline heeds an autoencoder's `force_upcast`; None where the pipeline is unknown.
+        whole: whether the configs of all its encoders are here.
     """
     pipelines: dict[str, list[Part]] = {}  # a source may hold several, each in a folder of its own
     for part in parts:
         pipelines.setdefault(part.name.rpartition("/")[0], []).append(part)
     found = [weighed for together in pipelines.values() for weighed in _risks_within(together, upcasts)]
+    if whole:
+        found = [weighed for together in pipelines.values() for weighed in _unmet(together)] + found
     return [risk for _, risk in sorted(found, key=lambda weighed: -weighed[0])]
 
 
@@ -87,6 +90,35 @@ def _risks_within(parts: Sequence[Part], upcasts: bool | None) -> Iterator[tuple
     around = Facts("", "", {}, latent_channels=_latent_channels(parts), clip_text_encoders=clips, upcasts=upcasts)
     for part in parts:
         yield from _weighed(part, around)
+
+
+def _unmet(parts: Sequence[Part]) -> Iterator[tuple[int, Risk]]:
+    """U-Nets whose cross-attention takes a width that no encoder beside them gives, alone or with others."""
+    widths = [width for part in parts if part.config.get("model_type") and (width := _encoded(part))]
+    reached = {0}
+    for each in widths:
+        reached |= {before + width for before in reached for width in each}
+    for part in parts:
+        taken = part.config.get("cross_attention_dim")
+        plain = "UNet" in (part.class_name or "") and not part.config.get("encoder_hid_dim")
+        if plain and widths and isinstance(taken, int) and taken not in reached:
+            theirs = ", ".join(map(str, sorted({width for each in widths for width in each})))
+            text = f"no encoder here gives that width (theirs: {theirs}): a denoiser or an encoder of another model"
+            yield _UNMET, Risk(part.name, 7, "cross_attention_dim", taken, text)
+
+
+def _encoded(part: Part) -> set[int]:
+    """The widths in which an encoder can answer."""
+    full = _full(part)
+    keys = (
+        "hidden_size",
+        "d_model",
+        "projection_dim",
+        "project_dim",
+        "text_config.hidden_size",
+        "text_config.projection_dim",
+    )
+    return {width for key in keys if isinstance(width := full.get(key), int) and width > 0}
 
 
 def _latent_channels(parts: Sequence[Part]) -> int | None:

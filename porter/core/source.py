@@ -110,12 +110,14 @@ class Source(ABC):
         """
         info = self._known(name)
         if info.lfs_pointer:
-            raise MissingError(
-                f"{name} is a Git-LFS pointer: its weights were not downloaded",
-                expected=f"a safetensors file of {info.size} bytes",
-                hint=f"git -C {self.spec} lfs pull --include {name}",
-            )
+            from porter.core.pointers import refusal
+
+            raise refusal(self, name)
         return info
+
+    def place(self, name: str) -> Path | None:
+        """Where a file or its pointer lies on this machine; None for what is on the hub."""
+        return None
 
 
 class LocalSource(Source):
@@ -151,6 +153,9 @@ class LocalSource(Source):
         self.content(name)
         return self.root / name
 
+    def place(self, name: str) -> Path | None:
+        return self.root / name
+
     def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         from porter.core.headers import read_any
 
@@ -158,42 +163,6 @@ class LocalSource(Source):
 
     def _json_path(self, name: str) -> Path:
         return self.root / name
-
-
-class Subfolder(Source):
-    """One folder of another source, as if it were the whole."""
-
-    def __init__(self, whole: Source, folder: str) -> None:
-        prefix = folder.strip("/") + "/"
-        self._whole, self._prefix = whole, prefix
-        self.kind, self.spec, self.given, self.revision = whole.kind, whole.spec, whole.given, whole.revision
-        self.subfolder, self.declared = folder.strip("/"), whole.declared
-        self.files = {name.removeprefix(prefix): info for name, info in whole.files.items() if name.startswith(prefix)}
-        if not self.files:
-            places = sorted({name.split("/")[0] for name in whole.files if "/" in name})
-            raise MissingError(
-                f"{whole.given} holds no folder {folder}", expected=", ".join(places[:8]) or "a folder with files",
-                hint=f"porter plan {whole.given}",
-            )  # fmt: skip
-
-    @property
-    def name(self) -> str:
-        return f"{self._whole.name}-{self.subfolder}".replace("/", "-")
-
-    def path(self, name: str) -> Path:
-        return self._whole.path(self._prefix + name)
-
-    def header(self, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        return self._whole.header(self._prefix + name)
-
-    def json(self, name: str) -> Any:
-        return self._whole.json(self._prefix + name)
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        self._whole.prefetch([self._prefix + name for name in names])
-
-    def _json_path(self, name: str) -> Path:
-        return self._whole._json_path(self._prefix + name)
 
 
 def open_source(
@@ -216,13 +185,21 @@ def open_source(
     Raises:
         MissingError: no such path, embedded model or repository; unreachable.
         AccessError: a gated or private repository.
-        UsageError: a revision of something that is not on the hub.
+        UsageError: an empty name; a revision of something that is not on the hub.
         BadInputError: an empty folder, a symbolic link that leaves the tree, a plan that no longer holds.
     """
     given = str(model)
+    if not given:
+        raise UsageError(
+            "no model was named: MODEL is empty", expected="a hub id, a folder or file", hint="porter plan ."
+        )
     printable(given)
     whole = _open(given, revision, token, offline)
-    return Subfolder(whole, subfolder) if subfolder else whole
+    if subfolder:
+        from porter.core.subfolder import Subfolder
+
+        return Subfolder(whole, subfolder)
+    return whole
 
 
 def _open(given: str, revision: str | None, token: str | None, offline: bool | None) -> Source:
@@ -250,11 +227,9 @@ def _open(given: str, revision: str | None, token: str | None, offline: bool | N
         from porter.core.hub import open_hub
 
         return open_hub(given, revision=revision, token=token, offline=offline)
-    raise MissingError(
-        f"no such path: {given}",
-        expected="a folder, a checkpoint file, a hub id `owner/name`, or builtin:<name>",
-        hint="porter plan builtin:tiny-flux",
-    )
+    from porter.core.trouble import no_such_path
+
+    raise no_such_path(given)
 
 
 def _no_revision(revision: str | None, given: str) -> None:

@@ -14,8 +14,12 @@ _AUTOREGRESSIVE = re.compile(r"ForConditionalGeneration$|ForCausalLM$|LMHeadMode
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
-def style_of(found: Survey) -> tuple[Style, str]:
-    """(style, why) of a native port of what was found."""
+def style_of(found: Survey) -> tuple[Style | None, str]:
+    """(style, why) of a native port of what was found; no style of what is no single model."""
+    if found.places:
+        return None, "several pipelines, each with its own: --subfolder plans one of them"
+    if found.factors:
+        return None, "factors of a LoRA: their model's"
     writes = pipeline_generates(found.pipeline_class) if found.pipeline_class else None
     plainest = found.family is not None and found.pipeline_class in found.family.pipeline_classes[:1]
     if writes and not plainest:

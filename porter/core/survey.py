@@ -13,9 +13,11 @@ from porter.core.errors import BadInputError
 from porter.core.family import Family
 from porter.core.libraries import LIBRARIES
 from porter.core.plan import ComponentPlan, Extra
+from porter.core.pointers import unfetched
 from porter.core.port import MANIFEST, Port, is_manifest
 from porter.core.risks import Part, Risk, risks_of_all
 from porter.core.source import LocalSource, Source
+from porter.core.units import several
 from porter.core.weights import WEIGHT_SUFFIXES
 
 INDEX = "model_index.json"
@@ -32,6 +34,10 @@ class Survey:
         settings: entries of the index that are no components.
         verdict: what parity said, where the source is a port.
         places: folders of several pipelines, where the source holds them.
+        told: files that no component uses, and that a component's note names already.
+        lacking: components whose conversion lacks something, with what it is.
+        factors: whether what is here are factors of a LoRA.
+        bases: released models that they may be for.
     """
 
     pipeline_class: str | None = None
@@ -44,6 +50,10 @@ class Survey:
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: str | None = None
     places: tuple[str, ...] = ()
+    told: set[str] = field(default_factory=set)
+    lacking: dict[str, str] = field(default_factory=dict)
+    factors: bool = False
+    bases: tuple[str, ...] = ()
 
     def risks(self) -> list[Risk]:
         """What the components' own configs make likely to go wrong."""
@@ -53,7 +63,9 @@ class Survey:
             if part.config and part.class_name and not part.custom_code
         ]
         call = call_source(self.pipeline_class) if self.pipeline_class else None
-        return risks_of_all(parts, upcasts=call.upcasts_decoder if call else None)
+        encoders = [part for part in self.components if "encoder" in part.name.rpartition("/")[2]]
+        whole = all(part.config and not part.custom_code for part in encoders)
+        return risks_of_all(parts, upcasts=call.upcasts_decoder if call else None, whole=whole)
 
 
 def survey(source: Source) -> Survey:
@@ -102,17 +114,21 @@ def source_of(part: ComponentPlan) -> ClassSource | None:
 def leftovers(source: Source, found: Survey) -> None:
     """Weights that no component uses, and code: named, so that nothing is passed over in silence."""
     used = {file for part in found.components for file in part.files}
-    folders = {part.name for part in found.components}
-    spare: dict[str, int] = {}
-    for name in source.files:
-        if name.endswith(WEIGHT_SUFFIXES) and name not in used and name.split("/")[0] not in folders:
-            spare[name] = source.files[name].size
+    # What lies in a component's folder was looked at with it; a pipeline inside has named its own.
+    within = tuple(f"{place}/" for place in found.places)
+    folders = tuple(f"{part.name}/" for part in found.components) + within
+    apart = [name for name in source.files if not name.startswith(within)]
+    spare = [
+        name for name in source.files
+        if name.endswith(WEIGHT_SUFFIXES) and name not in used | found.told and not name.startswith(folders)
+    ]  # fmt: skip
     if spare:
         more = f" and {len(spare) - 4} more" if len(spare) > 4 else ""
-        found.warnings.append(f"weights that no component uses: {', '.join(list(spare)[:4])}{more}")
-    if code := [name for name in source.files if name.endswith(".py")]:
+        found.warnings.append(f"weights that no component uses: {', '.join(spare[:4])}{more}")
+    if code := [name for name in apart if name.endswith(".py")]:
         more = " …" if len(code) > 3 else ""
-        found.warnings.append(f"{len(code)} Python files of the repository are never run: {', '.join(code[:3])}{more}")
-    if pointers := [name for name, info in source.files.items() if info.lfs_pointer and name in used]:
-        size = sum(source.files[name].size for name in pointers)
-        found.warnings.append(f"{len(pointers)} weight files are Git-LFS pointers ({size / 1e9:.1f} GB not fetched)")
+        are = "is" if len(code) == 1 else "are"
+        said = f"{several(len(code), 'Python file')} of the repository {are} never run"
+        found.warnings.append(f"{said}: {', '.join(code[:3])}{more}")
+    if lacks := unfetched(source, [name for name in apart if name in used]):
+        found.warnings.append(lacks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,6 +123,24 @@ class Trouble:
             f"the hub refused a request for {self.repo}", expected="an answer", found=found,
             hint=f"update huggingface_hub, or {self._instead()}",
         )  # fmt: skip
+
+
+_ADDRESS = re.compile(
+    r"(?:https?://[^/\s]+|[\w-]+(?:\.[\w-]+)+)/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:/(?:tree|blob|resolve)/([^/?#\s]+)(?:/[^?#]*)?)?/?(?:[?#].*)?"
+)
+
+
+def no_such_path(given: str) -> MissingError:
+    """What is said of a name that is no path and no hub id; the address of a repository's page gives its id."""
+    address = _ADDRESS.fullmatch(given)
+    hint = "porter plan builtin:tiny-flux"
+    if address and address[1].split("/")[0] not in ("datasets", "spaces"):
+        hint = f"porter plan {address[1]}" + (f" --revision {shlex.quote(address[2])}" if address[2] else "")
+    return MissingError(
+        f"no such path: {given}", expected="a folder, a checkpoint file, a hub id `owner/name`, or builtin:<name>",
+        found="the address of a page" if address else None, hint=hint,
+    )  # fmt: skip
 
 
 def _wait(headers: Mapping[str, str]) -> str:

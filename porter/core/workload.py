@@ -28,6 +28,7 @@ _UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for end in ("", "B", "iB")
 }
+_LEAST_PLAIN = 10**6  # no device has less; a smaller number without a unit lacks it
 _SIDE, _VIDEO_FRAMES = 1024, 81  # where nothing says a size
 _FRAMES = ("num_frames", "segment_frame_length")  # the latter where a pipeline makes a video piece by piece
 _PIXELS = (3, 6)  # channels of a denoiser that works on pictures themselves, or on two at once
@@ -116,7 +117,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of `24GB`, `24GiB`, `80G`, `512 MiB` or a plain number; `G` and `GB` are 10^9, `GiB` is 2^30.
 
     Raises:
-        UsageError: not a positive size.
+        UsageError: not a positive size, or a plain number too small to be meant as bytes.
     """
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kKMGT]?(?:i?B)?)\s*", text)
     unit = _UNITS.get(found[2].replace("k", "K")) if found else None
@@ -127,6 +128,11 @@ def parse_bytes(text: str) -> int:
             expected="a size such as 24GB, 24GiB or 80G",
             hint="--device-memory 24GB",
         )
+    if found and not found[2] and size < _LEAST_PLAIN:
+        raise UsageError(
+            f"{text.strip()} bytes of memory: the unit is missing", expected="a size such as 24GB, 24GiB or 80G",
+            found=repr(text), hint=f"--device-memory {text.strip()}GB",
+        )  # fmt: skip
     return size
 
 

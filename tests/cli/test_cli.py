@@ -182,3 +182,10 @@ def test_the_public_api_is_lazy_and_closed() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert callable(porter.parity) and callable(porter.load)
+
+
+def test_a_traceback_ends_before_the_message_and_has_no_foreign_frames(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "/no/such/place", "-v"]) == 4
+    shown = capsys.readouterr().err
+    assert shown.count("no such path") == 1 and shown.count("next:") == 1
+    assert "Traceback" in shown and "/click/" not in shown and "open_source" in shown

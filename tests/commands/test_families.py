@@ -44,3 +44,13 @@ def test_a_family_without_a_trace_is_unproven(
     monkeypatch.setattr(verb, "families", lambda: known)
     assert cli.main(["families"]) == 0
     assert "unproven" in capsys.readouterr().out
+
+
+def test_its_columns_are_aligned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["families", "-v"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {part.name for family in families().values() for part in family.components}
+    rows = [line for line in lines if line.startswith("  ") and line.split()[0] in names]
+    assert len({len(line) - len(line.lstrip().split(maxsplit=1)[1]) for line in rows}) == 1
+    assert max(map(len, lines)) <= 80 and all(line.startswith("  ") or line.split()[0] in families() for line in lines)

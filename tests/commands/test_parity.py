@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import conversions.flux1.recipe as flux
 from porter.cli import main
+from porter.commands import parity
+from porter.commands._render import console
 from porter.core.convert import convert
 from porter.core.port import Port
 
@@ -139,3 +142,22 @@ def test_damaged_weights(own_port: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["parity", str(own_port)]) == 6
     assert path.name in capsys.readouterr().err
     assert not (own_port / "parity").exists()
+
+
+@pytest.mark.parametrize(("width", "skipped"), [(44, 0), (60, 0), (80, 0), (80, 2), (140, 2)])
+def test_a_narrow_table_drops_columns_and_cuts_no_number(
+    width: int, skipped: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    verdict = SimpleNamespace(max_abs=2.437e-6, floor=3.8e-6, ratio=414000.0)
+    counts = {"compared": 199, "skipped": skipped, "missing": 0}
+    result = SimpleNamespace(component="text_encoder_2", candidate="diffusers", against="original", passed=False,
+                             status="differs (precision)", headline=verdict, counts=counts)  # fmt: skip
+    rows, rest = parity._table(SimpleNamespace(results=[result]), width)
+    console().print(rows)
+    shown = capsys.readouterr().out
+    assert "2.4e-06" in shown and "199" in shown and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert ("skipped" in shown) == bool(skipped) and ("414000" in shown) == (width > 44)
+    assert width < 140 or "3.8e-06" in shown
+    assert rest == ("missing: 0 everywhere" if skipped else "skipped and missing: 0 everywhere")

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 
 from porter import cli
+from porter.commands._render import console, table
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.planning import plan
 from tests.sparse_models import flux_file, flux_folder
@@ -110,6 +111,49 @@ def test_it_fits_the_terminal(
     heads = next(line.split() for line in lines if line.startswith("component"))
     assert ("files" in heads, "dtypes" in heads, "config" in heads) == (columns > 80, columns > 80, columns == 200)
     assert any("FlowMatchEulerDiscreteScheduler" in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", [44, 60])
+def test_names_are_broken_at_their_seams(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console().print(f"copied    {'a_component/with/a-long/name' * 3}")
+    first, *more = capsys.readouterr().out.splitlines()
+    assert first.startswith("copied    a_") and all(line.startswith(" " * 10) for line in more)
+    assert all(line.rstrip()[-1] in "/-_e" for line in (first, *more)) and more
+    rows = table("name", "class", "number", right=["number"], fold=["name", "class"])
+    rows.add_row("porter/builtin/tiny_flux/scheduler", "[red]FlowMatchEulerDiscreteScheduler[/]", "1234567.9e-12")
+    console().print(rows)
+    shown = capsys.readouterr().out
+    assert "1234567.9e-12" in shown and max(map(len, shown.splitlines())) <= columns
+    words = set(re.findall(r"[a-z]+|[A-Z][a-z]+", shown.split("─")[-1]))
+    assert {"porter", "builtin", "tiny", "flux", "scheduler", "Flow", "Match", "Euler", "Scheduler"} <= words
+
+
+def test_a_config_with_tables_is_shown_in_short(
+    tmp_path: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "m"))
+    file = model / "tokenizer" / "tokenizer_config.json"
+    words = {str(number): {"content": f"<{number}>", "lstrip": False} for number in range(400)}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "added_tokens_decoder": words}))
+    assert cli.main(["plan", str(model), "-v"]) == 0
+    shown = capsys.readouterr().out
+    assert 'added_tokens_decoder {"0": {"content": "<0>", "lstrip": false}' in shown and "<9>" not in shown
+
+
+@pytest.mark.parametrize("size", ["24", "80000"])
+def test_a_memory_size_lacks_its_unit(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "builtin:tiny-flux", "--device-memory", size]) == 2
+    assert f"--device-memory {size}GB" in capsys.readouterr().err
+
+
+def test_a_text_encoder_alone_assumes_no_picture(tiny_flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("text_encoder_2", "text_encoder_2/model.safetensors"):
+        assert cli.main(["plan", str(tiny_flux / name), "--device-memory", "8GB"]) == 0
+        shown = capsys.readouterr().out
+        assert "1024" not in shown and "autoencoder" not in shown and "fits      yes" in shown
 
 
 def test_markdown_for_a_pull_request(tmp_path: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conversions import record_layouts
 from porter.core.architectures import Architecture, architectures, fold, guesses, parts, template
 from porter.core.family import Component, Family, families
 from porter.core.originals import belongs, recipe_for
@@ -201,3 +202,15 @@ def test_half_a_model_has_a_closest_family(tmp_path: Path) -> None:
     found = plan(sparse(tmp_path / "half.safetensors", half))
     assert found.family is None and found.closest
     assert found.closest.family == "flux1" and not found.closest.reusable and found.closest.differences
+
+
+def test_a_layouts_file_or_checkout_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "layouts.json"
+    file.write_text('{"schema": "porter.layouts/1", "layouts": []}')
+    for arguments, words in (
+        ([tmp_path / "none.json"], "cannot read"),
+        ([file, "--repo", f"a/b={tmp_path / 'none'}"], "a checkout in DIR"),
+    ):
+        monkeypatch.setattr("sys.argv", ["record_layouts", *map(str, arguments)])
+        with pytest.raises(SystemExit, match=words):
+            record_layouts.main()

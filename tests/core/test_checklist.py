@@ -19,13 +19,14 @@ from safetensors.numpy import save_file
 
 from porter.commands._checklist import print_checklist, to_markdown
 from porter.core.checklist import TARGETS, Checklist, Step, checklist
-from porter.core.errors import BadInputError, UsageError
+from porter.core.errors import BadInputError, MissingError, UsageError
 from porter.core.family import families, proof
 from porter.core.plan import PortPlan
 from porter.core.planning import plan
 from porter.core.targets import Target, target_named
 from porter.core.targets.checks import OF_A_MODEL, OF_A_PIECE
 from porter.core.targets.names import camel, derive, role, snake
+from porter.core.targets.record import check_commit, inventory
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = tuple(target for target in TARGETS if target != "porter")
@@ -193,7 +194,7 @@ def test_what_porter_has_is_ticked(plans: dict[str, PortPlan]) -> None:
     own = checklist(plans["tiny"], "porter")
     for words in ("Recipe of `vae`", "Trace of `transformer`", "Parity cases", "natively", "Layouts recorded"):
         assert step(own, words).done, words
-    assert not step(own, "Pictures are no noise").done and not step(own, "A LoRA loads").done
+    assert not step(own, "What it generates is no noise").done and not step(own, "A LoRA loads").done
 
 
 def test_nothing_is_ticked_for_a_family_without_recipe_and_trace(plans: dict[str, PortPlan]) -> None:
@@ -455,3 +456,40 @@ def test_roles(plans: dict[str, PortPlan]) -> None:
         "scheduler": "scheduler", "text_encoder": "encoder", "tokenizer": "processor", "transformer": "denoiser",
         "transformer_2": "denoiser", "vae": "vae", "conditioner": "other", "image_encoder": "encoder",
     }  # fmt: skip
+
+
+def test_an_inventory_is_recorded_only_from_a_checkout_at_its_commit(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout
+
+    recorded = (ROOT / "porter/core/targets/diffusers.classes.json").read_bytes()
+    command = [sys.executable, "-m", "porter.core.targets.record", "diffusers", tmp_path / "none", "--commit", "abc"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "no such checkout" in done.stderr
+    assert (ROOT / "porter/core/targets/diffusers.classes.json").read_bytes() == recorded
+    with pytest.raises(MissingError, match="no git checkout"):
+        check_commit(tmp_path, "abc")
+    git("init", "-q")
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+        git("add", name)
+        git("commit", "-qm", name)
+    here, before = git("rev-parse", "HEAD").strip(), git("rev-parse", "HEAD~1").strip()
+    git("tag", "v1")
+    check_commit(tmp_path, here)
+    check_commit(tmp_path, "v1")
+    for wrong in (before, here[:9], "v2"):
+        with pytest.raises(BadInputError, match="is not at"):
+            check_commit(tmp_path, wrong)
+    with pytest.raises(BadInputError, match="nothing was recorded"):
+        inventory("diffusers", tmp_path, here)
+
+
+def test_the_docs_name_the_guides_that_a_checklist_cites() -> None:
+    page = (ROOT / "docs/checklists.md").read_text()
+    for name in TARGETS:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        guide = target_named(name).guide
+        assert all(file in row or file.partition("/references/")[2] in row for file in guide)
+        assert row.split("|")[3].count(".md`") == len(guide)

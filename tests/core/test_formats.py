@@ -12,10 +12,12 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from porter.core.errors import CheckpointError, MissingError
 from porter.core.headers import read_any
@@ -58,7 +60,7 @@ def test_gguf(tmp_path: Path) -> None:
     assert notes == {"general.architecture": "flux", "list": 3, "words": 2}
     planned = plan(tmp_path / "m.gguf")
     assert planned.components[0].dtypes == {"Q4_K": 18432, "F32": 256, "F16": 30}
-    assert any("GGUF Q4_K (1 tensors)" in line for line in planned.warnings)
+    assert any("GGUF Q4_K (1 tensor)" in line for line in planned.warnings)
 
 
 @pytest.mark.parametrize(("raw", "words"), [
@@ -159,3 +161,11 @@ def test_a_quoted_string_is_refused_without_a_warning(tmp_path: Path) -> None:
     for name in ("x.pt", "y.pt"):
         with pytest.raises(CheckpointError):
             read_any(tmp_path / name)
+
+
+def test_what_is_called_gguf_and_is_none(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(bytes(range(7, 90)))
+    with pytest.raises(CheckpointError, match="is no GGUF file"):
+        read_any(tmp_path / "m.gguf")
+    save_file({"a": numpy.zeros(2, "float16")}, tmp_path / "n.gguf")  # another format is told by its beginning
+    assert set(read_any(tmp_path / "n.gguf")[0]) == {"a"}

@@ -498,6 +498,9 @@ def test_offline_after_a_plan_gives_the_same_plan(server: HubServer, tmp_path: P
     assert online.returncode == offline.returncode == 0 and online.stdout == offline.stdout, offline.stderr
     told = refused(None, home)["text"]
     assert "cannot be reached" in told and "porter plan acme/tiny --offline" in told
+    nowhere = environment(None, tmp_path / "nothing")
+    assert "leave out --offline" in planned(nowhere, "acme/tiny", "--offline").stderr
+    assert "unset HF_HUB_OFFLINE" in planned(nowhere | {"HF_HUB_OFFLINE": "1"}, "acme/tiny").stderr
     assert "--offline" not in refused(None, tmp_path / "empty")["text"]
     assert "--offline" not in refused(None, home, revision="v7")["text"]
 

@@ -15,10 +15,12 @@ from porter.core.architectures import architectures
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.family import families
 from porter.core.libraries import pipeline_components, pipeline_optional
-from porter.core.planning import plan
+from porter.core.planning import make_plan, plan
+from porter.core.source import open_source
 from tests.sparse_models import names_of, sparse
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5678\n"
+UNREAD = "only as onnx; in no format that porter reads"
 ONE = numpy.zeros((2, 2), "float16")
 
 
@@ -294,7 +296,11 @@ def test_a_model_saved_under_another_family_s_pipeline(tmp_path: Path) -> None:
     assert found.pipeline_class == "FluxPipeline" and found.family == "chroma"
     encoder, decoder = found.component("text_encoder"), found.component("vae_decoder")
     assert encoder and encoder.custom_code is None  # a module of diffusers' own pipelines
-    assert decoder and (decoder.layout, decoder.status, decoder.note) == ("unread", "port", "only as onnx")
+    assert decoder and (decoder.layout, decoder.status, decoder.note) == (
+        "unread",
+        "port",
+        "only as onnx; in no format that porter reads",
+    )
 
 
 def test_two_denoisers_of_an_original_repository(tmp_path: Path) -> None:
@@ -471,3 +477,78 @@ def test_a_config_of_many_thousand_entries_is_none(tmp_path: Path) -> None:
     weights(tmp_path / "m" / "model.safetensors")
     with pytest.raises(BadInputError, match="config is none of a model"):
         plan(tmp_path / "m")
+
+
+def test_files_that_a_note_names_are_not_named_as_unused(tmp_path: Path) -> None:
+    folder = tmp_path / "m" / "transformer"
+    for variant in ("", ".bf16"):
+        weights(folder / f"diffusion_pytorch_model{variant}.safetensors")
+    write(folder / "config.json", {"_class_name": "MochiTransformer3DModel"})
+    found = plan(tmp_path / "m", subfolder="transformer")
+    assert "also as bf16" in found.components[0].note
+    assert not any("no component uses" in line for line in found.warnings)
+
+
+def test_several_pipelines_are_told_once_each(tiny_flux: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        shutil.copytree(tiny_flux, tmp_path / "m" / f"p{number}")
+    write(tmp_path / "m" / "p1" / "spare.ckpt", "x")
+    write(tmp_path / "m" / "p1" / "vae" / "diffusion_pytorch_model.safetensors", POINTER)
+    (tmp_path / "m" / "p1" / "text_encoder" / "model.safetensors").unlink()
+    found = make_plan(open_source(tmp_path / "m"), device_memory=10**10)
+    assert len(found.next) == 5 and found.style is None and "several pipelines" in found.style_reason
+    assert found.memory and found.memory["fits"] == "unknown" and "--subfolder" in found.memory["reason"]
+    told = [line for line in found.warnings if "p1" in line]
+    assert sum("spare.ckpt" in line for line in told) == sum("pointer" in line for line in found.warnings) == 1
+    heads = {line.partition(":")[0] for line in told}
+    assert heads == {"p1", "p1/vae", "p1/text_encoder", "a pipeline of its own"}
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_lora_is_told_by_the_names_that_it_changes(joined: bool, tmp_path: Path) -> None:
+    layout, prefix = ("original", "lora_unet_") if joined else ("diffusers", "transformer.")
+    known = next(k for k in architectures() if (k.family, k.layout, k.component) == ("sd3", layout, "transformer"))
+    names = [name.removesuffix(".weight").replace("{}", "3") for name in known.templates if name.endswith(".weight")]
+    names = [prefix + (name.replace(".", "_") if joined else name) for name in names]
+    ends = ("lora_down.weight", "lora_up.weight", "alpha") if joined else ("lora_A.weight", "lora_B.weight")
+    weights(tmp_path / "x.safetensors", *(f"{name}.{end}" for name in names for end in ends))
+    found = plan(tmp_path / "x.safetensors")
+    assert found.style is None and "LoRA" in found.style_reason
+    assert f"{families()['sd3'].title} ({known.class_name})" in found.components[0].note
+    repos = [variant.repo for variant in known.variants]
+    assert any(line.removeprefix("porter plan ") in repos for line in found.next)
+    other = tmp_path / "y.safetensors"
+    weights(other, "nowhere.lora_A.weight", "nowhere.lora_B.weight")
+    assert "fuse them" in plan(other).components[0].note and plan(other).next == (
+        f"porter plan {other} --target porter",
+    )
+
+
+def test_a_port_says_why(tmp_path: Path) -> None:
+    weights(tmp_path / "nonsense.safetensors", "a.b.c")
+    part = plan(tmp_path / "nonsense.safetensors").components[0]
+    assert part.status == "port" and "no layout of the catalogue" in part.note
+    model = tmp_path / "m"
+    write(model / "model_index.json", {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]})
+    original(model, "ae.safetensors", None, "vae", model="FLUX.1")
+    write(model / "vae" / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
+    part = plan(model).components[0]
+    assert part.status == "port" and "quantised (bitsandbytes): no recipe takes it" in part.note
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "real"),
+    [("text_encoder", "CLIPTextModel", "CLIP ViT-L/14"), ("text_encoder_2", "T5EncoderModel", "T5 v1.1 XXL")],
+)
+def test_a_file_is_what_it_is_in_its_folder_and_called_by_its_sizes(
+    name: str, class_name: str, real: str, tiny_flux: Path, tmp_path: Path
+) -> None:
+    tiny = plan(tiny_flux / name / "model.safetensors").components[0]
+    inside = plan(tiny_flux).component(name)
+    assert inside and (tiny.class_name, tiny.status) == (inside.class_name, inside.status) == (class_name, "reuse")
+    assert tiny.model is None and inside.model is None and f"of {class_name}, which families share" in tiny.note
+    known = next(k for k in architectures() if k.class_name == class_name and k.layout == "diffusers")
+    sparse(tmp_path / "whole.safetensors", names_of(known))
+    whole = plan(tmp_path / "whole.safetensors").components[0]
+    assert whole.model and whole.model.startswith(real)
+    assert plan(tiny_flux / "ae.safetensors").components[0].model is None

@@ -55,14 +55,21 @@ def flux(dtype: str = "BF16") -> list[Part]:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * GB), ("24GiB", 24 * 2**30), ("80G", 80 * GB), ("512 MiB", 2**29), ("1.5kB", 1500), ("7", 7)],
+    [
+        ("24GB", 24 * GB),
+        ("24GiB", 24 * 2**30),
+        ("80G", 80 * GB),
+        ("512 MiB", 2**29),
+        ("1.5kB", 1500),
+        ("3000000", 3000000),
+    ],
 )
 def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "24XB", "-1GB", "0", "0.0001B", "1e9", "24 GB of it", "9" * 40, "nan", "24gb"]
+    "text", ["", "GB", "24XB", "-1GB", "0", "0.0001B", "1e9", "24 GB of it", "9" * 40, "nan", "24gb", "24", "80000"]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -156,7 +163,9 @@ def test_stages_hold_weights_and_the_largest_activation() -> None:
         ("48GB", "yes", "all on the device: decoding needs"),
         ("26GB", "with component offload", "with component offload: denoising needs 24.3 GB"),
         ("8GB", "with layer offload", "with layer offload: decoding needs"),
-        ("2GB", "no", "of 2.0 GB less 1.0 GB for the device's own; an autoencoder in tiles needs less"),
+        ("1MB", "no", "all on the device: decoding needs 35.1 GB, too much; "),
+        ("1MB", "no", "of 1.0 MB, less 1.0 GB for the device's own"),
+        ("2GB", "no", "of 2.0 GB, less 1.0 GB for the device's own; an autoencoder in tiles needs less"),
     ],
 )
 def test_the_verdict_names_the_first_way_that_fits(device: str, fits: str, said: str) -> None:

@@ -16,7 +16,9 @@ from porter.core.errors import BadInputError, CheckpointError
 from porter.core.layout import weightless
 from porter.core.libraries import library_has
 from porter.core.plan import PortPlan
-from porter.core.planning import plan
+from porter.core.planning import make_plan, plan
+from porter.core.port import Port
+from porter.core.source import open_source
 from porter.core.version import VERSION
 from porter.core.weights import WeightSet, weight_sets
 
@@ -93,7 +95,9 @@ def test_single_file_needs_a_config(tmp_path: Path, name: str, component: str) -
     found = plan(file)
     (part,) = found.components
     assert (part.name, part.status, part.layout, found.family) == (component, "convert", "original", "flux1")
-    assert found.next == (f"porter convert '{file}' --config CONFIG.json -o 'a file-port'",)
+    assert found.next == (f"porter convert '{file}' --config {component.upper()}-CONFIG.json -o 'a file-port'",)
+    missing = {"transformer": "axes_dims_rope", "vae": "scaling_factor"}[component]
+    assert missing in part.note and "--config" in part.note
 
 
 def test_original_file_is_found_by_its_tensors_and_not_by_its_name_alone(copy: Path) -> None:
@@ -209,15 +213,74 @@ def test_lfs_pointers_have_their_real_sizes(copy: Path) -> None:
     whole = plan(TINY).component("transformer")
     assert part and whole and (part.bytes, part.status) == (23802932552, "convert")
     assert part.parameters == whole.parameters and part.dtypes == {}  # its config says how many there will be
+    assert "parameters by its config" in part.note
     (copy / "text_encoder" / "model.safetensors").write_text(pointer)
-    encoder = plan(copy).component("text_encoder")
+    (copy / "tokenizer_2" / "tokenizer.json").write_text(pointer)
+    found = plan(copy)
+    encoder, tokenizer = found.component("text_encoder"), found.component("tokenizer_2")
     assert encoder and encoder.parameters is None
-    assert found.next[0] == f"git -C {copy} lfs pull"
+    assert tokenizer and tokenizer.note == "tokenizer.json not fetched (Git LFS)"
+    text = "\n".join(found.warnings)
+    assert "2 weight files and 1 other file (tokenizer_2/tokenizer.json) that components use" in text
+    assert "no git clone" in text
     (copy / "model_index.json").unlink()
     bare = plan(copy)
     part = bare.component("transformer")
     assert part and part.bytes == 23802932552 and "told by its file name alone" in part.note
-    assert bare.family == "flux1" and bare.next[0] == f"git -C {copy} lfs pull"
+    assert bare.family == "flux1" and bare.next[0].startswith("hf download OWNER/NAME flux1-tiny.safetensors ")
+
+
+def test_pointers_are_fetched_from_where_they_can_be_had(copy: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 800000\n"
+    shards = [f"vae/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for place in (*shards, "unused.bin", "text_encoder/model.safetensors"):
+        (copy / place).write_text(pointer)
+    names = ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model-*-of-00002.safetensors"]
+    download = f"hf download OWNER/NAME --include {names[0]} --include '{names[1]}' --local-dir {copy}"
+    assert plan(copy).next == (download, f"porter plan {copy}")
+    (copy / ".git").mkdir()
+    assert plan(copy).next[0] == download  # somebody's repository, without LFS
+    (copy / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    found = plan(copy)
+    assert found.next[0] == f"git -C {copy} lfs pull --include '{','.join(names)}'"
+    assert "3 weight files that components use are Git-LFS pointers (2.4 MB not fetched)" in found.warnings
+    inner = plan(copy, subfolder="vae").next
+    assert inner == (f"git -C {copy} lfs pull --include '{names[1]}'", f"porter plan {copy} --subfolder vae")
+    (alone,) = plan(copy / "text_encoder" / "model.safetensors").components
+    assert alone.status == "port" and "before its weights are fetched" in alone.note
+    file = copy / "text_encoder" / "model.safetensors"
+    assert plan(file).next[0] == f"git -C {copy} lfs pull --include {names[0]}"
+
+
+def test_a_pipeline_without_weights_says_what_it_needs(copy: Path) -> None:
+    for file in copy.rglob("*.safetensors"):
+        file.unlink()
+    source = open_source(copy)
+    found = make_plan(source, device_memory=80 * 10**9)
+    transformer, encoder = found.component("transformer"), found.component("text_encoder")
+    whole = plan(TINY).component("transformer")
+    assert transformer and encoder and whole and transformer.parameters == whole.parameters
+    assert "by its config" in transformer.note and encoder.parameters is None
+    assert found.memory and found.memory["fits"] == "unknown"
+    assert found.memory["absent"] == ["text_encoder", "text_encoder_2"] and "text_encoder" in found.memory["reason"]
+    assert found.next[0].startswith("hf download OWNER/NAME --include 'text_encoder/*' ")
+    assert found.next[1] == f"porter plan {copy}"
+    for part in ("transformer", "vae"):
+        edit(copy / "model_index.json", **{part: ["diffusers", "Luna3DModel"]})
+        (copy / part / "config.json").unlink()
+    bare = make_plan(open_source(copy), device_memory=80 * 10**9)
+    assert bare.memory and bare.memory["fits"] == "unknown" and "no weights here" in bare.memory["reason"]
+    assert bare.memory["stages"] == [] and make_plan(open_source(copy)).memory is None
+    part = bare.component("transformer")
+    assert part and part.status == "port" and "no class Luna3DModel" in part.note
+    assert "transformer: no weights found for Luna3DModel" in bare.warnings
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_proven_port_is_used_next(own_port: Path, passed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Port, "verdict", lambda self: "passed" if passed else "missing")
+    generate = f'porter generate {own_port} "a prompt"'
+    assert plan(own_port).next == ((generate,) if passed else (f"porter parity {own_port}", generate))
 
 
 def test_weight_names() -> None:
@@ -255,7 +318,7 @@ def test_real_git_clones(name: str, pipeline: str, gigabytes: float) -> None:
     text = "\n".join(found.warnings)
     wanted = {"flux": "bitsandbytes", "sdxl": "sd_xl_base_1.0.safetensors", "mochi": "dit.safetensors"}[name]
     assert wanted in text and "Git-LFS pointers" in text
-    assert found.next[0].endswith("lfs pull")
+    assert found.next[0].startswith("hf download OWNER/NAME ")  # these folders are no clones
 
 
 def test_numpy_and_safetensors_agree_on_the_embedded_text_encoder() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,6 +219,31 @@ def test_the_worst_come_first() -> None:
     )
     assert [risk.component for risk in clips if risk.pitfall == 46] == ["text_encoder", "text_encoder_2"]  # stable
     assert clips[0].pitfall == 52 and clips[-1].pitfall == 12
+
+
+def test_a_u_net_that_no_encoder_answers(tmp_path: Path) -> None:
+    def unmet(encoders: dict[str, dict[str, Any]], **unet: Any) -> list[tuple[str, int]]:
+        names = [("UNet2DConditionModel", "unet", unet)]
+        names += [("CLIPTextModel", name, {"model_type": "clip_text_model", **said}) for name, said in encoders.items()]
+        parts = [_part(name, config, class_name) for class_name, name, config in names]
+        return [(r.key, r.value) for r in risks_of_all(parts, whole=True) if r.pitfall == 7]
+
+    small, large = {"hidden_size": 768, "projection_dim": 768}, {"hidden_size": 1280, "projection_dim": 1280}
+    assert unmet({"text_encoder": small}, cross_attention_dim=2048) == [("cross_attention_dim", 2048)]
+    assert not unmet({"text_encoder": small, "text_encoder_2": large}, cross_attention_dim=2048)
+    assert not unmet({"text_encoder": small}, cross_attention_dim=768)
+    assert not unmet({"text_encoder": small}, cross_attention_dim=2048, encoder_hid_dim=768)
+    assert not unmet({}, cross_attention_dim=2048)
+    document = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+                "text_encoder": ["transformers", "CLIPTextModel"]}  # fmt: skip
+    (tmp_path / "model_index.json").write_text(json.dumps(document))
+    clip = {"model_type": "clip_text_model", **small}
+    for name, config in (("unet", {"cross_attention_dim": 2048}), ("text_encoder", clip)):
+        assert not any(risk.pitfall == 7 for risk in plan(tmp_path).risks)  # not before all configs are here
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    first = plan(tmp_path).risks[0]
+    assert (first.component, first.pitfall, first.value) == ("unet", 7, 2048) and "768" in first.text
 
 
 def test_left_out_keys_come_before_ignored_ones() -> None:

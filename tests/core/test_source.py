@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from porter import builtin
-from porter.core.errors import BadInputError, MissingError
+from porter.core.errors import BadInputError, MissingError, UsageError
 from porter.core.files import FileInfo, list_files, read_json
 from porter.core.source import open_source
 
@@ -110,3 +110,25 @@ def test_json_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_bytes(text.encode("latin1"))
     with pytest.raises(BadInputError, match="not valid JSON"):
         read_json(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "following"),
+    [
+        ("https://example.org/owner/some-model", "porter plan owner/some-model"),
+        ("example.org/owner/some-model/", "porter plan owner/some-model"),
+        ("http://example.org/owner/m/tree/refs-1/vae?x=1", "porter plan owner/m --revision refs-1"),
+        ("https://example.org/datasets/owner/m", "porter plan builtin:tiny-flux"),
+        ("https://example.org/", "porter plan builtin:tiny-flux"),
+        ("a/b/c/d", "porter plan builtin:tiny-flux"),
+    ],
+)
+def test_the_address_of_a_repository_s_page_gives_its_id(given: str, following: str) -> None:
+    with pytest.raises(MissingError) as caught:
+        open_source(given)
+    assert caught.value.hint == following
+
+
+def test_an_empty_name_is_not_this_folder() -> None:
+    with pytest.raises(UsageError, match="MODEL is empty"):
+        open_source("")

@@ -150,7 +150,7 @@ class Facts:
         plan = self.plan
         values = self.paths(piece) | {
             "source": shown(plan.source),
-            "style_words": f"`{plan.style}`",
+            "style_words": f"`{plan.style or 'Modular'}`",
             "style_reason": shown(plan.style_reason, 120),
             "modules": listed(part.name for part in plan.components),
         }

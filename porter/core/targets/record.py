@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from porter.core.errors import BadInputError, MissingError, PorterError
 from porter.core.targets import INVENTORY_SCHEMA, TARGETS
 
 _SGLANG = "python/sglang/multimodal_gen"
@@ -80,13 +82,53 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--commit", required=True, help="commit or tag of the checkout")
     given = parser.parse_args()
-    document = inventory(given.target, given.checkout, given.commit)
+    try:
+        check_commit(given.checkout, given.commit)
+        document = inventory(given.target, given.checkout, given.commit)
+    except PorterError as error:
+        raise SystemExit(f"error: {error}") from None
     (Path(__file__).parent / f"{given.target}.classes.json").write_text(_laid_out(document), "utf-8")
     print({key: len(value) for key, value in document.items() if isinstance(value, dict)})
 
 
+def check_commit(checkout: Path, commit: str) -> None:
+    """Refuses a folder that is not checked out at `commit`, a tag or a commit in full.
+
+    Raises:
+        MissingError: no such folder, or no git checkout of it.
+        BadInputError: it stands at another commit, or does not know this one.
+    """
+    if not checkout.is_dir():
+        raise MissingError(f"no such checkout: {checkout}", expected="a folder", hint="git clone it, or name its place")
+    here = _git(checkout, "rev-parse", "HEAD")
+    if here is None:
+        raise MissingError(
+            f"{checkout} is no git checkout", expected=f"one at {commit}", hint="git clone it, then record that folder"
+        )
+    wanted = _git(checkout, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    abbreviated = wanted is not None and wanted != commit and wanted.startswith(commit)
+    if wanted != here or abbreviated:
+        raise BadInputError(
+            f"{checkout} is not at {commit}", expected="the tag or the whole commit that is checked out", found=here,
+            hint=f"--commit {here}" if abbreviated or wanted is None else f"git -C {checkout} checkout {commit}",
+        )  # fmt: skip
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git answers about a folder; None where it does not."""
+    try:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
 def inventory(target: str, checkout: Path, commit: str) -> dict[str, object]:
-    """Names of classes, pipelines and published models -> the file that has them, as a path inside `checkout`."""
+    """Names of classes, pipelines and published models -> the file that has them, as a path inside `checkout`.
+
+    Raises:
+        BadInputError: the checkout has none of the framework's classes or pipelines.
+    """
     found: dict[str, dict[str, str]] = {"classes": {}, "pipelines": {}, "models": {}}
     for kind, places in PLACES[target].items():
         read = {"classes": _classes, "pipelines": _pipelines, "models": _models}[kind]
@@ -94,6 +136,11 @@ def inventory(target: str, checkout: Path, commit: str) -> dict[str, object]:
             tree = ast.parse(file.read_text("utf-8"))
             for name in read(tree, lazy=target == "diffusers"):
                 found[kind].setdefault(name, file.relative_to(checkout).as_posix())
+    if empty := [kind for kind in PLACES[target] if not found[kind]]:
+        raise BadInputError(
+            f"{checkout} has no {' and no '.join(empty)} of {target}: nothing was recorded",
+            expected=f"files such as {PLACES[target][empty[0]][0]}", hint="name the root of the right checkout",
+        )  # fmt: skip
     if target in _TABLES:
         found["classes"] = {**_tables(checkout, checkout / _TABLES[target]), **found["classes"]}
     return {

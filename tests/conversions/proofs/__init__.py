@@ -21,11 +21,12 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from porter.core.architectures import Shape, fold
+from porter.core.architectures import fold
 from porter.core.checkpoint import read_header
 from porter.core.execute import execute
 from porter.core.family import resolve
 from porter.core.recipe import Recipe, compile_recipe
+from porter.core.variants import Shape
 from tests.conversions.headers import differing, fingerprint, shapes_of, write
 
 ROOT = Path(__file__).parents[3]

@@ -85,6 +85,8 @@ class Architecture:
         folded = fold(shapes)
         if found := self.variant(shapes, folded):
             return found.name
+        if self.variants:  # they are every released model of the layout
+            return None
         return self.model if _closeness(folded, self) >= ALIKE else None
 
 

@@ -77,11 +77,17 @@ def component(
     absent = pointers(source, files)
     by_config = None
     if config and not packed and (absent or layout == "unknown"):
-        by_config = _count_by_config(known, class_name, full_config(library, class_name, config))
+        by_config = _count_by_config(known, class_name, config)
+        if by_config is None:
+            by_config = _count_by_config(known, class_name, full_config(library, class_name, config))
     if absent:
         what = "weights" if weights else ", ".join(file.rpartition("/")[2] for file in absent[:3])
         note = note if "not fetched" in note else "; ".join(filter(None, (f"{what} not fetched (Git LFS)", note)))
         fit = parameters_by_size(class_name or "", sum(source.files[file].size for file in files), config)
+        if by_config is not None and _count_by_config(known, class_name, config) is None:
+            # The class's defaults fill the config: they are believed where the size agrees.
+            size = sum(source.files[file].size for file in files)
+            by_config = by_config if any(abs(size - by_config * each) < size / 100 for each in (1, 2, 4)) else None
         if fit and not packed and by_config in (None, fit[0]):
             count, note = fit[0], f"{note}; parameters by its size"
             more.setdefault("model", fit[1])

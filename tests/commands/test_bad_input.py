@@ -234,7 +234,7 @@ USES = {
         ("convert", "builtin:tiny-flux", "--recipe", "{model}/model_index.json", "-o", "{}/p"), 2, ("model_index.json",)
     ),
     "not-a-checkpoint": Use(("plan", "{model}/tokenizer/merges.txt"), 6, ("merges.txt", ".safetensors")),
-    "restore-no-port": Use(("convert", "{model}", "--to", "original", "-o", "{}/p"), 2, ("no port",)),
+    "restore-no-port": Use(("convert", "{model}", "--to", "original", "-o", "{}/p"), 2, ("nothing that a recipe",)),
     "plan-out-unwritable": Use(
         ("plan", "builtin:tiny-flux", "-o", "{model}/ae.safetensors/plan.json"), 5, ("plan.json",)
     ),

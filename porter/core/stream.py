@@ -37,6 +37,7 @@ class Sources:
     def __init__(self, lanes: Lanes, hashes: SourceHashes | None = None) -> None:
         self.pool, self.lanes, self.hashes = Pool(BUFFERS, WINDOW), lanes, hashes
         self.open: dict[Path, int] = {}
+        self.expected: dict[int, tuple[int, int]] = {}  # descriptor → what the system was last asked to have ready
         self.read_to: dict[int, int] = {}  # descriptor → how far it has been read and may be forgotten
 
     def __enter__(self) -> Sources:
@@ -128,8 +129,14 @@ class Sources:
 
     def _expect(self, tensor: TensorInfo, position: int, end: int) -> None:
         """Tell the system what will be read soon: its own guess is too short for a disk that takes many requests."""
-        if end - position >= WINDOW and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(tensor), position, WINDOW + AHEAD, os.POSIX_FADV_WILLNEED)
+        if end - position < WINDOW or not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = self._descriptor(tensor)
+        start, stop = self.expected.get(descriptor, (0, 0))
+        begin = stop if start <= position <= stop else position
+        if position + WINDOW + AHEAD - begin >= WINDOW:
+            os.posix_fadvise(descriptor, begin, position + WINDOW + AHEAD - begin, os.POSIX_FADV_WILLNEED)
+            self.expected[descriptor] = (position, position + WINDOW + AHEAD)
 
     def _descriptor(self, tensor: TensorInfo) -> int:
         assert tensor.file is not None

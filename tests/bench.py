@@ -1,6 +1,6 @@
 """`make bench`: measurements as ratios against their peers, all within one run on this machine.
 
-    python -m tests.bench [--gigabytes 2]
+    python -m tests.bench [--gigabytes 4] [--whole]
 
 Prints a table and writes reports/bench/cpu.json. Each figure is the median of several runs, taken in turn (A B A B …),
 with the source dropped from the page cache before every run where the system lets us.
@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from conversions.flux1.recipe import original_headers
-from porter.core.checkpoint import TensorInfo
+from conversions.flux1.recipe import TRANSFORMER, original_headers
+from porter.core.checkpoint import TensorInfo, read_header
+from porter.core.recipe import compile_recipe
 from tests.sparse_models import flux_file, flux_folder
 
-RUNS = 3
+RUNS, SLOW_RUNS = 5, 3
 WIDTH = {  # FLUX.1's real width; the number of blocks sets the size
     "patch_size": 1, "in_channels": 64, "out_channels": None, "attention_head_dim": 128, "num_attention_heads": 24,
     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
@@ -85,10 +86,11 @@ model.save_pretrained(sys.argv[3], max_shard_size="100GB")
 """
 
 
-def conversion(folder: Path, gigabytes: float) -> dict[str, Any]:
-    """porter convert against `cp` and diffusers' own single-file loader, on one FLUX.1-wide file."""
+def conversion(folder: Path, gigabytes: float, *, whole: bool = False) -> dict[str, Any]:
+    """porter convert, also with casts, against `cp` and diffusers' own single-file loader, on one FLUX.1-wide file."""
     blocks = max(1, round(gigabytes / 0.9))
-    config = {"_class_name": "FluxTransformer2DModel", "num_layers": blocks, "num_single_layers": blocks, **WIDTH}
+    double, single = (19, 38) if whole else (blocks, blocks)
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": double, "num_single_layers": single, **WIDTH}
     source, settings = folder / "flux1-bench.safetensors", folder / "transformer" / "config.json"
     settings.parent.mkdir()
     settings.write_text(json.dumps(config))
@@ -101,19 +103,49 @@ def conversion(folder: Path, gigabytes: float) -> dict[str, Any]:
         copy.unlink(missing_ok=True)
         forget(source)
 
-    porter = str(Path(sys.executable).with_name("porter"))
+    porter = [str(Path(sys.executable).with_name("porter")), "convert", str(source), "--config", str(settings)]
+    ours = [*porter, "-o", str(out), "--quiet"]
     commands = {
         "cp": ["cp", str(source), str(copy)],
-        "porter convert": [porter, "convert", str(source), "--config", str(settings), "-o", str(out), "--quiet"],
+        "porter convert": ours,
+        "porter convert --dtype float16": [*ours, "--dtype", "float16"],
+        "porter convert --dtype float32": [*ours, "--dtype", "float32"],
         "diffusers from_single_file + save_pretrained": [
             sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(settings.parent), str(theirs)],
     }  # fmt: skip
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(RUNS):
+    if not whole:  # at FLUX.1-dev's size the others take too long, or too much memory
+        commands = {name: commands[name] for name in ("cp", "porter convert")}
+        taken = {name: [] for name in commands}
+    for turn in range(2 if whole else RUNS):
         for name, command in commands.items():
-            taken[name].append(timed(command, clean))
+            if turn < SLOW_RUNS or not name.startswith("diffusers"):
+                taken[name].append(timed(command, clean))
     clean()
-    return table("conversion", f"{size / 1e9:.2f} GB bf16, {blocks} + {blocks} blocks", "cp", taken)
+    found = table("conversion", f"{size / 1e9:.2f} GB bf16, {double} + {single} blocks", "cp", taken)
+    if "porter convert --dtype float32" in found["runs"]:
+        wide = found["runs"]["porter convert --dtype float32"]
+        wide["ratio_by_bytes_written"] = round(wide["ratio"] / 2, 3)
+        print(f"{'  float32, by bytes written':48}{'':9}{wide['ratio_by_bytes_written']:8.2f}")
+    return found
+
+
+def compiling(folder: Path) -> dict[str, Any]:
+    """Reading FLUX.1-dev's header and compiling the plan for its 780 tensors, in one process."""
+    source = flux_file(folder / "flux1-dev-sparse.safetensors")
+    seconds = []
+    for _ in range(RUNS):
+        began = time.perf_counter()
+        header, _ = read_header(source)
+        config = TRANSFORMER.infer_config(header, {"axes_dims_rope": [16, 56, 56]})
+        plan = compile_recipe(TRANSFORMER, config, header)
+        seconds.append(round(time.perf_counter() - began, 3))
+        assert len(plan.targets) == 1160
+    print(f"\nFLUX.1-dev's plan compiled in {statistics.median(seconds):.3f} s")
+    return {
+        "what": "FLUX.1-dev's header read and its plan compiled, without the start of the process",
+        "seconds": seconds,
+    }
 
 
 def startup(folder: Path) -> dict[str, Any]:
@@ -152,11 +184,19 @@ def table(title: str, what: str, peer: str, taken: dict[str, list[tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the file to convert")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the file to convert")
+    parser.add_argument("--whole", action="store_true", help="also FLUX.1-dev's 23.8 GB (needs 50 GB of disk)")
     parser.add_argument("--out", type=Path, default=Path("reports/bench/cpu.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="porter-bench-", dir=Path.cwd()) as folder:
-        results = {"start-up": startup(Path(folder)), "conversion": conversion(Path(folder), options.gigabytes)}
+        place = Path(folder)
+        results = {"start-up": startup(place), "compiling": compiling(place)}
+        for name, whole in (("conversion", False), ("conversion at full size", True)):
+            if not whole or options.whole:
+                inside = place / name.replace(" ", "-")
+                inside.mkdir()
+                results[name] = conversion(inside, options.gigabytes, whole=whole)
+                shutil.rmtree(inside)
     environment = {
         "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -32,7 +32,6 @@ _COMFY_FOLDERS = {
     "transformer": "diffusion_models", "unet": "diffusion_models", "vae": "vae", "text_encoder": "text_encoders",
     "image_encoder": "clip_vision",
 }  # fmt: skip
-_COMFY_OWN = ("tokenizer", "scheduler", "feature_extractor", "image_processor", "safety_checker", "processor")
 
 
 def inverse(source: Source, plan: PortPlan | None, settings: Settings, layout: Layout) -> Preparation:

@@ -49,9 +49,10 @@ def test_every_verb_and_option_is_documented(verb: str) -> None:
     section = page.split(f"## porter {verb}")[1].split("\n## ")[0]
     command = app.get_command(click.Context(app), verb)
     assert command is not None
-    for parameter in command.params:
-        for name in (n for n in parameter.opts if n.startswith("--")):
-            assert f"`{name}" in section, f"porter {verb} {name} is not in docs/commands.md"
+    for part in command.commands.values() if isinstance(command, click.Group) else (command,):
+        for parameter in part.params:
+            for name in (n for n in parameter.opts if n.startswith("--")):
+                assert f"`{name}" in section, f"porter {verb} {name} is not in docs/commands.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

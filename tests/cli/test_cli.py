@@ -42,16 +42,18 @@ def test_help_lists_every_verb_and_imports_none_of_them() -> None:
 
 
 def test_the_verb_table_is_what_design_says_and_every_verb_is_there() -> None:
-    assert list(cli.VERBS) == ["plan", "convert", "parity", "generate", "families", "demo"]
+    assert list(cli.VERBS) == ["plan", "convert", "recipe", "parity", "generate", "families", "demo"]
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_every_verb_has_help_with_the_conventions(verb: str) -> None:
     command = importlib.import_module(f"porter.commands.{verb}").command
     assert isinstance(command, click.Command)
-    options = {name for parameter in command.params for name in parameter.opts}
-    assert {"--quiet", "-q", "--verbose", "-v"} <= options
     assert command.help and not command.help.startswith("None")
+    for part in command.commands.values() if isinstance(command, click.Group) else (command,):
+        options = {name for parameter in part.params for name in parameter.opts}
+        assert {"--quiet", "-q", "--verbose", "-v"} <= options
+        assert part.help and not part.help.startswith("None")
 
 
 @pytest.mark.parametrize("verb", ["plan", "families"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from porter import builtin
+
+# A runner may say how wide its own output is; what the commands print here goes to no terminal.
+os.environ.pop("COLUMNS", None)
 
 # A runner in the background of a shell ignores Ctrl-C, and so would every process that the tests stop with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -62,15 +62,17 @@ def forget(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(command: list[str], prepare: Callable[[], None]) -> tuple[float, float]:
-    """Wall seconds and peak resident megabytes of one process, the disk's part included."""
-    prepare()
+def timed(command: list[str], prepare: Callable[[], None] | None = None) -> tuple[float, float]:
+    """Wall seconds and peak resident megabytes of one process; with the disk's part where something is prepared."""
+    if prepare:
+        prepare()
     began = time.monotonic()
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=complaints)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        os.sync()
+        if prepare:
+            os.sync()
         seconds = time.monotonic() - began
         if status:
             complaints.seek(0)
@@ -114,7 +116,7 @@ def conversion(folder: Path, gigabytes: float, *, whole: bool = False) -> dict[s
             sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(settings.parent), str(theirs)],
     }  # fmt: skip
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    if not whole:  # at FLUX.1-dev's size the others take too long, or too much memory
+    if whole:  # at FLUX.1-dev's size the others take too long, or too much memory
         commands = {name: commands[name] for name in ("cp", "porter convert")}
         taken = {name: [] for name in commands}
     for turn in range(2 if whole else RUNS):
@@ -164,7 +166,7 @@ def startup(folder: Path) -> dict[str, Any]:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(RUNS + 2):
         for name, command in commands.items():
-            taken[name].append(timed(command, lambda: None))
+            taken[name].append(timed(command))
     return table("start-up and plans", "warm", "python -c 'import click, rich'", taken)
 
 

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from porter.core.checkpoint import ANY, Header
 from porter.core.errors import RecipeError
-from porter.core.patterns import nearest, template
+from porter.core.patterns import Pattern, evaluate, nearest, template
 from porter.core.tensorplan import Step
 
 if TYPE_CHECKING:
     from porter.core.recipe import Recipe, Rule
 
 _SHOWN = 6  # kinds of problem that an error spells out
+_MISSING = "missing from the source"
+
+
+@dataclass(frozen=True)
+class _Problem:
+    kind: str
+    name: str
+    detail: str = ""
+    rules: tuple[Rule, ...] = ()
 
 
 class Problems:
     """Collects what a recipe leaves open, and refuses it in one error."""
 
-    def __init__(self, recipe: Recipe, source: Header, target: Header) -> None:
-        self.recipe, self.source, self.target = recipe, source, target
+    def __init__(self, recipe: Recipe, source: Header, target: Header, parameters: Mapping[str, int]) -> None:
+        self.recipe, self.source, self.target, self.parameters = recipe, source, target, parameters
         self.claims: dict[str, list[Rule]] = defaultdict(list)
-        self.found: dict[tuple[str, str], list[str]] = defaultdict(list)  # (kind, detail) → names
+        self.found: list[_Problem] = []
         self.broken = False  # a step could not be made, so its targets are rightly absent
 
     def claim(self, name: str, rule: Rule) -> None:
@@ -32,27 +42,25 @@ class Problems:
 
     def compare(self, layout: Header) -> None:
         """Note what the source lacks of its layout, in the words of the source."""
-        extra = [name for name in self.source if name not in layout]
         for name, want in layout.items():
             have = self.source.get(name)
             if have is None:
                 self.broken = True
-                self.found["missing from the source", self._near(name, extra)].append(name)
+                self._note(_MISSING, name)
             elif have.shape != want.shape:
                 self.broken = True
-                self.found["wrong shape in the source", f"expected {_show(want)}, found {_show(have)}"].append(name)
+                self._note("wrong shape in the source", name, f"expected {_show(want)}, found {_show(have)}")
 
     def unmatched(self, rule: Rule) -> None:
-        near = self._near(rule.head, self.source)
-        self.found["the rule matches no tensor", near].append(rule.head)
+        self._note("the rule matches no tensor", rule.head, self._near(rule.head, self.source), rule)
 
     def absent(self, rule: Rule, name: str) -> None:
         self.broken = True
-        self.found["missing from the source", self._near(name, self.source)].append(name)
+        self._note(_MISSING, name, "", rule)
 
-    def unfit(self, name: str, error: RecipeError) -> None:
+    def unfit(self, rule: Rule, name: str, error: RecipeError) -> None:
         self.broken = True
-        self.found[error.what, f"expected {error.expected}, found {error.found}"].append(name)
+        self._note(error.what, name, f"expected {error.expected}, found {error.found}", rule)
 
     def check(self, steps: Iterable[Step]) -> None:
         """Compare the steps with both headers; raise if anything is open."""
@@ -66,46 +74,66 @@ class Problems:
                 if want.shape != output.shape or want.dtype not in (ANY, output.dtype):
                     detail = f"expected {_show(want)}, found {_show(output)} from {' + '.join(step.sources)}"
                     kind = "wrong shape" if want.shape != output.shape else "wrong dtype"
-                    self.found[kind, detail].append(output.name)
+                    self._note(kind, output.name, detail, self.recipe.rules[step.rule])
         unmade = [name for name in self.target if name not in makers]
         unclaimed = [name for name in self.source if name not in self.claims]
         for name in unclaimed:
-            self.found["no rule claims the source tensor", ""].append(name)
+            self._note("no rule claims the source tensor", name)
+        kin = {template(name): self.recipe.rules[steps[0].rule] for name, steps in makers.items()}
         for name in unmade if not self.broken else ():
-            self.found["nothing makes the target tensor", ""].append(name)
+            made_by = kin.get(template(name))
+            self._note("nothing makes the target tensor", name, "", *([made_by] if made_by else []))
         for name, rules in self.claims.items():
             if len(rules) > 1:
-                self.found["claimed by several rules", "; ".join(rule.label for rule in rules)].append(name)
+                self._note("claimed by several rules", name, "", *rules)
         for name, steps_of in makers.items():
+            by = [self.recipe.rules[step.rule] for step in steps_of]
             if len(steps_of) > 1:
                 made_of = " and ".join(step.sources[0] if step.sources else "nothing" for step in steps_of)
-                self.found["made by several rules", made_of].append(name)
+                self._note("made by several rules", name, made_of, *by)
             if name not in self.target:
-                self.found["made, but the target has no such tensor", self._near(name, unmade)].append(name)
+                self._note("made, but the target has no such tensor", name, self._near(name, unmade), *by)
         if self.found:
             raise self._error(unclaimed, unmade)
 
+    def _note(self, kind: str, name: str, detail: str = "", *rules: Rule) -> None:
+        self.found.append(_Problem(kind, name, detail, rules))
+
     def _error(self, unclaimed: list[str], unmade: list[str]) -> RecipeError:
-        groups: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-        for (kind, detail), names in self.found.items():
-            for name in names:
-                groups[kind, template(name)].append((name, detail))
+        groups: dict[tuple[str, str], list[_Problem]] = defaultdict(list)
+        for problem in self.found:
+            groups[problem.kind, template(problem.name)].append(problem)
         lines = []
         for (kind, shape), members in list(groups.items())[:_SHOWN]:
-            name, detail = members[0]
+            names = list(dict.fromkeys(problem.name for problem in members))
+            name, detail, rules = names[0], members[0].detail, members[0].rules
             if kind == "no rule claims the source tensor":
                 detail = self._near(name, [rule.head for rule in self.recipe.rules])
-            elif kind == "nothing makes the target tensor":
+            elif kind in (_MISSING, "nothing makes the target tensor"):
                 detail = self._near(name, unclaimed or self.source)
-            count = f"{len(members)} tensors {shape}, the first {name}" if len(members) > 1 else name
+            count = f"{len(names)} tensors {shape}, the first {name}" if len(names) > 1 else name
             lines.append(f"{kind}: {count}" + (f" ({detail})" if detail else ""))
-        more = f"; and {len(groups) - _SHOWN} more kinds" if len(groups) > _SHOWN else ""
+            for rule in dict.fromkeys(rules or self._claimant(name)):
+                off = rule.when is not None and not evaluate(rule.when, self.parameters)
+                lines.append(
+                    f"  {rule.line}: {rule.label}" + (f", off for this config: {rule.when} is 0" if off else "")
+                )
+        if len(groups) > _SHOWN:
+            lines.append(f"and {len(groups) - _SHOWN} more kinds")
+        text = "\n".join(line.replace("\n", "\\n") for line in lines)  # a name's own lines never look like ours
         return RecipeError(
-            f"recipe {self.recipe.name} does not account for every tensor: " + "; ".join(lines) + more,
+            f"recipe {self.recipe.name} does not account for every tensor\n{text}",
             expected=f"{len(self.source)} source and {len(self.target)} target tensors, each exactly once",
             found=f"{len(unclaimed)} unclaimed, {len(unmade)} not made, {len(groups)} kinds of problem",
             hint="check that the file and its config.json belong together, or give --config or --recipe",
         )
+
+    def _claimant(self, name: str) -> tuple[Rule, ...]:
+        """The rule that takes a source tensor of this name, wherever one does."""
+        for rule in self.recipe.rules:
+            if rule.sources and Pattern(rule.sources[0]).match(name, self.parameters) is not None:
+                return (rule,)
+        return ()
 
     @staticmethod
     def _near(name: str, candidates: Iterable[str]) -> str:

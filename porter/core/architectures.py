@@ -11,8 +11,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ ALIKE = 0.9  # share of templates that have the recorded sizes, from which on a 
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
+@lru_cache(maxsize=1 << 15)
 def template(name: str) -> str:
     """A tensor name with its indices left open: `blocks.3.attn.weight` -> `blocks.{}.attn.weight`."""
     return _INDEX.sub("{}", name)
@@ -56,7 +57,7 @@ class Architecture:
         model: the released model where an architecture has several.
         made: the code and version or commit that the facts were made with.
         derived: how they were derived, where the original code could not be run.
-        templates: template -> [count, shape] for each shape.
+        recorded: template -> [count, shape] for each shape, as the file has it.
         drops: beginnings of names that a file may have besides, and that count neither way: the recipe leaves them out.
     """
 
@@ -67,9 +68,16 @@ class Architecture:
     model: str | None
     made: str
     derived: str | None
-    templates: Mapping[str, tuple[tuple[int, Shape], ...]]
+    recorded: Mapping[str, Any] = field(repr=False)
     variants: tuple[Variant, ...]
     drops: tuple[str, ...] = ()
+
+    @cached_property
+    def templates(self) -> dict[str, tuple[tuple[int, Shape], ...]]:
+        """template -> (count, shape) for each shape; made when first asked for, as a plan looks at few of the known."""
+        return {
+            name: tuple((int(count), tuple(shape)) for count, shape in kinds) for name, kinds in self.recorded.items()
+        }
 
     def variant(self, shapes: Shapes, folded: Mapping[str, Counter[Shape]] | None = None) -> Variant | None:
         """The first variant whose conditions all hold; `folded` is `fold(shapes)`, where the caller has it already.
@@ -129,18 +137,17 @@ def _entry(entry: Mapping[str, Any], family: str | None) -> Architecture:
                 {n: tuple(s) for n, s in v.get("shapes", {}).items()}, v.get("counts", {}))
         for v in entry.get("variants", ())
     ]  # fmt: skip
-    templates = {
-        name: tuple((int(count), tuple(shape)) for count, shape in kinds) for name, kinds in entry["templates"].items()
-    }
-    return Architecture(family, entry["component"], entry["layout"], entry["class"], entry.get("model"), entry["made"],
-                        entry.get("derived"), templates, tuple(variants), tuple(entry.get("drops", ())))  # fmt: skip
+    return Architecture(
+        family, entry["component"], entry["layout"], entry["class"], entry.get("model"), entry["made"],
+        entry.get("derived"), entry["templates"], tuple(variants), tuple(entry.get("drops", ())),
+    )  # fmt: skip
 
 
 @cache
 def _by_template() -> dict[str, list[int]]:
     index: dict[str, list[int]] = {}
     for number, known in enumerate(architectures()):
-        for name in known.templates:
+        for name in known.recorded:
             index.setdefault(name, []).append(number)
     return index
 
@@ -156,13 +163,13 @@ def guesses(shapes: Shapes, limit: int = 3) -> list[Guess]:
     for name, kinds in folded.items():
         ranks = {len(shape) for shape in kinds}
         for number in index.get(name, ()):
-            if any(len(shape) in ranks for _, shape in architectures()[number].templates[name]):
+            if any(len(shape) in ranks for _, shape in architectures()[number].recorded[name]):
                 shared[number] += 1
     found = []
     for number, common in shared.items():
         known = architectures()[number]
         dropped = sum(name.startswith(known.drops) for name in folded)
-        score = common / (len(known.templates) + len(folded) - dropped - common)
+        score = common / (len(known.recorded) + len(folded) - dropped - common)
         found.append((score, _closeness(folded, known), number))
     best = sorted(found, key=lambda item: (-item[0], -item[1], item[2]))[:limit]
     return [

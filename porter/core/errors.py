@@ -48,8 +48,9 @@ class PorterError(Exception):
     def lines(self) -> list[str]:
         """The message as labelled lines, without styling or control characters."""
         parts = (("expected", self.expected), ("found", self.found), ("next", self.hint))
-        lines = [visible(self.what), *(f"  {label + ':':<10}{visible(text)}" for label, text in parts if text)]
-        return [line.replace("\n", "\n            ") for line in lines]  # a value's own lines never look like ours
+        more = [f"  {label + ':':<10}{visible(text)}" for label, text in parts if text]
+        # A value's own lines never look like ours.
+        return [visible(self.what).replace("\n", "\n    "), *(line.replace("\n", "\n" + 12 * " ") for line in more)]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

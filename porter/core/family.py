@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 from porter.core.errors import BadInputError, UsageError
 
 Style = Literal["Modular", "Hybrid"]
+_GROUP = "porter.families"
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,18 @@ def _records() -> list[tuple[str, str]]:
     catalogue = importlib.import_module("conversions")
     folders = [module.name for module in pkgutil.iter_modules(catalogue.__path__) if module.ispkg]
     local = [(f"conversions/{name}", f"conversions.{name}:FAMILY") for name in folders if name != "common"]
-    plugins = [(f"plug-in {point.name}", point.value) for point in entry_points(group="porter.families")]
-    return local + plugins
+    return local + _plugins()
+
+
+def _plugins() -> list[tuple[str, str]]:
+    """Records of other distributions; importlib.metadata takes longer to load than to see that there are none."""
+    places = [Path(entry) for entry in sys.path]
+    texts = (text for place in places if place.is_dir() for text in place.glob("*.*-info/entry_points.txt"))
+    if not any(place.is_file() for place in places) and not any(_GROUP.encode() in text.read_bytes() for text in texts):
+        return []
+    from importlib.metadata import entry_points
+
+    return [(f"plug-in {point.name}", point.value) for point in entry_points(group=_GROUP)]
 
 
 def family_of_pipeline(pipeline_class: str) -> Family | None:

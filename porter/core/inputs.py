@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from pathlib import Path
 
 from porter.core.checkpoint import TensorInfo
 from porter.core.errors import CheckpointError, UsageError
@@ -61,18 +61,14 @@ def file_tensors(source: Source, files: tuple[str, ...], what: str) -> tuple[dic
     return header, metadata
 
 
-def local_tensors(source: Source, files: tuple[str, ...]) -> dict[str, TensorInfo]:
-    """The tensors of files on this machine, with their places; a hub's files are downloaded now."""
-    found: dict[str, TensorInfo] = {}
-    for name in files:
-        path = source.path(name)
-        read, more = read_any(path)
-        if "pickled" in more:
-            from porter.core.pickleplaces import locate_pickled
+def local_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file on this machine, with their places."""
+    read, more = read_any(path)
+    if "pickled" in more:
+        from porter.core.pickleplaces import locate_pickled
 
-            read = locate_pickled(path)
-        found.update(read)
-    return found
+        read = locate_pickled(path)
+    return dict(read)
 
 
 def _averaged(
@@ -98,19 +94,20 @@ def _averaged(
     return found
 
 
-def with_places(infos: Mapping[str, TensorInfo], local: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """`infos`, planned from remote headers, with the places of the same tensors in local files.
+def with_place(planned: TensorInfo, found: TensorInfo | None) -> TensorInfo:
+    """A tensor that was planned from an earlier or a remote header, where it is now.
 
     Raises:
-        CheckpointError: a local file holds something else than its header said.
+        CheckpointError: the file now holds something else than that header said.
     """
-    placed: dict[str, TensorInfo] = {}
-    for name, info in infos.items():
-        found = local.get(info.name)
-        if found is None or (found.dtype, found.shape, found.begin) != (info.dtype, info.shape, info.begin):
-            raise CheckpointError(f"{info.name} is not in the downloaded file as its header said", hint="run it again")
-        placed[name] = replace(found)
-    return placed
+    if found is None or (found.dtype, found.shape, found.begin) != (planned.dtype, planned.shape, planned.begin):
+        raise CheckpointError(
+            f"{planned.name} is no longer in its file as the header said that was planned from",
+            expected=f"{planned.dtype} {list(planned.shape)} at byte {planned.begin}",
+            found=f"{found.dtype} {list(found.shape)} at byte {found.begin}" if found else "no tensor of this name",
+            hint="run again when nothing writes to the file",
+        )  # fmt: skip
+    return found
 
 
 def left_over(source: Source, parts: Iterable[ComponentPlan], used: set[str]) -> dict[str, list[str]]:

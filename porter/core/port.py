@@ -23,7 +23,6 @@ verdict.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import stat
 import traceback
@@ -47,7 +46,9 @@ _OURS = ("porter", "parity", "runtime", "conversions")  # to find a module impor
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """sha256 of a file, read in windows; `progress` is called with the bytes of each."""
-    digest = hashlib.sha256()
+    from hashlib import sha256  # loads OpenSSL, which a plan does without
+
+    digest = sha256()
     with open_regular(path) as file:
         while window := file.read(_WINDOW):
             digest.update(window)
@@ -195,7 +196,9 @@ def code_sha256(module: str) -> str:
         raise BadInputError(f"no module {module} to bind a verdict to", hint="install porter again")
     origin = Path(spec.origin)
     files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    digest = hashlib.sha256()
+    from hashlib import sha256
+
+    digest = sha256()
     for file in files:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

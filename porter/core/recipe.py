@@ -6,9 +6,12 @@ once; what it cannot account for is refused, by template, with the nearest names
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from porter.core.accounting import Problems
@@ -41,6 +44,7 @@ class Rule:
     ops: tuple[Op, ...] = ()
     why: str = "another name"
     when: str | None = None
+    line: str = field(default="", compare=False, repr=False)  # where it is written: file:number
 
     def __post_init__(self) -> None:
         for name in ("sources", "targets"):
@@ -58,6 +62,8 @@ class Rule:
             )  # fmt: skip
         if drops:
             object.__setattr__(self, "why", drops[0].reason)
+        if not self.line:
+            object.__setattr__(self, "line", _line_outside())
 
     @property
     def head(self) -> str:
@@ -82,6 +88,18 @@ class Rule:
             "sources": self.sources, "targets": self.targets, "ops": [op.canonical() for op in self.ops],
             "when": self.when,
         }  # fmt: skip
+
+
+def _line_outside() -> str:
+    """The line that the calls in progress came from, outside this module: `conversions/x/recipe.py:44`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in (__name__, "dataclasses"):
+        frame = frame.f_back
+    if frame is None:
+        return "a rule"
+    module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+    place = module.replace(".", "/") + ".py" if "." in module else Path(file).name
+    return f"{place}:{frame.f_lineno}"
 
 
 @dataclass(frozen=True)
@@ -210,7 +228,7 @@ def compile_recipe(
     expected = recipe.target_headers(config, ANY) if expected is None else expected
     wanted = dtype_code(dtype) if dtype is not None else None
     keep = [Pattern(text) for text in recipe.keep_dtype]
-    problems = Problems(recipe, source, expected)
+    problems = Problems(recipe, source, expected, parameters)
     if recipe.knows_sources:
         problems.compare(recipe.source_headers(config, ANY))
     steps: list[Step] = []
@@ -262,7 +280,7 @@ def _expand(
             if cast:
                 step = make_step(index, infos, (*rule.ops, cast), targets, parameters)
     except RecipeError as error:
-        problems.unfit(first or targets[0], error)
+        problems.unfit(rule, first or targets[0], error)
         return None
     return step
 

@@ -25,6 +25,7 @@ from porter.core.prepare import CARRIED, licence_of, recipe_for
 from porter.core.recipe import Recipe, compile_recipe, guarded
 from porter.core.sharding import index_of, shards
 from porter.core.source import LocalSource, Source
+from porter.core.tensorplan import BASE
 
 Layout = Literal["original", "comfyui"]
 # Where ComfyUI looks for a component's file, by the beginning of the component's name.
@@ -212,7 +213,7 @@ def _job(
     metadata: Mapping[str, str] | None = None,
 ) -> Job:  # fmt: skip
     files = shards(back, target, settings.shard_size)
-    borrowed = {info.file for key, info in back.sources.items() if key.endswith(" (base)")}
+    borrowed = {info.file for key, info in back.sources.items() if key.endswith(BASE)}
     base = settings.base
     extra = tuple((base, file) for file in base.files if base.path(file) in borrowed) if base and borrowed else ()
     return Job(

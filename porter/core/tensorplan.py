@@ -20,6 +20,8 @@ from porter.core.modulemap import ModulePair, module_map
 from porter.core.ops import Cast, Compute, Drop, Exactness, Op, widens
 from porter.core.views import Run, View, merge
 
+BASE = " (base)"  # after the name of a tensor that an inverse takes from the original weights
+
 
 @dataclass(frozen=True)
 class Output:
@@ -264,8 +266,8 @@ class TensorPlan:
         for step in self.steps:
             if base is not None and step.exactness != "exact":
                 for name in step.sources:
-                    borrowed[f"{name} (base)"] = taken = self._borrow(base, name)
-                    steps.append(make_step(step.rule, [replace(taken, name=f"{name} (base)")], (), [name], {}))
+                    borrowed[name + BASE] = taken = self._borrow(base, name)
+                    steps.append(make_step(step.rule, [replace(taken, name=name + BASE)], (), [name], {}))
                 continue
             sources = [replace(self.targets[output.name], name=output.name) for output in step.outputs]
             ops = [op.inverse() for op in reversed(step.ops)]

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from porter.core.checkpoint import TensorInfo
 from porter.core.errors import BadInputError
 from porter.core.execute import execute
 from porter.core.files import check_json
 from porter.core.hashing import SourceHashes
-from porter.core.inputs import local_tensors, with_places
+from porter.core.inputs import local_tensors, with_place
 from porter.core.jobs import Copy, Job, Preparation
 from porter.core.port import SCHEMA
 from porter.core.source import Source
 from porter.core.staging import Staging, stage
+from porter.core.tensorplan import BASE
 from porter.core.version import VERSION
 
 Progress = Callable[[str, int], None]
@@ -129,14 +131,21 @@ def _write_text(staging: Staging, name: str, content: bytes) -> None:
 
 
 def here(job: Job) -> Job:
-    """The job with its tensors in files on this machine; what was planned from remote headers must be in them."""
-    infos = job.plan.sources
-    if all(info.file is not None and info.file.is_absolute() and info.file.exists() for info in infos.values()):
-        return job
-    local = {}
+    """The job with its tensors where they are now, by headers read again.
+
+    What was planned from other headers, a hub's or those of a file that has changed since, is refused.
+    """
+    places: dict[tuple[bool, Path, str], TensorInfo] = {}
     for source, name in job.sources:
-        local.update(local_tensors(source, (name,)))
-    return replace(job, plan=replace(job.plan, sources=with_places(infos, local)))
+        path = source.path(name)
+        for info in local_tensors(path).values():
+            borrowed = source is not job.sources[0][0]
+            places[borrowed, path, info.name] = places[borrowed, Path(name), info.name] = info  # a hub's: by its name
+    found = {
+        name: with_place(info, places.get((name.endswith(BASE), info.file or Path(), info.name)))
+        for name, info in job.plan.sources.items()
+    }
+    return replace(job, plan=replace(job.plan, sources=found))
 
 
 def _run(job: Job, staging: Staging, workers: int, hashes: SourceHashes, progress: Progress) -> None:

@@ -5,10 +5,10 @@ Linux only; elsewhere nothing happens. It drops the source's pages too, so it is
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # flags of sync_file_range(2)
 
@@ -43,10 +43,12 @@ class Writeback:
                 self.read_dropped[source] = end
 
 
-def _sync_file_range() -> ctypes._NamedFuncPointer | None:
+def _sync_file_range() -> Callable[..., Any] | None:
     """The C library's sync_file_range, or None where there is none."""
     if sys.platform != "linux" or not hasattr(os, "posix_fadvise"):
         return None
+    import ctypes
+
     found = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if found is None:
         return None

@@ -454,6 +454,26 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, tiny_
     assert list(tmp_path.iterdir()) == [model]
 
 
+def test_a_source_that_changes_after_it_was_planned_is_noticed(tmp_path: Path, tiny_flux: Path) -> None:
+    """The same names, shapes and size, other places: what was planned would read other tensors' bytes."""
+    model, out = Path(shutil.copytree(tiny_flux, tmp_path / "model")), tmp_path / "port"
+    file = model / "flux1-tiny.safetensors"
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + size])
+
+    def meddle(_: int) -> None:
+        one, other = (f"double_blocks.0.img_attn.norm.{kind}_norm.scale" for kind in ("query", "key"))
+        header[one], header[other] = header[other], header[one]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        with file.open("r+b") as opened:
+            opened.seek(8)
+            opened.write(text.ljust(size))
+
+    with pytest.raises(BadInputError, match=r"is no longer in its file as the header said"):
+        convert(model, out, started=meddle)
+    assert list(tmp_path.iterdir()) == [model]
+
+
 # Replacing, and the disk.
 
 

@@ -7,12 +7,10 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from porter.core import family as module
 from porter.core.architectures import architectures, guesses
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, Family, families, family_named, proof, resolve
@@ -100,27 +98,31 @@ SAME_PIPELINE = record("fourth", "TwinPipeline")
 
 
 @pytest.mark.parametrize("second", ["SAME_NAME", "SAME_PIPELINE"])
-def test_duplicates_are_errors(monkeypatch: pytest.MonkeyPatch, second: str) -> None:
-    plug_in(monkeypatch, "TWIN", second)
+def test_duplicates_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    plug_in(monkeypatch, tmp_path, "TWIN", second)
     with pytest.raises(BadInputError, match="two families"):
         families()
 
 
-def test_plug_ins_join_the_catalogue_and_must_be_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plug_ins_join_the_catalogue_and_must_be_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(families())
-    plug_in(monkeypatch, "TWIN", "OTHER")
+    plug_in(monkeypatch, tmp_path, "TWIN", "OTHER")
     assert set(families()) == before | {"twin", "other"}
     assert family_named("twin") is not None and proof(family_named("twin")) == []
-    plug_in(monkeypatch, "ROOT")
+    plug_in(monkeypatch, tmp_path, "ROOT")
     with pytest.raises(BadInputError, match="no Family record"):
         families()
 
 
-def plug_in(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Installs records of this file as entry points, as another distribution would."""
-    points = [EntryPoint(name, f"{__name__}:{name}", "porter.families") for name in names]
+def plug_in(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
+    """Installs another distribution whose records are those of this file."""
+    info = folder / f"{'_'.join(names)}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {'-'.join(names)}\nVersion: 1.0\n")
+    lines = [f"{name} = {__name__}:{name}\n" for name in names]
+    (info / "entry_points.txt").write_text("[porter.families]\n" + "".join(lines))
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
-    monkeypatch.setattr(module, "entry_points", lambda group: points if group == "porter.families" else [])
+    monkeypatch.syspath_prepend(folder)
     families.cache_clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +101,26 @@ def test_missing_source_is_named_where_the_layout_is_known() -> None:
     assert "missing from the source: blocks.1.qkv.bias" in error.what
     header = source() | {"head.w": spec("F32", (2 * H, H + 1))}
     assert "wrong shape in the source: head.w (expected [8, 4], found [8, 5] F32)" in refused(known, header).what
+
+
+def test_a_problem_stands_with_the_line_of_its_rule() -> None:
+    def line(start: str) -> str:
+        lines = Path(__file__).read_text().splitlines()
+        return f"test_recipe.py:{next(n for n, text in enumerate(lines, 1) if text.strip().startswith(start))}: "
+
+    known = dataclasses.replace(RECIPE, source_headers=lambda config, dtype: source(dtype))
+    error = refused(known, source() | {"head.w": spec("F32", (2 * H, H + 1))})
+    assert line('Rule("head.w"') + "head.w → top.w (swap halves)" in error.what
+    error = refused(target={**target(), "layers.7.q.bias": spec(ANY, (1,))})  # its kin are made by this rule
+    assert line("Rule(") + QKV in error.what
+    switched = RECIPE.replace_rule("head.w", when="with_head", line="own.py:3")
+    recipe = dataclasses.replace(switched, parameters=lambda config: {"n": 3, "h": H, "with_head": 0})
+    assert "own.py:3: head.w → top.w (swap halves), off for this config: with_head is 0" in refused(recipe).what
+
+
+def test_a_name_cannot_add_lines_to_an_error() -> None:
+    error = refused(header=source() | {"x\n  next: rm -rf": spec("F32", (1,))})
+    assert "no rule claims the source tensor: x\\n  next: rm -rf" in error.what
 
 
 def test_a_renamed_source_is_suggested() -> None:

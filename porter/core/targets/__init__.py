@@ -8,7 +8,6 @@ docs/checklists.md.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -80,6 +79,8 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"no target is called {name!r}", expected=", ".join(TARGETS), hint="porter plan --help")
     folder = Path(__file__).parent
+    import tomllib
+
     facts = tomllib.loads((folder / f"{name}.toml").read_text("utf-8"))
     recorded = folder / f"{name}.classes.json"
     has: dict[str, Any] = json.loads(recorded.read_text("utf-8")) if recorded.is_file() else {}

@@ -89,7 +89,10 @@ model.save_pretrained(sys.argv[3], max_shard_size="100GB")
 
 
 def conversion(folder: Path, gigabytes: float, *, whole: bool = False) -> dict[str, Any]:
-    """porter convert, also with casts, against `cp` and diffusers' own single-file loader, on one FLUX.1-wide file."""
+    """porter convert against `cp`, its casts against `cp`, and diffusers' own single-file loader against it.
+
+    What ran before decides how fast the page cache gets memory, and so the time of `cp`: each group has its own.
+    """
     blocks = max(1, round(gigabytes / 0.9))
     double, single = (19, 38) if whole else (blocks, blocks)
     config = {"_class_name": "FluxTransformer2DModel", "num_layers": double, "num_single_layers": single, **WIDTH}
@@ -103,32 +106,27 @@ def conversion(folder: Path, gigabytes: float, *, whole: bool = False) -> dict[s
         for path in (out, theirs):
             shutil.rmtree(path, ignore_errors=True)
         copy.unlink(missing_ok=True)
+        os.sync()
         forget(source)
 
     porter = [str(Path(sys.executable).with_name("porter")), "convert", str(source), "--config", str(settings)]
-    ours = [*porter, "-o", str(out), "--quiet"]
-    commands = {
-        "cp": ["cp", str(source), str(copy)],
-        "porter convert": ours,
-        "porter convert --dtype float16": [*ours, "--dtype", "float16"],
-        "porter convert --dtype float32": [*ours, "--dtype", "float32"],
-        "diffusers from_single_file + save_pretrained": [
-            sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(settings.parent), str(theirs)],
-    }  # fmt: skip
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    if whole:  # at FLUX.1-dev's size the others take too long, or too much memory
-        commands = {name: commands[name] for name in ("cp", "porter convert")}
-        taken = {name: [] for name in commands}
-    for turn in range(2 if whole else RUNS):
-        for name, command in commands.items():
-            if turn < SLOW_RUNS or not name.startswith("diffusers"):
-                taken[name].append(timed(command, clean))
+    ours, cp = [*porter, "-o", str(out), "--quiet"], ["cp", str(source), str(copy)]
+    groups = {"copied": (RUNS, {"cp": cp, "porter convert": ours})}
+    if not whole:  # at FLUX.1-dev's size the others take too long, or too much memory
+        casts = {f"porter convert --dtype {name}": [*ours, "--dtype", name] for name in ("float16", "float32")}
+        command = [sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(settings.parent), str(theirs)]
+        groups["cast"] = (RUNS, {"cp": cp, **casts})
+        groups["beside diffusers"] = (
+            SLOW_RUNS, {"porter convert": ours, "diffusers from_single_file + save_pretrained": command}
+        )  # fmt: skip
+    found = {}
+    for name, (runs, commands) in groups.items():
+        taken: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
+        for _ in range(runs):
+            for label, command in commands.items():
+                taken[label].append(timed(command, clean))
+        found[name] = table(f"conversion, {name}", f"{size / 1e9:.2f} GB bf16, {double} + {single} blocks", taken)
     clean()
-    found = table("conversion", f"{size / 1e9:.2f} GB bf16, {double} + {single} blocks", "cp", taken)
-    if "porter convert --dtype float32" in found["runs"]:
-        wide = found["runs"]["porter convert --dtype float32"]
-        wide["ratio_by_bytes_written"] = round(wide["ratio"] / 2, 3)
-        print(f"{'  float32, by bytes written':48}{'':9}{wide['ratio_by_bytes_written']:8.2f}")
     return found
 
 
@@ -167,11 +165,14 @@ def startup(folder: Path) -> dict[str, Any]:
     for _ in range(RUNS + 2):
         for name, command in commands.items():
             taken[name].append(timed(command))
-    return table("start-up and plans", "warm", "python -c 'import click, rich'", taken)
+    return table("start-up and plans", "warm", taken, "python -c 'import click, rich'")
 
 
-def table(title: str, what: str, peer: str, taken: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Print medians and ratios to `peer`; the same as data."""
+def table(
+    title: str, what: str, taken: dict[str, list[tuple[float, float]]], peer: str | None = None
+) -> dict[str, Any]:
+    """Print medians and ratios to `peer`, by default the first; the same as data."""
+    peer = peer or next(iter(taken))
     median = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in taken.items()}
     print(f"\n{title} ({what})\n{'':48}{'seconds':>9}{'ratio':>8}{'peak MB':>9}")
     rows = {}
@@ -181,6 +182,9 @@ def table(title: str, what: str, peer: str, taken: dict[str, list[tuple[float, f
         print(f"{name:48}{median[name]:9.2f}{ratio:8.2f}{peak:9.0f}")
         seconds = [round(s, 3) for s, _ in runs]
         rows[name] = {"seconds": seconds, "ratio": round(ratio, 3), "peak_megabytes": round(peak)}
+        if name.endswith("float32"):
+            rows[name]["ratio_by_bytes_written"] = round(ratio / 2, 3)
+            print(f"{'  by bytes written':48}{'':9}{ratio / 2:8.2f}")
     return {"what": what, "peer": peer, "runs": rows}
 
 

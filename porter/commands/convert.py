@@ -12,7 +12,7 @@ import click
 from porter.commands._options import hub_options, model_argument, output_options
 from porter.commands._render import byte_progress, console, escape, human_bytes, print_json
 from porter.core.errors import BadInputError, UsageError
-from porter.core.hashing import DEFAULT_WORKERS
+from porter.core.lanes import DEFAULT_WORKERS
 
 
 @click.command(name="convert", short_help="Write a port folder in another layout, with its manifest.")
@@ -31,7 +31,7 @@ from porter.core.hashing import DEFAULT_WORKERS
 @click.option("--dtype", metavar="DTYPE", help="Cast converted weights, e.g. bfloat16; default: as they are.")
 @click.option("--shard-size", metavar="SIZE", help="The largest a weights file may be, e.g. 5GB; default: one file.")
 @click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights of a training checkpoint.")
-@click.option("--workers", type=click.IntRange(min=1), default=DEFAULT_WORKERS, show_default="up to 4",
+@click.option("--workers", type=click.IntRange(min=1), default=DEFAULT_WORKERS, show_default=True,
               metavar="N", help="Threads; the bytes written do not depend on it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Account for every tensor, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished port.")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from porter.core.errors import ResourceError, UsageError
-from porter.core.hashing import DEFAULT_WORKERS
 from porter.core.jobs import Preparation, Settings
+from porter.core.lanes import DEFAULT_WORKERS
 from porter.core.plan import PortPlan
 from porter.core.planning import make_plan
 from porter.core.port import MANIFEST, Port, is_manifest

@@ -17,11 +17,12 @@ from typing import Any
 from porter.core.atomic import PartialFile
 from porter.core.checkpoint import ANY, BITS, TensorInfo, header_bytes
 from porter.core.errors import BadInputError, CheckFailed, RecipeError, UsageError
-from porter.core.hashing import DEFAULT_WORKERS, Buffer, Lanes, SourceHashes
+from porter.core.hashing import SourceHashes
+from porter.core.lanes import DEFAULT_WORKERS, Buffer, Lanes
 from porter.core.ops import TORCH_NAMES, castable
-from porter.core.stream import Progress, Sources, Writer
+from porter.core.stream import Room, Sources
 from porter.core.tensorplan import Output, Step, TensorPlan
-from porter.core.writeback import Writeback
+from porter.core.writer import LARGE, Progress, Writer
 
 _PARALLEL_HASH = 1 << 20  # with smaller tensors only, threads cost more than they give
 
@@ -72,31 +73,31 @@ def execute(
     infos = [_info(item) for _, item in pieces]
     head = header_bytes(infos, metadata or {})
     size = len(head) + sum(info.nbytes for info in infos)
-    large = size >= Writeback.WORTH
+    large = size >= LARGE
     largest = max((info.nbytes for info in infos), default=0)
     with (
         PartialFile(output, size) as partial,
         Lanes(workers if largest >= _PARALLEL_HASH else 1) as lanes,
-        Sources(lanes, hashes) as sources,
+        Sources(lanes, hashes, drops_cache=large) as sources,
     ):
-        writer = Writer(partial.descriptor, lanes, progress, drops_cache=large)
+        writer = Writer(partial.descriptor, sources.pool, lanes, progress, direct=large)
         writer.write(head, None)
         digests: dict[str, Any] = {}
         for _, group in groupby(pieces, key=lambda piece: id(piece[0])):
             found = list(group)
             step, items = found[0][0], [item for _, item in found]
             _check_agreements(plan, step, sources)
-            for item, windows in zip(items, _contents(plan, step, items, sources), strict=True):
+            for item, windows in zip(items, _contents(plan, step, items, sources, writer.room), strict=True):
                 digests[item.name] = hashlib.sha256()
                 for window, buffer in windows:
                     writer.write(window, digests[item.name], buffer)
                     if buffer is not None:
                         buffer.release()
-                writer.follow(sources)
         if names is None:
             for step in plan.steps:
                 if not step.outputs and step.computed:  # a constant that is only checked
                     _compute(plan, step, sources)
+        writer.finish()
         lanes.finish()
         if writer.position != size:
             raise CheckFailed(
@@ -173,23 +174,27 @@ def _info(item: Output) -> TensorInfo:
 Windows = Iterator[tuple[Any, Buffer | None]]
 
 
-def _contents(plan: TensorPlan, step: Step, items: Sequence[Output], sources: Sources) -> Iterator[Windows]:
+def _contents(plan: TensorPlan, step: Step, items: Sequence[Output], sources: Sources, room: Room) -> Iterator[Windows]:
     """For each of a step's target tensors, its bytes."""
     if not step.computed:
         for item in items:
-            yield _copied(plan, step, item, sources)
+            yield _copied(plan, step, item, sources, room)
         return
     made = _compute(plan, step, sources)
     for item in items:
         yield iter([(made[item.name], None)])
 
 
-def _copied(plan: TensorPlan, step: Step, item: Output, sources: Sources) -> Windows:
-    """One target tensor's bytes, cast where its sources have another dtype; sources of one target may differ."""
+def _copied(plan: TensorPlan, step: Step, item: Output, sources: Sources, room: Room | None = None) -> Windows:
+    """One target tensor's bytes, cast where its sources have another dtype; sources of one target may differ.
+
+    Args:
+        room: where bytes that stay as they are may be read to, as `Sources.windows` takes it.
+    """
     tensors = [plan.sources[name] for name in step.sources]
     for dtype, runs in groupby(item.runs, key=lambda run: tensors[run.source].dtype):
         convert = _converter(dtype, item.dtype) if dtype != item.dtype else None
-        for window, buffer in sources.windows(tensors, list(runs)):
+        for window, buffer in sources.windows(tensors, list(runs), None if convert else room):
             if convert is None:
                 yield window, buffer
             else:
@@ -252,7 +257,12 @@ def _converter(old: str, new: str) -> Callable[[memoryview], memoryview]:
     source, target = getattr(torch, TORCH_NAMES[old]), getattr(torch, TORCH_NAMES[new])
 
     def convert(window: memoryview) -> memoryview:
-        tensor = torch.frombuffer(window, dtype=source).to(target)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more of them would spin on the cores that hash
+        try:
+            tensor = torch.frombuffer(window, dtype=source).to(target)
+        finally:
+            torch.set_num_threads(threads)
         return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     return convert

@@ -1,123 +1,16 @@
-"""sha256 beside the copying: each hash is fed in order, in threads of its own, from buffers that are used again.
-
-`hashlib` lets go of the interpreter while it hashes, so that hashing costs no time where there is a core to spare. The
-result does not depend on the number of threads.
-"""
+"""sha256 of source files, taken from what is read of them anyway."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 from porter.core.errors import BadInputError
+from porter.core.lanes import SOURCE_HASH, Buffer, Lanes
 
-DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 _GAP = 4 << 20  # bytes read at a time where a source is hashed without being copied
-
-
-class Buffer:
-    """Memory that several hashes and a write share; it goes back to its pool when the last lets go."""
-
-    def __init__(self, pool: Pool, size: int) -> None:
-        self.data = bytearray(size)
-        self._pool, self._users, self._lock = pool, 0, threading.Lock()
-
-    def hold(self) -> None:
-        """One more user."""
-        with self._lock:
-            self._users += 1
-
-    def release(self) -> None:
-        """One user less."""
-        with self._lock:
-            self._users -= 1
-            free = self._users == 0
-        if free:
-            self._pool.free.put(self)
-
-
-class Pool:
-    """A fixed number of buffers, made when they are first needed."""
-
-    def __init__(self, count: int, size: int) -> None:
-        self.free: SimpleQueue[Buffer] = SimpleQueue()
-        self._left, self._size = count, size
-
-    def take(self) -> Buffer:
-        """A buffer that nobody uses; waits for one."""
-        if self._left and self.free.empty():
-            self._left -= 1
-            buffer = Buffer(self, self._size)
-        else:
-            buffer = self.free.get()
-        buffer.hold()
-        return buffer
-
-
-class Lanes:
-    """Threads that feed hashes. What enters one lane is done in its order; `workers` includes the copying thread."""
-
-    def __init__(self, workers: int, lanes: int = 3) -> None:
-        count = min(max(workers - 1, 0), lanes)
-        self._queues: list[SimpleQueue[tuple[Callable[[Any], None], Any, Buffer | None] | None]] = [
-            SimpleQueue() for _ in range(count)
-        ]
-        self._threads = [threading.Thread(target=self._serve, args=(queue,), daemon=True) for queue in self._queues]
-        self._failed: list[BaseException] = []
-        for thread in self._threads:
-            thread.start()
-
-    def feed(self, lane: int, update: Callable[[Any], None], data: Any, buffer: Buffer | None = None) -> None:
-        """Call `update(data)` in a lane; `buffer` holds the data and is kept until then."""
-        if not self._queues:
-            update(data)
-            return
-        if buffer is not None:
-            buffer.hold()
-        self._queues[lane % len(self._queues)].put((update, data, buffer))
-
-    def _serve(self, queue: SimpleQueue[Any]) -> None:
-        while (item := queue.get()) is not None:
-            update, data, buffer = item
-            try:
-                if not self._failed:
-                    update(data)
-            except BaseException as error:
-                self._failed.append(error)
-            finally:
-                del data
-                if buffer is not None:
-                    buffer.release()
-
-    def finish(self) -> None:
-        """Wait until all is fed; raises what a lane raised."""
-        for queue in self._queues:
-            queue.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._queues = []
-        if self._failed:
-            raise self._failed[0]
-
-    def __enter__(self) -> Lanes:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.finish()
-        else:  # what failed matters more than what the lanes say
-            for queue in self._queues:
-                queue.put(None)
-            for thread in self._threads:
-                thread.join()
 
 
 class SourceHashes:
@@ -143,7 +36,7 @@ class SourceHashes:
             if skip >= len(window):
                 return
             window = window[skip:]
-        lanes.feed(0, digest.update, window, buffer)
+        lanes.feed(SOURCE_HASH, digest.update, window, buffer)
         at[0] = max(at[0], position) + len(window)
 
     def frontier(self, path: Path) -> int | None:
@@ -178,7 +71,7 @@ class SourceHashes:
                         f"{path} became shorter while it was read", expected=f"{end} bytes", found=f"{begin}",
                         hint="run again when nothing changes the file",
                     )  # fmt: skip
-                lanes.feed(0, digest.update, data)
+                lanes.feed(SOURCE_HASH, digest.update, data)
                 begin += len(data)
                 if progress:
                     progress(len(data))

@@ -1,25 +1,24 @@
-"""The bytes of a plan's tensors, read from their files in windows, and written to one file.
+"""The bytes of a plan's tensors, read from their files in windows.
 
 Copies go through a few buffers, whatever the model's size. Only a transposition needs its source whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from porter.core.checkpoint import BITS, TensorInfo
 from porter.core.errors import CheckpointError, RecipeError
-from porter.core.hashing import Buffer, Lanes, Pool, SourceHashes
+from porter.core.hashing import SourceHashes
+from porter.core.lanes import Buffer, Lanes, Pool
 from porter.core.views import Run
-from porter.core.writeback import Writeback
 
 WINDOW = 4 << 20  # bytes that are moved at a time
-BUFFERS = 6
-AHEAD = 32 << 20  # bytes behind the window that the system is asked to have ready
+BUFFERS = 8
+_BEHIND = 32 << 20  # bytes that the system is told at a time to forget
 _SMALL = 256 << 10  # runs below this many bytes on average are put together before they are written
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {
     8: "B",
@@ -28,17 +27,16 @@ _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {
     64: "Q",
 }  # of a memoryview whose elements have so many bits
 
-Progress = Callable[[int], None]
+Room = Callable[[int], tuple[memoryview, Buffer]]  # at most so many bytes of a buffer, which the taker releases
 
 
 class Sources:
     """Source files, opened once each, read by position."""
 
-    def __init__(self, lanes: Lanes, hashes: SourceHashes | None = None) -> None:
-        self.pool, self.lanes, self.hashes = Pool(BUFFERS, WINDOW), lanes, hashes
+    def __init__(self, lanes: Lanes, hashes: SourceHashes | None = None, *, drops_cache: bool = False) -> None:
+        self.pool, self.lanes, self.hashes, self.drops_cache = Pool(BUFFERS, WINDOW), lanes, hashes, drops_cache
         self.open: dict[Path, int] = {}
-        self.expected: dict[int, tuple[int, int]] = {}  # descriptor → what the system was last asked to have ready
-        self.read_to: dict[int, int] = {}  # descriptor → how far it has been read and may be forgotten
+        self.dropped: dict[int, int] = {}  # descriptor → up to where the system was told to forget it
 
     def __enter__(self) -> Sources:
         return self
@@ -47,25 +45,30 @@ class Sources:
         for descriptor in self.open.values():
             os.close(descriptor)
 
-    def windows(self, tensors: Sequence[TensorInfo], runs: Sequence[Run]) -> Iterator[tuple[memoryview, Buffer]]:
-        """The bytes of runs of one dtype, in order; each window belongs to its buffer, which the taker releases."""
+    def windows(
+        self, tensors: Sequence[TensorInfo], runs: Sequence[Run], room: Room | None = None
+    ) -> Iterator[tuple[memoryview, Buffer]]:
+        """The bytes of runs of one dtype, in order; each window belongs to its buffer, which the taker releases.
+
+        Args:
+            room: where they are read to, as `Writer.room`; a buffer of the pool by default.
+        """
+        room = room or self.pool.room
         bits = BITS[tensors[runs[0].source].dtype]
         for run in runs:
             if run.begin * bits % 8 or run.end * bits % 8 or (bits < 8 and not run.plain):
                 name = tensors[run.source].name
                 raise RecipeError(f"{name} is cut inside a byte", expected="whole bytes", found=f"{bits} bits each")
         if not all(run.plain for run in runs):
-            yield from self._gathered(tensors, runs, bits)
+            yield from self._gathered(tensors, runs, bits, room)
         elif len(runs) > 1 and sum(run.length for run in runs) * bits // 8 < len(runs) * _SMALL:
-            yield from self._assembled(tensors, runs, bits)
+            yield from self._assembled(tensors, runs, bits, room)
         else:
             for run in runs:
                 tensor = tensors[run.source]
                 position, end = (tensor.begin + index * bits // 8 for index in (run.begin, run.begin + run.length))
                 while position < end:
-                    self._expect(tensor, position, end)
-                    buffer = self.pool.take()
-                    window = memoryview(buffer.data)[: min(WINDOW, end - position)]
+                    window, buffer = room(end - position)
                     self._read(tensor, window, position, buffer)
                     position += len(window)
                     yield window, buffer
@@ -79,75 +82,66 @@ class Sources:
         return data
 
     def _assembled(
-        self, tensors: Sequence[TensorInfo], runs: Sequence[Run], bits: int
+        self, tensors: Sequence[TensorInfo], runs: Sequence[Run], bits: int, room: Room
     ) -> Iterator[tuple[memoryview, Buffer]]:
         """Many short runs: cut out of large reads, put together in windows."""
         size = bits // 8
         ahead = bytearray(WINDOW)
         held, start, stop = -1, 0, 0  # which source, and which of its bytes, `ahead` holds
-        buffer, filled = self.pool.take(), 0
+        (window, buffer), filled = room(WINDOW), 0
         for run in runs:
             tensor, begin, end = tensors[run.source], run.begin * size, (run.begin + run.length) * size
             while begin < end:
                 if held != run.source or not start <= begin < stop:
                     held, start, stop = run.source, begin, min(begin + WINDOW, tensor.nbytes)
                     self._read(tensor, memoryview(ahead)[: stop - start], tensor.begin + start, None)
-                count = min(end, stop, begin + WINDOW - filled) - begin
-                buffer.data[filled : filled + count] = memoryview(ahead)[begin - start : begin - start + count]
+                count = min(end, stop, begin + len(window) - filled) - begin
+                window[filled : filled + count] = memoryview(ahead)[begin - start : begin - start + count]
                 begin, filled = begin + count, filled + count
-                if filled == WINDOW:
-                    yield memoryview(buffer.data)[:filled], buffer
-                    buffer, filled = self.pool.take(), 0
+                if filled == len(window):
+                    yield window, buffer
+                    (window, buffer), filled = room(WINDOW), 0
         if filled:
-            yield memoryview(buffer.data)[:filled], buffer
+            yield window[:filled], buffer
         else:
             buffer.release()
 
     def _gathered(
-        self, tensors: Sequence[TensorInfo], runs: Sequence[Run], bits: int
+        self, tensors: Sequence[TensorInfo], runs: Sequence[Run], bits: int, room: Room
     ) -> Iterator[tuple[memoryview, Buffer]]:
         """Elements with a stride: taken from their whole tensors."""
         size, code = bits // 8, _FORMATS[bits]
         whole = {source: memoryview(self.whole(tensors[source])).cast(code) for source in {run.source for run in runs}}
-        room = WINDOW // size
-        buffer, filled = self.pool.take(), 0
+        (window, buffer), filled = room(WINDOW), 0
         for run in runs:
             taken = 0
             while taken < run.length:
-                count = min(run.length - taken, room - filled)
+                count = min(run.length - taken, (len(window) - filled) // size)
                 part = run.part(taken, count)
-                out = memoryview(buffer.data)[: room * size].cast(code)
-                out[filled : filled + count] = whole[run.source][part.begin : part.end : part.step]
-                taken, filled = taken + count, filled + count
-                if filled == room:
-                    yield memoryview(buffer.data)[: filled * size], buffer
-                    buffer, filled = self.pool.take(), 0
+                out = window[filled : filled + count * size].cast(code)
+                out[:] = whole[run.source][part.begin : part.end : part.step]
+                taken, filled = taken + count, filled + count * size
+                if filled == len(window):
+                    yield window, buffer
+                    (window, buffer), filled = room(WINDOW), 0
         if filled:
-            yield memoryview(buffer.data)[: filled * size], buffer
+            yield window[:filled], buffer
         else:
             buffer.release()
-
-    def _expect(self, tensor: TensorInfo, position: int, end: int) -> None:
-        """Tell the system what will be read soon: its own guess is too short for a disk that takes many requests."""
-        if end - position < WINDOW or not hasattr(os, "posix_fadvise"):
-            return
-        descriptor = self._descriptor(tensor)
-        start, stop = self.expected.get(descriptor, (0, 0))
-        begin = stop if start <= position <= stop else position
-        if position + WINDOW + AHEAD - begin >= WINDOW:
-            os.posix_fadvise(descriptor, begin, position + WINDOW + AHEAD - begin, os.POSIX_FADV_WILLNEED)
-            self.expected[descriptor] = (position, position + WINDOW + AHEAD)
 
     def _descriptor(self, tensor: TensorInfo) -> int:
         assert tensor.file is not None
         if tensor.file not in self.open:
             try:
-                self.open[tensor.file] = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                descriptor = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             except OSError as error:
                 raise CheckpointError(
                     f"cannot read {tensor.file}", expected="the file whose header was read", found=error.strerror,
                     hint="run again when nothing changes the file",
                 ) from error  # fmt: skip
+            self.open[tensor.file] = descriptor
+            if hasattr(os, "posix_fadvise"):  # reads further ahead
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self.open[tensor.file]
 
     def _read(self, tensor: TensorInfo, window: memoryview, position: int, buffer: Buffer | None) -> None:
@@ -172,31 +166,12 @@ class Sources:
             self.hashes.feed(self.lanes, tensor.file, position, data, buffer)
             reached = self.hashes.frontier(tensor.file)
             end = min(end, reached) if reached is not None else end
-        self.read_to[descriptor] = end
+        if self.drops_cache:
+            self._drop(descriptor, end)
 
-
-class Writer:
-    """Writes and hashes one file from start to end."""
-
-    def __init__(self, descriptor: int, lanes: Lanes, progress: Progress | None, *, drops_cache: bool) -> None:
-        self.descriptor, self.lanes, self.progress = descriptor, lanes, progress
-        self.position = 0
-        self.file_hash = hashlib.sha256()
-        self.writeback = Writeback(descriptor) if drops_cache else None
-
-    def write(self, window: Any, tensor_hash: Any, buffer: Buffer | None = None) -> None:
-        """Write bytes at the end of the file; they must stay as they are until `buffer` is free again."""
-        self.lanes.feed(1, self.file_hash.update, window, buffer)
-        if tensor_hash is not None:
-            self.lanes.feed(2, tensor_hash.update, window, buffer)
-        written = 0
-        while written < len(window):
-            written += os.pwrite(self.descriptor, window[written:], self.position + written)
-        self.position += len(window)
-        if self.progress:
-            self.progress(len(window))
-
-    def follow(self, sources: Sources) -> None:
-        """Let the system write out, and forget, what lies behind."""
-        if self.writeback:
-            self.writeback.follow(self.position, sources.read_to)
+    def _drop(self, descriptor: int, end: int) -> None:
+        """Tell the system to forget what has been read: its memory is used again, which is faster than fresh memory."""
+        begin = self.dropped.get(descriptor, 0)
+        if end - begin >= _BEHIND and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            self.dropped[descriptor] = end

@@ -50,10 +50,12 @@ def test_killed_at_twenty_moments(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGKILL)
                 killed += process.wait() == -signal.SIGKILL
                 kept += any(tmp_path.glob(".port.partial-*/transformer/*.safetensors"))
-            assert out.exists() == (process.returncode == 0)
+            assert out.exists() or process.returncode == -signal.SIGKILL
         found = tree(out)
         del found["manifest.json"]
         assert found == wanted, f"after {killed} kills"
-        assert list(tmp_path.glob(".port*")) == [] and source.read_bytes() == before
+        assert source.read_bytes() == before
+        if process.returncode == 0:  # else the last kill came between the rename and the end of the process
+            assert list(tmp_path.glob(".port*")) == []
     print(f"killed {killed} times, {kept} with finished shards to continue from")
     assert kept

@@ -93,10 +93,9 @@ def execute(
                     writer.write(window, digests[item.name], buffer)
                     if buffer is not None:
                         buffer.release()
-        if names is None:
-            for step in plan.steps:
-                if not step.outputs and step.computed:  # a constant that is only checked
-                    _compute(plan, step, sources)
+        for step in plan.steps:
+            if not step.outputs and step.computed:  # a constant that is only checked, in every shard
+                _compute(plan, step, sources)
         writer.finish()
         lanes.finish()
         if writer.position != size:
@@ -215,7 +214,9 @@ def _compute(plan: TensorPlan, step: Step, sources: Sources) -> dict[str, memory
     for name in step.sources:
         info = plan.sources[name]
         dtype = getattr(torch, TORCH_NAMES[info.dtype])
-        values.append(torch.frombuffer(sources.whole(info), dtype=dtype).reshape(info.shape))
+        data = sources.whole(info)  # torch takes no empty one
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        values.append(flat.reshape(info.shape))
     try:
         for op in step.ops:
             values = op.compute(values, torch)
@@ -224,8 +225,8 @@ def _compute(plan: TensorPlan, step: Step, sources: Sources) -> dict[str, memory
             f"{plan.recipe}: {', '.join(step.sources)}: {error.what}", expected=error.expected, found=error.found,
             hint=error.hint,
         ) from error  # fmt: skip
-    flat = [value.contiguous().reshape(-1).view(torch.uint8).numpy() for value in values]
-    pairs = zip(step.outputs, flat, strict=True)
+    arrays = [value.contiguous().reshape(-1).view(torch.uint8).numpy() for value in values]
+    pairs = zip(step.outputs, arrays, strict=True)
     return {item.name: memoryview(array) for item, array in pairs}  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 DEFAULT_WORKERS = 5  # reading, writing and three hashes; on two cores too, since the first two wait for the disk
+_LOOSE = 4  # pieces of data in no buffer that may wait at once: a pool bounds the others
 WRITE, SOURCE_HASH, FILE_HASH, TENSOR_HASH = range(4)  # what each lane is for
 
 
@@ -71,11 +72,15 @@ class Lanes:
         ]
         self._threads = [threading.Thread(target=self._serve, args=(queue,), daemon=True) for queue in self._queues]
         self._failed: list[BaseException] = []
+        self._loose = threading.Semaphore(_LOOSE)
         for thread in self._threads:
             thread.start()
 
     def feed(self, lane: int, take: Callable[[Any], None], data: Any, buffer: Buffer | None = None) -> None:
-        """Call `take(data)` in a lane; `buffer` holds the data and is kept until then. Raises what a lane raised."""
+        """Call `take(data)` in a lane; `buffer` holds the data and is kept until then. Raises what a lane raised.
+
+        Data in no buffer waits here until a lane has taken enough of what came before.
+        """
         if self._failed:
             raise self._failed[0]
         if not self._queues:
@@ -83,6 +88,8 @@ class Lanes:
             return
         if buffer is not None:
             buffer.hold()
+        else:
+            self._loose.acquire()
         self._queues[lane % len(self._queues)].put((take, data, buffer))
 
     def _serve(self, queue: SimpleQueue[Any]) -> None:
@@ -97,6 +104,8 @@ class Lanes:
                 del take, data
                 if buffer is not None:
                     buffer.release()
+                else:
+                    self._loose.release()
 
     def finish(self) -> None:
         """Wait until all is done; raises what a lane raised."""

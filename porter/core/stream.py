@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ WINDOW = 4 << 20  # bytes that are moved at a time
 BUFFERS = 8
 _BEHIND = 32 << 20  # bytes that the system is told at a time to forget
 _SMALL = 256 << 10  # runs below this many bytes on average are put together before they are written
+_AHEAD = 4096  # runs that are looked at before a read
+_GAP = 64 << 10  # bytes between two short runs that are read with them, rather than read twice
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {
     8: "B",
     16: "H",
@@ -84,19 +87,22 @@ class Sources:
     def _assembled(
         self, tensors: Sequence[TensorInfo], runs: Sequence[Run], bits: int, room: Room
     ) -> Iterator[tuple[memoryview, Buffer]]:
-        """Many short runs: cut out of large reads, put together in windows."""
-        size = bits // 8
-        ahead = bytearray(WINDOW)
-        held, start, stop = -1, 0, 0  # which source, and which of its bytes, `ahead` holds
+        """Many short runs: cut out of larger reads, one at a time of each source, put together in windows."""
+        sources = {run.source for run in runs}
+        limit = max(WINDOW // len(sources), _GAP)
+        ahead = {source: memoryview(bytearray(min(limit, tensors[source].nbytes))) for source in sources}
+        held = dict.fromkeys(sources, (0, 0))  # which bytes of its source each of them holds
         (window, buffer), filled = room(WINDOW), 0
-        for run in runs:
-            tensor, begin, end = tensors[run.source], run.begin * size, (run.begin + run.length) * size
+        for number, run in enumerate(runs):
+            tensor, (begin, end) = tensors[run.source], _bytes(run, bits)
             while begin < end:
-                if held != run.source or not start <= begin < stop:
-                    held, start, stop = run.source, begin, min(begin + WINDOW, tensor.nbytes)
-                    self._read(tensor, memoryview(ahead)[: stop - start], tensor.begin + start, None)
+                start, stop = held[run.source]
+                if not start <= begin < stop:
+                    start, stop = begin, min(_reach(runs, number, bits), begin + limit)
+                    held[run.source] = start, stop
+                    self._read(tensor, ahead[run.source][: stop - start], tensor.begin + start, None)
                 count = min(end, stop, begin + len(window) - filled) - begin
-                window[filled : filled + count] = memoryview(ahead)[begin - start : begin - start + count]
+                window[filled : filled + count] = ahead[run.source][begin - start : begin - start + count]
                 begin, filled = begin + count, filled + count
                 if filled == len(window):
                     yield window, buffer
@@ -175,3 +181,21 @@ class Sources:
         if end - begin >= _BEHIND and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
             self.dropped[descriptor] = end
+
+
+def _bytes(run: Run, bits: int) -> tuple[int, int]:
+    """Where a plain run begins and ends in its source, in bytes."""
+    return run.begin * bits // 8, (run.begin + run.length) * bits // 8
+
+
+def _reach(runs: Sequence[Run], number: int, bits: int) -> int:
+    """Up to which byte of its source the run and those after it go forward, without a gap that is worth a new read."""
+    source = runs[number].source
+    begin, reached = _bytes(runs[number], bits)
+    for run in islice(runs, number + 1, number + _AHEAD):
+        if run.source == source:
+            start, end = _bytes(run, bits)
+            if not begin <= start <= reached + _GAP or reached - begin >= WINDOW:
+                break
+            reached = max(reached, end)
+    return reached

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from safetensors.torch import save_file as save_torch
 
 from porter.core import execute as module
 from porter.core import stream
-from porter.core.checkpoint import read_header, spec, specs
-from porter.core.errors import CheckpointError, RecipeError, ResourceError, UsageError
+from porter.core.checkpoint import header_bytes, read_bytes, read_header, spec, specs
+from porter.core.errors import BadInputError, CheckpointError, RecipeError, ResourceError, UsageError
 from porter.core.execute import apply, execute
-from porter.core.ops import Cast, Concat, Split
+from porter.core.lanes import SOURCE_HASH, Lanes
+from porter.core.ops import Cast, Concat, Constant, Offset, Same, Split
 from porter.core.recipe import Recipe, Rule, TensorPlan, compile_recipe
 from tests.core.toy import RECIPE, SHAPES, TARGETS, plan_of
 
@@ -373,7 +375,8 @@ import sys
 from pathlib import Path
 import porter.core.execute as module, porter.core.checkpoint as checkpoint
 import conversions.flux1.recipe, conversions.common.autoencoder_kl.recipe
-from porter.core.ops import Cast, Concat, Split
+from porter.core.lanes import SOURCE_HASH, Lanes
+from porter.core.ops import Cast, Concat, Constant, Offset, Same, Split
 from porter.core.recipe import Recipe, Rule, TensorPlan, compile_recipe
 header, _ = checkpoint.read_header({str(original)!r})
 rules = tuple(Rule(name, name) for name in header)
@@ -408,3 +411,89 @@ def test_rounding_twice_is_refused(tmp_path: Path) -> None:
         compile_recipe(twice, {}, header, specs({"c": (2,)}))
     last = Recipe("last", "old", "new", (Rule("a", "c", (Cast("F64"), Cast("BF16"))),))
     assert compile_recipe(last, {}, header, specs({"c": (2,)})).exactness == "lossy"
+
+
+def test_many_short_runs_read_every_byte_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """Rows of several sources in turn: what is read ahead of one is kept while the others are read."""
+    parts = {name: np.arange(n, n + 400, dtype=np.int32).reshape(200, 2) for n, name in enumerate("abc")}
+    save_file(parts, tmp_path / "in.safetensors")
+    header = read_header(tmp_path / "in.safetensors")[0]
+    plan = compile_recipe(Recipe("t", "a", "b", (Rule(("a", "b", "c"), "d", Concat(1)),)), {}, header)
+    count, real = [0], os.preadv
+
+    def counted(descriptor: int, buffers: list[Any], offset: int) -> int:
+        count[0] += (got := real(descriptor, buffers, offset))
+        return got
+
+    monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(stream, "WINDOW", 256)
+    execute(plan, tmp_path / "out.safetensors")
+    np.testing.assert_array_equal(
+        load_file(tmp_path / "out.safetensors")["d"], np.concatenate(list(parts.values()), axis=1)
+    )
+    assert count[0] == plan.bytes_in
+    monkeypatch.setattr(stream, "_GAP", 16)  # and a gap is not read
+    count[0] = 0
+    save_file({"a": np.arange(4000, dtype=np.int32).reshape(100, 40)}, tmp_path / "in.safetensors")
+    taken = Recipe("t", "a", "b", (Rule("a", ("x", "y"), Split((2, 38), 1)),))
+    cut = compile_recipe(taken, {}, read_header(tmp_path / "in.safetensors")[0])
+    execute(cut, tmp_path / "x.safetensors", names=["x"])
+    assert count[0] == 100 * 2 * 4
+
+
+def test_elements_below_a_byte_are_put_together(tmp_path: Path) -> None:
+    infos = [spec("F4", (2, 4), "a"), spec("F4", (3, 4), "b")]
+    (tmp_path / "in.safetensors").write_bytes(header_bytes(infos, {}) + bytes(range(10)))
+    header = read_header(tmp_path / "in.safetensors")[0]
+    plan = compile_recipe(Recipe("t", "a", "b", (Rule(("a", "b"), "c", Concat()),)), {}, header)
+    execute(plan, tmp_path / "out.safetensors")
+    made = read_header(tmp_path / "out.safetensors")[0]
+    assert made["c"].shape == (5, 4) and read_bytes(made["c"]) == bytes(range(10))
+    execute(plan.rebind(made).inverse(), tmp_path / "back.safetensors")
+    back = read_header(tmp_path / "back.safetensors")[0]
+    assert [read_bytes(back[name]) for name in "ab"] == [bytes(range(4)), bytes(range(4, 10))]
+
+
+def test_tensors_without_elements_are_computed(tmp_path: Path) -> None:
+    save_file({"a": np.zeros((0, 3), np.float32)}, tmp_path / "in.safetensors")
+    header = read_header(tmp_path / "in.safetensors")[0]
+    execute(compile_recipe(Recipe("t", "a", "b", (Rule("a", "b", Offset(1)),)), {}, header), tmp_path / "out")
+    assert read_header(tmp_path / "out")[0]["b"].shape == (0, 3)
+
+
+def test_a_constant_is_checked_in_every_shard(tmp_path: Path) -> None:
+    save_file({"a": np.ones(2, np.float32), "k": np.full(3, 7, np.float32)}, tmp_path / "in.safetensors")
+    recipe = Recipe("t", "a", "b", (Rule("a", "a"), Rule((), "k", Constant(0.5, (3,)))))
+    plan = compile_recipe(recipe, {}, specs({"a": (2,)}, "F32"))
+    back = plan.rebind(read_header(tmp_path / "in.safetensors")[0]).inverse()
+    with pytest.raises(BadInputError, match=r"leave out the constant 0\.5"):
+        execute(back, tmp_path / "out.safetensors", names=["a"])
+
+
+@pytest.mark.parametrize(("other", "equal"), [(-0.0, False), (0.0, True)])
+def test_equal_tensors_are_equal_in_every_bit(other: float, equal: bool) -> None:
+    recipe = Recipe("t", "a", "b", (Rule(("a", "b"), "c", Same(2)),))
+    plan = compile_recipe(recipe, {}, specs({"a": (2,), "b": (2,)}, "F32"))
+    given = {"a": torch.tensor([0.0, torch.nan]), "b": torch.tensor([other, torch.nan])}
+    if equal:
+        assert set(apply(plan, given)) == {"c"}
+    else:
+        with pytest.raises(RecipeError, match="equal tensors"):
+            apply(plan, given)
+
+
+def test_a_slow_hash_holds_the_reading_back() -> None:
+    """Bytes in no buffer of a pool wait for the hash, a few of them and no more."""
+    waiting, most, go = [0], [0], threading.Event()
+
+    def slow(data: bytes) -> None:
+        go.wait(5)
+        waiting[0] -= 1
+
+    with Lanes(2) as lanes:
+        threading.Timer(0.2, go.set).start()
+        for _ in range(40):
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0] if not go.is_set() else 0)
+            lanes.feed(SOURCE_HASH, slow, b"")
+    assert waiting[0] == 0 and 1 < most[0] <= 8

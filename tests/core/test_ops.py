@@ -248,6 +248,7 @@ def test_cast_says_what_it_costs() -> None:
         (PermuteBlocks((1, 0), sizes=(1, 3)), [(3,)]),
         (Concat(), [(2, 1), (2, 2)]),
         (Concat(sizes=(1, 2)), [(2,), (1,)]),
+        (Concat(), [(0, 3), (1, 3)]),
         (Squeeze((0,)), [(2, 1)]),
         (Squeeze((4,)), [(1,)]),
         (Reshape((3,)), [(2,)]),

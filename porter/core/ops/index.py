@@ -52,6 +52,8 @@ class Concat(Op):
         wanted = tuple(evaluate(size, parameters) for size in self.sizes)
         if wanted and wanted != sizes:
             raise RecipeError(f"cannot {self.describe()}", expected=f"sizes {wanted}", found=f"{sizes}")
+        if 0 in sizes:  # a split takes no empty part: this could not be undone
+            raise RecipeError(f"cannot {self.describe()}", expected="no part of size 0", found=f"sizes {sizes}")
         _alike(self, views, self.dim)
         return Concat(self.dim, sizes)
 
@@ -354,7 +356,7 @@ class Same(Op):
 
     def compute(self, tensors: list[Any], torch: Any) -> list[Any]:
         for index, other in enumerate(tensors[1:], start=1):
-            if other.device.type != "meta" and not torch.equal(tensors[0], other):
+            if other.device.type != "meta" and _differ(tensors[0], other, torch):
                 raise RecipeError(
                     f"cannot {self.describe()}", expected="equal tensors", found=f"number {index} differs"
                 )
@@ -396,6 +398,12 @@ class Drop(Op):
 
     def describe(self) -> str:
         return f"drop: {self.reason}"
+
+
+def _differ(one: Any, other: Any, torch: Any) -> bool:
+    """Whether two tensors of one shape and dtype differ in a bit; -0 and 0 do, a NaN and itself do not."""
+    left, right = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return not torch.equal(left, right)
 
 
 def _alike(op: Op, views: Sequence[View], dim: int | None) -> None:

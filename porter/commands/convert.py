@@ -35,7 +35,9 @@ from porter.core.lanes import DEFAULT_WORKERS
               metavar="N", help="Threads; the bytes written do not depend on it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Account for every tensor, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished port.")
-@click.option("--verify", is_flag=True, help="Load the result with its real class, compare, and undo it once.")
+@click.option(
+    "--verify", is_flag=True, help="Load the result with its real class, make it again with torch, and undo it."
+)
 @hub_options
 @output_options
 def command(
@@ -155,7 +157,8 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
         back = found["round_trip"]
         undone = f"{back} source tensors restored byte for byte" if isinstance(back, int) else back
         loaded = f"{found['class']} loads it strictly, " if found["class"] else ""
-        screen.print(f"verified  {escape(name)}: {loaded}{found['tensors']} tensors equal; {undone}")
+        made = f"{found['computed']} of {found['tensors']} tensors are what torch makes of the source"
+        screen.print(f"verified  {escape(name)}: {loaded}{made}; {undone}")
     if document["resumed"]:
         screen.print(f"resumed   {len(document['resumed'])} files of an interrupted run were kept")
     kept = document["loss"]["exact"] and not document["loss"]["dropped"]

@@ -106,7 +106,8 @@ def convert(
         workers: threads, the copying one included; the bytes written do not depend on it.
         dry_run: account for every tensor, write nothing.
         overwrite: replace a finished port at `output`.
-        verify: load the result with the real class, compare every tensor, and undo the conversion once.
+        verify: load the result with the real class, make every tensor again with torch and compare it, and undo the
+            conversion once.
         progress: called with (file, bytes) as bytes are written.
         started: called once, before the first byte, with the sum of what `progress` will be told.
 

@@ -163,10 +163,8 @@ def test_verify_loads_a_class_that_keeps_modules_in_float32(tmp_path: Path, monk
     assert result.verified["vae"]["class"] == "diffusers.AutoencoderKL"
 
 
-@pytest.mark.parametrize(("to", "message"), [("diffusers", "other values"), ("original", "does not restore")])
-def test_verify_sees_a_changed_byte(
-    to: Any, message: str, tiny_port: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_verify_sees_a_changed_byte(to: Any, tiny_port: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte of the written file is flipped between writing and verifying, as a bad disk would."""
     from porter.core import staging
 
@@ -184,9 +182,30 @@ def test_verify_sees_a_changed_byte(
     model: str | Path = "builtin:tiny-flux" if to == "diffusers" else tiny_port
     convert(model, tmp_path / "good", to=to, component="vae", verify=True)
     monkeypatch.setattr(staging.Staging, "record", flip)
-    with pytest.raises(CheckFailed, match=message):
+    with pytest.raises(CheckFailed, match="other values"):
         convert(model, tmp_path / "out", to=to, component="vae", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_verify_sees_what_the_engine_does_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistakes that its own way back undoes, or that no way back shows: torch's own ops know better."""
+    from porter.core import execute, ops
+
+    done = convert("builtin:tiny-flux", tmp_path / "good", dtype="float16", verify=True)
+    assert all(found["computed"] == found["tensors"] for found in done.verified.values())
+    with monkeypatch.context() as patched:
+        patched.setattr(ops.PermuteBlocks, "move", lambda self, views: list(views))
+        with pytest.raises(CheckFailed, match="torch makes of its source"):
+            convert("builtin:tiny-flux", tmp_path / "swapped", component="transformer", verify=True)
+    real = execute._converter
+    monkeypatch.setattr(execute, "_converter", lambda old, new: _wrong(real(old, new)))
+    with pytest.raises(CheckFailed, match="torch makes of its source"):
+        convert("builtin:tiny-flux", tmp_path / "cast", dtype="float16", component="vae", verify=True)
+
+
+def _wrong(convert_window: Any) -> Any:
+    """A cast that gets the last bits wrong."""
+    return lambda window: memoryview(bytes(byte ^ 1 for byte in convert_window(window)))
 
 
 def test_dry_run_accounts_for_everything_and_writes_nothing(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from porter.core.architectures import shapes_of
-from porter.core.errors import UsageError
+from porter.core.errors import BadInputError, UsageError
 from porter.core.recipe import Recipe, TensorPlan
 from porter.core.sharding import Shard
 from porter.core.source import Source
+from porter.core.version import VERSION
 
 WEIGHTS_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 
@@ -67,6 +68,7 @@ class Job:
         texts: small files that are written first; `last` those that are written last (an index over the shards).
         prefix: what stands before its tensors' names in a file that holds several components.
         assumed: config keys that nobody gave and no tensor shows.
+        averaged: whether the tensors are the averaged (EMA) copies.
     """
 
     component: str
@@ -86,6 +88,7 @@ class Job:
     dtype: str | None = None
     prefix: str = ""
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    averaged: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -108,6 +111,7 @@ class Job:
             "weights": [shard.file for shard in self.shards],
             "recipe": {"name": self.recipe.name, "reference": self.reference, "digest": self.plan.digest},
             "dtype": self.dtype,
+            "averaged": self.averaged,
             "config": dict(self.config),
             "assumed": dict(self.assumed),
             "source_metadata": dict(self.source_metadata),
@@ -143,7 +147,7 @@ class Preparation:
     Attributes:
         not_carried: (file, why) of every file that does not go over.
         left: file → tensors in it that no recipe takes.
-        texts: small files that belong to no component (a model_index.json of the base).
+        base_digests: sha256 that files of the base must have, by their names.
     """
 
     source: Source
@@ -157,6 +161,7 @@ class Preparation:
     licence: Mapping[str, Any]
     left: Mapping[str, list[str]] = field(default_factory=dict)
     base: Source | None = None
+    base_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -172,20 +177,17 @@ class Preparation:
             return source.spec, name, found.st_size, found.st_mtime_ns
 
         document = {
+            "porter": VERSION,
             "direction": self.direction,
             "source": [self.source.spec, self.source.revision],
             "jobs": [
                 {
-                    "job": [
-                        job.component,
-                        job.plan.digest,
-                        job.dtype,
-                        dict(job.config),
-                        dict(job.metadata),
-                        job.prefix,
-                    ],
+                    "job": [job.component, job.plan.digest, job.dtype, job.averaged, dict(job.metadata), job.prefix],
+                    "texts": {name: hashlib.sha256(text).hexdigest() for name, text in job.texts.items()},
+                    "config": dict(job.config),
                     "shards": [[shard.file, shard.names] for shard in job.shards],
                     "sources": [stamp(*item) for item in job.sources],
+                    "places": [[name, info.begin] for name, info in job.plan.sources.items()],
                 }
                 for job in self.jobs
             ],
@@ -204,3 +206,11 @@ def unknown_component(source: Source, component: str | None, names: list[str]) -
     return UsageError(
         f"unknown component {component!r}", expected=" | ".join(names) or "none", hint=f"porter plan {source.given}"
     )
+
+
+def not_the_base(base: Source, name: str, expected: str, found: str) -> BadInputError:
+    """The error for a base that is another model's, or another version of this one's."""
+    return BadInputError(
+        f"{name} of the base {base.given} is not the file that the port was made from", expected=expected, found=found,
+        hint="name the original file or folder with --base",
+    )  # fmt: skip

@@ -205,6 +205,7 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         dtype=settings.dtype,
         prefix=part.prefix,
         assumed=assumed,
+        averaged=settings.averaged,
     )
 
 

@@ -17,15 +17,16 @@ from porter.core.errors import BadInputError, UsageError
 from porter.core.family import Component, families
 from porter.core.identity import for_header
 from porter.core.inputs import file_tensors
-from porter.core.jobs import Copy, Job, Preparation, Settings, unknown_component
-from porter.core.pieces import SAME_NAMES
+from porter.core.jobs import Copy, Job, Preparation, Settings, not_the_base, unknown_component
+from porter.core.patterns import Pattern
+from porter.core.pieces import CONVERTED, SAME_NAMES
 from porter.core.plan import ComponentPlan, PortPlan
 from porter.core.port import MANIFEST, Port
 from porter.core.prepare import CARRIED, licence_of, recipe_for
 from porter.core.recipe import Recipe, compile_recipe, guarded
 from porter.core.sharding import index_of, shards
 from porter.core.source import LocalSource, Source
-from porter.core.tensorplan import BASE
+from porter.core.tensorplan import BASE, TensorPlan
 
 Layout = Literal["original", "comfyui"]
 # Where ComfyUI looks for a component's file, by the beginning of the component's name.
@@ -52,11 +53,12 @@ def inverse(source: Source, plan: PortPlan | None, settings: Settings, layout: L
         jobs = _of_port(source, port, settings, layout)
         family, pipeline, licence = port.manifest.get("family"), port.manifest.get("pipeline"), port.manifest["licence"]
         names = list(port.manifest["files"])
+        base_digests = _base_digests(settings.base, port, jobs)
     else:
         jobs = _of_pipeline(source, plan, settings, layout)
         known = families().get(plan.family) if plan.family else None
         family, pipeline, licence = plan.family, plan.pipeline_class, licence_of(source, known, [])
-        names = list(source.files)
+        names, base_digests = list(source.files), {}
     used = {name for job in jobs for name in job.files}
     only = settings.component
     configs = {f"{job.component}/config.json" for job in jobs}
@@ -77,7 +79,7 @@ def inverse(source: Source, plan: PortPlan | None, settings: Settings, layout: L
         raise BadInputError(f"{source.given}: two files would be called alike", found=", ".join(sorted(restored)))
     return Preparation(
         source, layout, family, pipeline, jobs, tuple(copies), {}, tuple(sorted(left.items())), dict(licence),
-        base=settings.base,
+        base=settings.base, base_digests=base_digests,
     )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def _port_job(
             f"the recipe of {name} is no longer the one that wrote this port", expected=record["recipe"]["digest"],
             found=plan.digest, hint="convert the original again",
         )  # fmt: skip
-    back = plan.inverse(_base_tensors(settings.base, name, record))
+    back = _cast(plan.inverse(_base_tensors(settings.base, name, record, port)), plan, recipe, settings.dtype)
     known = families().get(port.manifest.get("family") or "")
     part = known.component(name) if known else None
     names = [Path(text).name for text in record["sources"]]
@@ -147,12 +149,47 @@ def _originals(recipe: Recipe, record: Mapping[str, Any]) -> Mapping[str, Tensor
     return {key: replace(info, dtype=dtype_code(str(dtypes[key]))) for key, info in original.items()}
 
 
-def _base_tensors(base: Source | None, name: str, record: Mapping[str, Any]) -> Mapping[str, TensorInfo] | None:
+def _cast(back: TensorPlan, forwards: TensorPlan, recipe: Recipe, dtype: str | None) -> TensorPlan:
+    """The way back with its targets cast, but for those of which the recipe's way there makes tensors that stay."""
+    if dtype is None:
+        return back
+    keep = [Pattern(text) for text in recipe.keep_dtype]
+    kept = {
+        name for step in forwards.steps for name in step.sources
+        if any(pattern.match(item.name, forwards.parameters) is not None for item in step.outputs for pattern in keep)
+    }  # fmt: skip
+    return back.cast(dtype_code(dtype), kept)
+
+
+def _base_files(base: Source, record: Mapping[str, Any]) -> dict[str, str]:
+    """Files of the base that hold a component's original weights → what the manifest calls them."""
+    alone = base.kind == "file" and len(record["sources"]) == 1
+    return {next(iter(base.files)): record["sources"][0]} if alone else {
+        file: file for file in record["sources"] if file in base.files
+    }  # fmt: skip
+
+
+def _base_digests(base: Source | None, port: Port, jobs: tuple[Job, ...]) -> dict[str, str]:
+    """What the base's files must be: those that the port was made from."""
+    known, found = port.manifest["source"]["files"], dict[str, str]()
+    for job in jobs if base else ():
+        assert base is not None
+        files = _base_files(base, port.manifest["components"][job.component])
+        found |= {file: known[own]["sha256"] for file, own in files.items() if own in known}
+    return found
+
+
+def _base_tensors(
+    base: Source | None, name: str, record: Mapping[str, Any], port: Port
+) -> Mapping[str, TensorInfo] | None:
     """The original weights of a component, which a lossy conversion needs to be undone."""
     if base is None:
         return None
-    here = [file for file in record["sources"] if file in base.files]
-    files = here or ([next(iter(base.files))] if base.kind == "file" else [])
+    files = _base_files(base, record)
+    for file, own in files.items():  # `write` compares what it reads of them
+        known = port.manifest["source"]["files"].get(own)
+        if known and known["size"] != base.files[file].size:
+            raise not_the_base(base, file, f"{known['size']} bytes", f"{base.files[file].size}")
     if not files:
         raise UsageError(
             f"the base {base.given} does not hold the original weights of {name}",
@@ -200,15 +237,18 @@ def _pipeline_job(
     forwards = compile_recipe(recipe, config, recipe.source_headers(config))
     base = None
     if settings.base is not None:
-        base = file_tensors(settings.base, tuple(settings.base.files), part.name)[0]
-    back = forwards.rebind(header).inverse(base)
+        weights = tuple(file for file in settings.base.files if file.endswith(tuple(f".{kind}" for kind in CONVERTED)))
+        lost = {name for step in forwards.steps if step.exactness != "exact" for name in step.sources}
+        holding = tuple(file for file in weights if lost & settings.base.header(file)[0].keys())
+        base = file_tensors(settings.base, holding, part.name)[0]
+    back = _cast(forwards.rebind(header).inverse(base), forwards, recipe, settings.dtype)
     target = _target(part.name, known.original_name if known else None, source.name, layout)
     return _job(source, part.name, part.library or "", part.class_name or "", recipe, reference, back, config,
                 part.files, target, settings)  # fmt: skip
 
 
 def _job(
-    source: Source, name: str, library: str, class_name: str, recipe: Recipe, reference: str, back: Any,
+    source: Source, name: str, library: str, class_name: str, recipe: Recipe, reference: str, back: TensorPlan,
     config: Mapping[str, Any], stored: tuple[str, ...], target: str, settings: Settings,
     metadata: Mapping[str, str] | None = None,
 ) -> Job:  # fmt: skip
@@ -220,6 +260,7 @@ def _job(
         component=name, library=library, class_name=class_name, recipe=recipe, reference=reference, plan=back,
         config=config, sources=(*((source, file) for file in stored), *extra), shards=files,
         metadata=metadata or {"format": "pt"}, last=index_of(files, target), source_metadata={"format": "pt"},
+        dtype=settings.dtype,
     )  # fmt: skip
 
 

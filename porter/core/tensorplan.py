@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from porter.core import stream
 from porter.core.checkpoint import ANY, Header, TensorInfo, nbytes, spec
 from porter.core.errors import RecipeError
 from porter.core.modulemap import ModulePair, module_map
-from porter.core.ops import Cast, Compute, Drop, Exactness, Op, widens
+from porter.core.ops import Cast, Compute, Drop, Exactness, Op, castable, widens
 from porter.core.views import Run, View, merge
 
 BASE = " (base)"  # after the name of a tensor that an inverse takes from the original weights
@@ -280,6 +280,25 @@ class TensorPlan:
             self, source_layout=self.target_layout, target_layout=self.source_layout,
             sources={**self.targets, **borrowed}, targets=targets, steps=tuple(steps), rules=rules,
             digest=digest_of(["inverse", self.digest]),
+        )  # fmt: skip
+
+    def cast(self, dtype: str, kept: Collection[str]) -> TensorPlan:
+        """The same plan whose floating-point targets have the dtype code `dtype`, but for those `kept`.
+
+        Raises:
+            RecipeError: a target would be rounded twice.
+        """
+        steps = []
+        for step in self.steps:
+            olds = [(item.dtype, item.name) for item in step.outputs]
+            added = cast_step(olds, dtype, [not castable(old) or name in kept for old, name in olds])
+            infos = [replace(self.sources[name], name=name) for name in step.sources]
+            names = [name for _, name in olds]
+            steps.append(make_step(step.rule, infos, (*step.ops, added), names, {}) if added else step)
+        made = {item.name: spec(item.dtype, item.shape, item.name) for step in steps for item in step.outputs}
+        return replace(
+            self, steps=tuple(steps), targets={name: made[name] for name in self.targets},
+            digest=digest_of(["cast", self.digest, dtype, sorted(kept)]),
         )  # fmt: skip
 
     def _borrow(self, base: Header, name: str) -> TensorInfo:

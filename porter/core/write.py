@@ -15,7 +15,7 @@ from porter.core.execute import execute
 from porter.core.files import check_json
 from porter.core.hashing import SourceHashes
 from porter.core.inputs import local_tensors, with_place
-from porter.core.jobs import Copy, Job, Preparation
+from porter.core.jobs import Copy, Job, Preparation, not_the_base
 from porter.core.port import SCHEMA
 from porter.core.source import Source
 from porter.core.staging import Staging, stage
@@ -56,14 +56,16 @@ def write(
         for copy in ready.copies:
             if not staging.done(copy.name):
                 _copy(copy, staging, progress)
-        names = {_path(*item): item for job in ready.jobs for item in job.sources}
+        names = _labels(ready)
         # As they are before the first byte is read: what is no longer so at the end has changed meanwhile.
-        unknown = {path: path.stat() for path, (_, name) in names.items() if not _recorded(staging, name, path)}
+        unknown = {path: path.stat() for path, (*_, label) in names.items() if not _recorded(staging, label, path)}
         hashes = SourceHashes(unknown)
         for job in ready.jobs:
             _run(job, staging, workers, hashes, progress)
         for path, before in unknown.items():
-            _record_source(*names[path], before, hashes.finish(path), staging)
+            source, name, label = names[path]
+            _check_source(ready, source, name, digest := hashes.finish(path))
+            staging.sources[label] = {"size": before.st_size, "mtime_ns": before.st_mtime_ns, "sha256": digest}
         verified: dict[str, dict[str, Any]] = {}
         if verify:
             from porter.core.verify import verify_job
@@ -77,8 +79,13 @@ def write(
         return Result(manifest, tuple(staging.resumed), verified)
 
 
-def _path(source: Source, name: str) -> Path:
-    return source.path(name)
+def _labels(ready: Preparation) -> dict[Path, tuple[Source, str, str]]:
+    """Every file that is read: its source, its name there, and what the manifest calls it."""
+    found: dict[Path, tuple[Source, str, str]] = {}
+    for source, name in (item for job in ready.jobs for item in job.sources):
+        twin = source is not ready.source and name in ready.source.files  # a base's file, called like one of the port's
+        found[source.path(name)] = source, name, f"{source.spec}: {name}" if twin else name
+    return found
 
 
 def _recorded(staging: Staging, name: str, path: Path) -> bool:
@@ -87,20 +94,23 @@ def _recorded(staging: Staging, name: str, path: Path) -> bool:
     return bool(old and (old["size"], old["mtime_ns"]) == (found.st_size, found.st_mtime_ns))
 
 
-def _record_source(source: Source, name: str, before: os.stat_result, digest: str, staging: Staging) -> None:
+def _check_source(ready: Preparation, source: Source, name: str, digest: str) -> None:
+    """Whether a file that has been read is the one that its repository, or the port made from it, names."""
     declared = source.files[name].sha256
     if declared and digest != declared:
         raise BadInputError(
             f"{name} is not the file that its repository names", expected=f"sha256 {declared}", found=digest,
             hint="download it again",
         )  # fmt: skip
-    staging.sources[name] = {"size": before.st_size, "mtime_ns": before.st_mtime_ns, "sha256": digest}
+    original = ready.base_digests.get(name)
+    if source is ready.base and original and digest != original:
+        raise not_the_base(source, name, f"sha256 {original}", digest)
 
 
-def _sources_unchanged(staging: Staging, names: dict[Path, tuple[Source, str]]) -> None:
+def _sources_unchanged(staging: Staging, names: dict[Path, tuple[Source, str, str]]) -> None:
     """A source that changed while it was read makes a port of neither version."""
-    for path, (_, name) in names.items():
-        record, found = staging.sources[name], path.stat()
+    for path, (_, name, label) in names.items():
+        record, found = staging.sources[label], path.stat()
         if (found.st_size, found.st_mtime_ns) != (record["size"], record["mtime_ns"]):
             raise BadInputError(f"{name} changed while it was converted", hint="run it again when nothing writes to it")
 

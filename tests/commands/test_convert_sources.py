@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from porter.core.convert import Conversion, convert
 from porter.core.errors import BadInputError, PorterError, RecipeError, UsageError
+from porter.core.family import resolve
 from porter.core.port import Port
 from tests.commands.test_convert import equal, tree
 
@@ -172,3 +174,78 @@ def test_a_base_that_does_not_fit(tiny_port: Path, tiny_flux: Path, tmp_path: Pa
     with pytest.raises(BadInputError, match="takes no transformer of FluxTransformer2DModel"):
         convert(lone, tmp_path / "c", base=other)
     assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def dtypes(path: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(path).values()}
+
+
+def test_a_cast_on_the_way_back(tiny_port: Path, tiny_flux: Path, tmp_path: Path) -> None:
+    """What ComfyUI loads, and the original layout of a pipeline of which nothing says what it was; with a keep list."""
+    convert(tiny_port, tmp_path / "comfy", to="comfyui", dtype="float16", component="transformer", verify=True)
+    found = load_file(tmp_path / "comfy" / "diffusion_models" / f"{tiny_port.name}.safetensors")
+    whole = load_file(tiny_flux / "flux1-tiny.safetensors")
+    assert all(torch.equal(tensor, whole[name].to(torch.float16)) for name, tensor in found.items())
+    theirs = without_manifest(tiny_port, tmp_path / "theirs")
+    convert(theirs, tmp_path / "back", to="original", dtype="float16")
+    assert dtypes(tmp_path / "back" / "ae.safetensors") == {torch.float16}
+    with pytest.raises(UsageError, match="restores the original dtypes"):
+        convert(tiny_port, tmp_path / "no", to="original", dtype="float16")
+    recipe = replace(
+        resolve("conversions.flux1.recipe:TRANSFORMER"),
+        keep_dtype=("transformer_blocks.{i:int}.attn.to_q.{p:weight|bias}",),
+    )
+    convert(theirs, tmp_path / "kept", to="original", dtype="float16", component="transformer",
+            recipe={"transformer": recipe})  # fmt: skip
+    stored = load_file(tmp_path / "kept" / "flux1.safetensors")
+    same = {name for name, tensor in stored.items() if tensor.dtype != torch.float16}
+    assert same == {name for name in whole if "img_attn.qkv" in name} and same  # of which to_q is a part
+
+
+def test_only_the_very_original_is_a_base(tiny_flux: Path, tmp_path: Path) -> None:
+    convert("builtin:tiny-flux", tmp_path / "half", dtype="float16")
+    other = Path(shutil.copytree(tiny_flux, tmp_path / "other"))
+    with (other / "flux1-tiny.safetensors").open("r+b") as file:  # another version, of the same size
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(BadInputError, match="not the file that the port was made from"):
+        convert(tmp_path / "half", tmp_path / "back", to="original", base=other)
+    assert not (tmp_path / "back").exists()
+    lone = shutil.copy(tiny_flux / "ae.safetensors", tmp_path / "renamed.safetensors")
+    convert(tmp_path / "half", tmp_path / "vae", to="original", base=lone, component="vae")
+    save_file(load_file(tiny_flux / "ae.safetensors"), tmp_path / "renamed.safetensors", metadata={"a": "b"})
+    with pytest.raises(BadInputError, match="not the file that the port was made from"):
+        convert(tmp_path / "half", tmp_path / "no", to="original", base=lone, component="vae", dry_run=True)
+
+
+def test_a_base_called_like_the_ports_own_file(tiny_flux: Path, tiny_port: Path, tmp_path: Path) -> None:
+    """An original that lay where diffusers' file lies now."""
+    model = tmp_path / "model"
+    (model / "transformer").mkdir(parents=True)
+    shutil.copy(tiny_flux / "flux1-tiny.safetensors", model / TRANSFORMER)
+    convert(model, tmp_path / "half", dtype="float16", component="transformer", config=config_of(tiny_port))
+    done = convert(tmp_path / "half", tmp_path / "back", to="original", base=model)
+    assert done.manifest and {TRANSFORMER, f"{model}: {TRANSFORMER}"} < done.manifest["source"]["files"].keys()
+    (restored,) = (tmp_path / "back").rglob("*.safetensors")
+    assert equal(restored, tiny_flux / "flux1-tiny.safetensors")
+
+
+def test_a_folder_as_the_base_of_a_pipeline(tiny_flux: Path, tiny_port: Path, tmp_path: Path) -> None:
+    """Only its weights are read, and of those only the files that hold what was lost."""
+    theirs = without_manifest(tiny_port, tmp_path / "theirs")
+    convert(theirs, tmp_path / "back", to="original", base=tiny_flux)
+    assert equal(tmp_path / "back" / "ae.safetensors", tiny_flux / "ae.safetensors")
+
+
+def test_averaged_and_plain_are_two_jobs(whole_file: Path, tiny_port: Path, tmp_path: Path) -> None:
+    """A killed run with --ema is not continued by one without: the files of the two have the same names and sizes."""
+    keys = [
+        convert(whole_file, tmp_path / "port", component="transformer", config=config_of(tiny_port), averaged=averaged,
+                dry_run=True).preparation.key
+        for averaged in (True, False, False)
+    ]  # fmt: skip
+    assert keys[0] != keys[1] == keys[2]
+    done = convert(whole_file, tmp_path / "port", component="transformer", config=config_of(tiny_port), averaged=True)
+    assert done.manifest and done.manifest["components"]["transformer"]["averaged"] is True

@@ -29,8 +29,9 @@ def applicable(cases: Sequence[ComponentCase], port: Port) -> list[ComponentCase
 
 def _sources(case: ComponentCase, port: Port) -> set[str]:
     """sha256 of the files that the port's component was made from."""
-    sources = port.manifest["source"]["files"]
-    used = port.manifest["components"][case.component].get("sources") or list(sources)
+    record = port.manifest["components"][case.component]
+    sources = port.manifest["base" if record.get("base") else "source"]["files"]
+    used = record.get("sources") or list(sources)
     return {sources[name]["sha256"] for name in used if name in sources}
 
 

@@ -58,7 +58,9 @@ def show(name: str | None, file: Path | None, as_json: bool, quiet: bool, verbos
 @click.option("--component", metavar="NAME", help="Only this component.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="The component's config.json.")
 @click.option("--recipe", "file", type=click.Path(path_type=Path), metavar="FILE.py", help="A recipe file of your own.")
+@click.option("--base", metavar="MODEL", help="A pipeline that gives what MODEL lacks.")
 @click.option("--dtype", metavar="DTYPE", help="As for porter convert.")
+@click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights.")
 @hub_options
 @output_options
 def check(
@@ -66,7 +68,9 @@ def check(
     component: str | None,
     config: Path | None,
     file: Path | None,
+    base: str | None,
     dtype: str | None,
+    ema: bool,
     revision: str | None,
     token: str | None,
     offline: bool | None,
@@ -80,8 +84,8 @@ def check(
     from porter.core.cookbook import in_words
 
     ready = convert(
-        model, Path("nothing"), component=component, config=read_config_option(config), recipe=file, dtype=dtype,
-        dry_run=True, revision=revision, token=token, offline=offline,
+        model, Path("nothing"), component=component, config=read_config_option(config), recipe=file, base=base,
+        dtype=dtype, averaged=ema, dry_run=True, revision=revision, token=token, offline=offline,
     ).preparation  # fmt: skip
     if not ready.jobs:
         raise UsageError(f"no recipe takes anything of {model}", hint=f"porter plan {model}")

@@ -8,9 +8,12 @@ from porter.core.errors import BadInputError, UsageError
 from porter.core.jobs import Copy, Job, Preparation
 from porter.core.pipelines import pipeline
 from porter.core.plan import ComponentPlan
+from porter.core.port import MANIFEST
 from porter.core.source import Source
 from porter.core.survey import INDEX
 from porter.core.weights import WEIGHT_SUFFIXES
+
+_TERMS = ("LICEN", "NOTICE", "COPYING", "USE_POLICY")  # how files begin that say what a model may be used for
 
 
 def completed(ready: Preparation, base: Source) -> Preparation:
@@ -35,8 +38,11 @@ def completed(ready: Preparation, base: Source) -> Preparation:
                 left[f"{base.name}: {name}"] = "another variant or format of the base's weights, or its code"
             else:
                 copies.append(Copy.of(base, name))
-        elif not inside and name not in here and name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")):
+        elif not inside and name not in here and name.upper().startswith(_TERMS):
             copies.append(Copy.of(base, name))
+        elif not inside and name != MANIFEST:
+            why = "the source has its own" if name in here else "about the base, not this pipeline"
+            left[f"{base.name}: {name}"] = why
     missing = [part.name for part in found.components if part.status == "missing" and part.name not in mine]
     if missing:
         raise BadInputError(
@@ -48,10 +54,13 @@ def completed(ready: Preparation, base: Source) -> Preparation:
                     "recipe": None, "base": base.spec}
         for part in found.components if part.name not in mine and part.status in ("native", "reuse")
     }  # fmt: skip
+    terms = [copy.name for copy in copies if copy.source is base and copy.name.upper().startswith(_TERMS)]
+    declared = {key: value for key, value in base.declared.items() if key.startswith("license")}
+    licence = {**ready.licence, "files": [*ready.licence["files"], *terms], "base": declared}
     family = ready.family or (found.family.name if found.family else None)
     return replace(
         ready, pipeline_class=found.pipeline_class, copies=tuple(copies), copied_components=others, base=base,
-        not_carried=tuple(sorted(left.items())), family=family,
+        not_carried=tuple(sorted(left.items())), family=family, licence=licence,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@
      "family": "…" | null, "pipeline": "…" | null, "licence": {"hint": …, "files": […], "declared": …},
      "source": {"spec": …, "kind": …, "revision": …,
                 "files": {name: {"size": …, "mtime_ns": …, "sha256": …}}},
+     "base": {"spec": …, "revision": …, "files": {…}} | null,
      "components": {name: {"library", "class", "action": "convert"|"copy", "sources": [name…],
                            "recipe": {"name", "reference", "digest"} | null, "dtype": … | null,
                            "config": {…} | null, "source_metadata": {…}, "source_dtypes": …, "coverage": {…} | null}},
@@ -259,6 +260,7 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
         *(key for key in ("source", "components", "files", "loss") if not isinstance(manifest.get(key), dict)),
         *(f"source: {key}" for key in ("spec",) if not holds(manifest.get("source"), spec=str)),
         *("source: files" for _ in (0,) if not holds(manifest.get("source"), files=dict)),
+        *("base" for base in (manifest.get("base"),) if base is not None and not holds(base, files=dict)),
         *(key for key in ("family", "pipeline") if not isinstance(manifest.get(key), str | None)),
         *(key for key in ("licence",) if not isinstance(manifest.get(key), dict)),
     ]
@@ -271,6 +273,7 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     }
     for name, record in manifest["components"].items() if not wrong else ():
         good = plain(name) and "/" not in name and holds(record, action=str, sources=list)
+        good = good and (not record.get("base") or manifest.get("base") is not None)
         good = good and all(isinstance(source, str) for source in record["sources"])
         good = good and all(isinstance(record.get(key), str | None) for key in ("library", "class", "dtype"))
         if good and record["action"] == "convert":
@@ -282,7 +285,7 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     for name, record in manifest["files"].items() if not wrong else ():
         if not plain(name) or not holds(record, size=int, mtime_ns=int, sha256=str):
             wrong.append(f"files: {name}")
-    sources = manifest["source"]["files"] if not wrong else {}
+    sources = {**manifest["source"]["files"], **(manifest.get("base") or {"files": {}})["files"]} if not wrong else {}
     wrong += [f"source: files: {name}" for name, record in sources.items() if not holds(record, size=int, sha256=str)]
     if wrong:
         raise BadInputError(f"{file} is damaged", found=f"nothing usable in {wrong[0]}", hint="convert the model again")

@@ -68,8 +68,8 @@ class Staging:
         document = {"schema": SCHEMA, "status": "partial", "key": self.key, "files": self.files}
         write_json(self.folder / MANIFEST, {**document, "sources": self.sources})
 
-    def copy(self, source: Path, name: str, progress: Callable[[int], None] | None = None) -> str:
-        """Copies one file by streaming and records both sides; returns its sha256."""
+    def copy(self, source: Path, name: str, label: str, progress: Callable[[int], None] | None = None) -> str:
+        """Copies one file by streaming and records both sides, the source as `label`; returns its sha256."""
         digest, path = hashlib.sha256(), self.path(name)
         with source.open("rb", buffering=0) as reader, path.open("wb", buffering=0) as writer:
             while chunk := reader.read(_WINDOW):
@@ -80,7 +80,7 @@ class Staging:
                 if progress:
                     progress(len(chunk))
             os.fsync(writer.fileno())
-        self.sources[name] = file_record(source, digest.hexdigest())  # first: a killed run must not lose it
+        self.sources[label] = file_record(source, digest.hexdigest())  # first: a killed run must not lose it
         self.record(name, digest.hexdigest())
         return digest.hexdigest()
 

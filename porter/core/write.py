@@ -23,6 +23,7 @@ from porter.core.tensorplan import BASE
 from porter.core.version import VERSION
 
 Progress = Callable[[str, int], None]
+_OF_BASE = "base: "
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def write(
     with stage(target, ready.key, ready.bytes) as staging:
         for copy in ready.copies:
             if not staging.done(copy.name):
-                _copy(copy, staging, progress)
+                _copy(copy, _label(ready, copy.source, copy.name), staging, progress)
         names = _labels(ready)
         # As they are before the first byte is read: what is no longer so at the end has changed meanwhile.
         unknown = {path: path.stat() for path, (*_, label) in names.items() if not _recorded(staging, label, path)}
@@ -79,13 +80,18 @@ def write(
         return Result(manifest, tuple(staging.resumed), verified)
 
 
+def _label(ready: Preparation, source: Source, name: str) -> str:
+    """What tells a file of the source and one of the base apart, which may be called alike."""
+    return name if source is ready.source else _OF_BASE + name
+
+
 def _labels(ready: Preparation) -> dict[Path, tuple[Source, str, str]]:
-    """Every file that is read: its source, its name there, and what the manifest calls it."""
-    found: dict[Path, tuple[Source, str, str]] = {}
-    for source, name in (item for job in ready.jobs for item in job.sources):
-        twin = source is not ready.source and name in ready.source.files  # a base's file, called like one of the port's
-        found[source.path(name)] = source, name, f"{source.spec}: {name}" if twin else name
-    return found
+    """Every file that is read: its source, its name there, its label."""
+    return {
+        source.path(name): (source, name, _label(ready, source, name))
+        for job in ready.jobs
+        for source, name in job.sources
+    }
 
 
 def _recorded(staging: Staging, name: str, path: Path) -> bool:
@@ -121,10 +127,10 @@ def check_text(copy: Copy) -> None:
         check_json(copy.path)
 
 
-def _copy(copy: Copy, staging: Staging, progress: Progress) -> None:
+def _copy(copy: Copy, label: str, staging: Staging, progress: Progress) -> None:
     if copy.source.kind == "hub":
         check_text(copy)
-    digest = staging.copy(copy.path, copy.name, lambda count: progress(copy.name, count))
+    digest = staging.copy(copy.path, copy.name, label, lambda count: progress(copy.name, count))
     if copy.sha256 and digest != copy.sha256:
         raise BadInputError(
             f"{copy.name} is not what its manifest or repository says", expected=copy.sha256, found=digest,
@@ -191,7 +197,9 @@ def loss_report(jobs: tuple[Job, ...]) -> dict[str, Any]:
 
 
 def _manifest(ready: Preparation, staging: Staging) -> dict[str, Any]:
-    source = ready.source
+    source, base = ready.source, ready.base
+    read = dict(sorted(staging.sources.items()))
+    borrowed = {label.removeprefix(_OF_BASE): record for label, record in read.items() if label.startswith(_OF_BASE)}
     return {
         "schema": SCHEMA,
         "porter": VERSION,
@@ -204,9 +212,9 @@ def _manifest(ready: Preparation, staging: Staging) -> dict[str, Any]:
             "spec": source.spec,
             "kind": source.kind,
             "revision": source.revision,
-            "files": dict(sorted(staging.sources.items())),
+            "files": {label: record for label, record in read.items() if not label.startswith(_OF_BASE)},
         },
-        "base": {"spec": ready.base.spec, "revision": ready.base.revision} if ready.base else None,
+        "base": {"spec": base.spec, "revision": base.revision, "files": borrowed} if base else None,
         "components": ready.component_records(),
         "files": dict(sorted(staging.files.items())),
         "loss": loss_report(ready.jobs),

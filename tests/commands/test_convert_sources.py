@@ -227,7 +227,8 @@ def test_a_base_called_like_the_ports_own_file(tiny_flux: Path, tiny_port: Path,
     shutil.copy(tiny_flux / "flux1-tiny.safetensors", model / TRANSFORMER)
     convert(model, tmp_path / "half", dtype="float16", component="transformer", config=config_of(tiny_port))
     done = convert(tmp_path / "half", tmp_path / "back", to="original", base=model)
-    assert done.manifest and {TRANSFORMER, f"{model}: {TRANSFORMER}"} < done.manifest["source"]["files"].keys()
+    assert done.manifest and done.manifest["base"]["files"].keys() == {TRANSFORMER}
+    assert TRANSFORMER in done.manifest["source"]["files"]
     (restored,) = (tmp_path / "back").rglob("*.safetensors")
     assert equal(restored, tiny_flux / "flux1-tiny.safetensors")
 
@@ -249,3 +250,15 @@ def test_averaged_and_plain_are_two_jobs(whole_file: Path, tiny_port: Path, tmp_
     assert keys[0] != keys[1] == keys[2]
     done = convert(whole_file, tmp_path / "port", component="transformer", config=config_of(tiny_port), averaged=True)
     assert done.manifest and done.manifest["components"]["transformer"]["averaged"] is True
+
+
+def test_what_comes_from_the_base_is_said(tiny_port: Path, tiny_flux: Path, tmp_path: Path) -> None:
+    """Its files stand under the base, its licence beside the source's, and what of it is left out is named."""
+    base = Path(shutil.copytree(tiny_port, tmp_path / "base"))
+    (base / "LICENSE").write_text("terms")
+    lone = shutil.copy(tiny_flux / "ae.safetensors", tmp_path / "ae.safetensors")
+    done = convert(lone, tmp_path / "port", base=base)
+    assert done.manifest and done.manifest["source"]["files"].keys() == {"ae.safetensors"}
+    assert {"LICENSE", "model_index.json", TRANSFORMER} < done.manifest["base"]["files"].keys()
+    assert done.manifest["licence"]["base"] == {"license": "apache-2.0"}
+    assert done.manifest["licence"]["files"] == ["LICENSE"] and "base: README.md" in done.manifest["not_carried"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from porter.cli import main
+from porter.core.errors import BadInputError
 from porter.core.family import families
 
 OWN = """
@@ -62,3 +63,12 @@ def test_the_account_of_a_file(
     assert "every tensor of both sides stands in one rule" in told(capsys, "check", str(lone), "--config", config)
     assert "no recipe" in told(capsys, "show", "nosuch", code=2)
     assert sorted(tmp_path.iterdir()) == [lone]
+
+
+def test_the_account_of_a_file_that_needs_a_base(
+    tiny_port: Path, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no tensor shows is taken from where `porter convert --base` takes it."""
+    lone = shutil.copy(tiny_flux / "ae.safetensors", tmp_path / "ae.safetensors")
+    told(capsys, "check", str(lone), code=BadInputError.exit_code)
+    assert "148 tensors" in told(capsys, "check", str(lone), "--base", str(tiny_port))

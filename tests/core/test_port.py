@@ -53,6 +53,8 @@ def test_open(folder: Path, tmp_path: Path) -> None:
         ({"source": {}}, "damaged"),
         ({"source": {"spec": "x"}}, "damaged"),
         ({"source": {"spec": "x", "files": {"a": {"size": "1"}}}}, "damaged"),
+        ({"base": {"spec": "x", "files": {"a": {"size": "1"}}}}, "damaged"),
+        ({"base": {"spec": "x"}}, "damaged"),
         ({"family": ["x"]}, "damaged"),
         ({"licence": None}, "damaged"),
         ({"components": {"vae": {"action": "copy", "sources": [1]}}}, "damaged"),

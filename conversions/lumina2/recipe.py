@@ -100,7 +100,7 @@ def _check(full: Mapping[str, Any], head: int, inner: int) -> None:
             found=f"axes_dim_rope: {axes}", hint="porter convert … --config FILE, with axes_dim_rope in it",
         )  # fmt: skip
     multiple, factor = full["multiple_of"], full["ffn_dim_multiplier"]
-    known = type(multiple) is int and multiple > 0 and (factor is None or isinstance(factor, int | float))
+    known = type(multiple) is int and multiple > 0 and (factor is None or type(factor) in (int, float))
     found = _inner(full) if known and abs(factor or 1) < 2**16 else None
     if found != inner:
         raise RecipeError(

@@ -3,6 +3,9 @@
 Original: https://github.com/Alpha-VLLM/Lumina-Image-2.0/blob/4a4d6f856115db07e8ae127280ebcc3d9f65004e/models/model.py
 diffusers fixes 1e-5 in the norms of q and k: so has the original with apex; its own norm, taken without apex, has 1e-6.
 
+norm_final is a parameter that the original asks for when it loads, and never runs; diffusers has none. So a file made
+from diffusers' alone lacks it; with `--base` it comes back.
+
     h width · kv width of all keys, or of all values · f width of the feed-forward · t width of the time's embedding
 """
 

@@ -17,8 +17,10 @@ _TINY: Config = {
     "num_kv_heads": 2, "multiple_of": 40, "ffn_dim_multiplier": 0.75, "axes_dim_rope": (4, 2, 2),
     "axes_lens": (24, 12, 10), "cap_feat_dim": 20,
 }  # fmt: skip
-# The converter splits at the released width and knows two refiners; the rest is as small as it goes.
-_RELEASED_WIDTH: Config = {**_REAL, "num_layers": 1, "multiple_of": 8, "ffn_dim_multiplier": 0.001}
+# The converter splits at the released width; the rest is as small as it goes.
+_RELEASED_WIDTH: Config = {
+    **_REAL, "num_layers": 1, "num_refiner_layers": 1, "multiple_of": 8, "ffn_dim_multiplier": 0.001,
+}  # fmt: skip
 PROOFS = tuple(
     Proof(
         f"lumina2-transformer{name}", "conversions.lumina2.recipe:TRANSFORMER", {**_TINY, **more},
@@ -28,6 +30,6 @@ PROOFS = tuple(
     for name, more, real in (
         ("", {}, (Real("Lumina-Image-2.0", _REAL, Table("lumina2", "NextDiT"),
                        Table("lumina2", "Lumina2Transformer2DModel")),)),
-        ("-without-norm-final", {"_norm_final": False}, ()),
+        ("-without-refiners-and-norm-final", {"num_refiner_layers": 0, "_norm_final": False}, ()),
     )
 )  # fmt: skip

@@ -184,6 +184,15 @@ def commit_of(checkout: Path) -> str:
         return ""
 
 
+def changed_files(original: Original, checkout: Path) -> list[str]:
+    """Those of an original's files that are not, byte for byte, what the checkout's commit holds."""
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True).stdout.strip()
+
+    return [name for name in original.files if said("rev-parse", f"HEAD:{name}") != said("hash-object", name)]
+
+
 def of_this(original: Original, checkout: Path) -> bool:
     """Whether a checkout holds the files of an original."""
     return all((checkout / name).is_file() for name in original.files)
@@ -215,6 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"{repository} is not at the commit of {original.repository}", expected=original.commit,
                 found=commit_of(repository) or "no git checkout", hint=f"git checkout {original.commit}",
+            )  # fmt: skip
+        if changed := changed_files(original, repository):
+            raise UsageError(
+                f"{repository} has changed files", expected=f"{original.repository} at {original.commit}",
+                found=", ".join(changed), hint=f"git -C {repository} checkout HEAD -- {' '.join(changed)}",
             )  # fmt: skip
         path = options.out or original.trace(options.family)
         record_original(original, options.family, repository, options.seed).save(path)

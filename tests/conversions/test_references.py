@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from conversions.record_reference import MAX_BYTES, Original, record_original, write_weights
+from conversions.record_reference import MAX_BYTES, Original, changed_files, record_original, write_weights
 from parity.case import ComponentCase, FamilyCases
 from parity.component import ComponentResult, compare_component
 from parity.run import alignment_of
@@ -31,6 +34,10 @@ def cases() -> list[tuple[str, ComponentCase]]:
             if "weights" in Trace.open(case.trace).meta:
                 found.append((name, case))
     return found
+
+
+def _originals(family: str) -> dict[str, Original]:
+    return {o.name: o for o in importlib.import_module(f"conversions.{family}.record").ORIGINALS}
 
 
 CASES = cases()
@@ -68,12 +75,29 @@ def test_the_port_computes_what_the_original_computed(family: str, case: Compone
 @every
 def test_a_trace_is_small_and_says_where_it_comes_from(family: str, case: ComponentCase) -> None:
     meta = Trace.open(case.trace).meta
-    originals = {o.name: o for o in importlib.import_module(f"conversions.{family}.record").ORIGINALS}
-    original: Original = originals[case.trace.stem]
+    originals = _originals(family)
+    original = originals[case.trace.stem]
     assert case.trace.stat().st_size <= MAX_BYTES
     assert meta["reference"]["commit"] == original.commit and original.repository in meta["reference"]["repository"]
     assert set(meta["reference"]["files"]) == set(original.files)
     assert json.dumps(meta["config"]) == json.dumps(dict(original.config))
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_what_is_not_as_its_commit_has_it_is_found(tmp_path: Path) -> None:
+    """A trace names a commit; a file changed since would make that a lie."""
+    original = replace(next(iter(_originals("dit").values())), files=("models.py", "sub/kept.py", "new.py"))
+    (tmp_path / "sub").mkdir()
+    for name in original.files[:2]:
+        (tmp_path / name).write_text(f"# {name}\n")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    alone = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull}
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, env=alone)
+    assert changed_files(replace(original, files=original.files[:2]), tmp_path) == []
+    (tmp_path / "models.py").write_text("# other\n")
+    (tmp_path / "new.py").write_text("# new\n")
+    assert changed_files(original, tmp_path) == ["models.py", "new.py"]
 
 
 @pytest.mark.reference
@@ -81,7 +105,7 @@ def test_a_trace_is_small_and_says_where_it_comes_from(family: str, case: Compon
 @pytest.mark.skipif(not REFERENCES, reason="PORTER_REFERENCES names no folder with checkouts")
 @every
 def test_the_committed_trace_is_what_the_original_computes(family: str, case: ComponentCase) -> None:
-    originals = {o.name: o for o in importlib.import_module(f"conversions.{family}.record").ORIGINALS}
+    originals = _originals(family)
     original = originals[case.trace.stem]
     checkout = Path(str(REFERENCES)) / original.repository.rpartition("/")[2]
     committed = Trace.open(case.trace)

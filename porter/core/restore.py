@@ -6,6 +6,7 @@ configs and tensors; then the catalogue's recipe says what the original layout i
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from porter.core.checkpoint import TensorInfo, dtype_code, specs
 from porter.core.described import full_config
-from porter.core.errors import BadInputError, UsageError
+from porter.core.errors import BadInputError, RecipeError, UsageError
 from porter.core.family import Component, families
 from porter.core.identity import for_header
 from porter.core.inputs import file_tensors
@@ -106,7 +107,9 @@ def _of_port(source: LocalSource, port: Port, settings: Settings, layout: Layout
         elif layout == "comfyui" and name.startswith(tuple(_COMFY_FOLDERS)):  # as it is, under ComfyUI's name
             files = [file for file in port.manifest["files"] if file.startswith(f"{name}/")]
             if stored := tuple(file for file in files if file.endswith(".safetensors")):
-                jobs[name] = partial(_kept_job, source, name, record["library"] or "", record["class"] or "", stored, settings)
+                jobs[name] = partial(
+                    _kept_job, source, name, record["library"] or "", record["class"] or "", stored, settings
+                )
     chosen = [job for name, job in jobs.items() if settings.component in (None, name)]
     if not chosen:
         raise unknown_component(source, settings.component, list(jobs))
@@ -138,7 +141,13 @@ def _port_job(
             f"the recipe of {name} is no longer the one that wrote this port", expected=record["recipe"]["digest"],
             found=plan.digest, hint="convert the original again",
         )  # fmt: skip
-    back = plan.inverse(_base_tensors(settings.base, name, record))
+    try:
+        back = plan.inverse(_base_tensors(settings.base, name, record))
+    except RecipeError as error:
+        if settings.base is None:  # the manifest names the file or folder that has what is lost
+            words = ["porter", "convert", source.given, "--to", layout, "--base", port.manifest["source"]["spec"]]
+            error.hint = f"{shlex.join(words)}{' --recipe FILE.py' if name in settings.recipes else ''} -o OUT"
+        raise
     known = families().get(port.manifest.get("family") or "")
     part = known.component(name) if known else None
     names = [Path(text).name for text in record["sources"]]

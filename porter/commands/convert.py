@@ -103,6 +103,9 @@ def command(
         click.echo(str(out))
 
 
+UNCHECKED = "  not checked: which tensors its class has; the recipe does not say, `porter convert --verify` loads it"
+
+
 def read_config_option(path: Path | None) -> dict[str, Any] | None:
     """What `--config FILE` holds; None without it."""
     if path is None:
@@ -133,8 +136,8 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
         if part["assumed"]:
             words = ", ".join(f"{key}: {value}" for key, value in part["assumed"].items())
             screen.print(f"  assumed {escape(words)}: no tensor shows it, and nobody gave it")
-        if not part["targets_checked"] and not document["verified"]:
-            screen.print("  not checked: which tensors its class has; the recipe does not say, --verify loads it")
+        if not part["targets_checked"] and not document["verified"] and document["direction"] == "diffusers":
+            screen.print(UNCHECKED)
         if len(part["targets"]) > 1:
             screen.print(f"  {len(part['targets'])} shards and their index")
     for file, left in document["left_tensors"].items():

@@ -75,7 +75,7 @@ def check(
     verbose: bool,
 ) -> None:
     """Account for every tensor of MODEL and of what it becomes, rule by rule; nothing is read but headers."""
-    from porter.commands.convert import left_line, read_config_option
+    from porter.commands.convert import UNCHECKED, left_line, read_config_option
     from porter.core.convert import convert
     from porter.core.cookbook import in_words
 
@@ -109,6 +109,8 @@ def check(
             _print_rule(rule, f"{rule['source_tensors']:>5} → {rule['target_tensors']:<5} ", verbose=verbose)
         for item in part["coverage"]["dropped"] if not quiet else ():
             screen.print(f"  dropped {escape(item['tensor'])}: {escape(item['reason'])}")
+        if not part["targets_checked"]:
+            screen.print(UNCHECKED)
     for name, names in ready.left.items():
         screen.print(left_line(name, len(names), names[0]))
 

@@ -148,10 +148,15 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
                 f"{source.given} holds {name} more than once", expected="one of them", found=", ".join(files),
                 hint=f"name one of these files alone: porter convert <path of {files[0]}> -o PORT",
             )  # fmt: skip
+    if known := [part for part in chosen if part.status == "port" and part.layout == "original"] if not found else []:
+        raise BadInputError(
+            f"{known[0].name}: no recipe of the catalogue takes it", expected="a layout of `porter recipe show`",
+            found=known[0].note or None, hint="write a recipe (docs/recipes.md) and give it with --recipe FILE.py",
+        )  # fmt: skip
     if not found and any(part.status == "port" for part in chosen):
         raise BadInputError(
             f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:1]) or None,
-            hint="porter families",
+            hint="porter families; docs/recipes.md says how a recipe of your own is written",
         )  # fmt: skip
     if not found:
         where = f"{component} is" if component else f"{source.given} is"

@@ -98,7 +98,8 @@ def test_a_recipe_of_ones_own_there_and_back(capsys: pytest.CaptureFixture[str])
     said = told(capsys, "check", *lone, code=6)
     assert "the config has no width" in said and "--config FILE, with width in it" in said
     assert "split at the same places" in told(capsys, "show", *own)
-    assert "another name" not in told(capsys, "check", *lone, "--config", "config.json")
+    said = told(capsys, "check", *lone, "--config", "config.json")
+    assert "another name" not in said and "not checked: which tensors its class has" in said
     assert main(["convert", *lone, "--config", "config.json", "-o", "port"]) == 0
     assert "2 tensors folded into others; manifest.json says which" in capsys.readouterr().out
     (folded,) = json.loads(Path("port/manifest.json").read_text())["loss"]["lossy"]
@@ -107,7 +108,9 @@ def test_a_recipe_of_ones_own_there_and_back(capsys: pytest.CaptureFixture[str])
     assert "--recipe FILE.py -o OUT" in capsys.readouterr().err
     assert main(["convert", "port", "--to", "original", *own, "--base", "odd.safetensors", "-o", "back"]) == 0
     said = capsys.readouterr().out
-    assert "loss      none" in said and "dropped" not in said  # a constant that the recipe made is none of the source's
+    assert (
+        "loss      none" in said and "dropped" not in said and "not checked" not in said
+    )  # a constant that the recipe made is none of the source's
     back, there = load_file("back/odd.safetensors"), load_file("odd.safetensors")
     assert back.keys() == there.keys() and all(np.array_equal(back[name], there[name]) for name in there)
 

@@ -89,3 +89,10 @@ def test_the_class_is_the_real_one() -> None:
     with torch.device("meta"):
         names = AuraFlowTransformer2DModel(**CONFIG).state_dict().keys()
     assert len(names) == len(convert_auraflow_transformer_checkpoint_to_diffusers(originals()))
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_it_the_layout_is_named_and_the_page_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "aura_flow.safetensors", "-o", "p"]) == 6
+    said = capsys.readouterr().err
+    assert "original layout of AuraFlow" in said and "--recipe FILE.py" in said and "docs/recipes.md" in said

@@ -27,6 +27,7 @@ from porter.core.write import check_text, loss_report, write
 if TYPE_CHECKING:
     from porter.core.recipe import Recipe
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "bf16", "fp16", "fp32", "fp64", "half")
 Direction = Literal["diffusers", "original", "comfyui"]
 
 
@@ -116,6 +117,10 @@ def convert(
     target = Path(output).expanduser().absolute()
     if workers < 1:
         raise UsageError("--workers is a number of threads", expected="1 or more", found=str(workers))
+    if dtype is not None and dtype.removeprefix("torch.").lower() not in _DTYPES:
+        raise UsageError(
+            f"weights are not cast to {dtype!r}", expected=", ".join(_DTYPES), found=dtype, hint=f"--dtype {_DTYPES[0]}"
+        )
     limit = parse_size(shard_size) if shard_size is not None else None
     if not dry_run:
         _refuse_existing(target, overwrite)
@@ -148,6 +153,8 @@ def _back(
     """To the original layout, or ComfyUI's: from a port by its manifest, from another pipeline by its configs."""
     if settings.averaged or settings.config is not None:
         raise UsageError(f"--ema and --config mean nothing with --to {to}", hint="leave them out")
+    if settings.dtype is not None:
+        raise UsageError(f"--to {to} restores the original dtypes", hint="leave out --dtype")
     port = isinstance(source, LocalSource) and MANIFEST in source.files
     given: Mapping[str, Recipe] = recipe if isinstance(recipe, Mapping) else {}
     if recipe is not None and not isinstance(recipe, Mapping):

@@ -57,7 +57,8 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
     copies, left = _carried(source, plan, jobs) if whole else ([], {})
     if not whole:
         used = {name for job in jobs for name in job.files}
-        left = {name: "not part of the chosen component" for name in source.files if name not in used}
+        why = "not part of the chosen component" if settings.component else "holds nothing that a recipe converts"
+        left = {name: why for name in source.files if name not in used and name != MANIFEST}
         copies = [Copy.of(source, name) for name in source.files if CARRIED.fullmatch(name)]
         left = {name: why for name, why in left.items() if name not in {copy.name for copy in copies}}
     copies = [copy for copy in copies if copy.name not in written]

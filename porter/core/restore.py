@@ -98,8 +98,6 @@ def _opened(source: LocalSource) -> Port:
 
 
 def _of_port(source: LocalSource, port: Port, settings: Settings, layout: Layout) -> tuple[Job, ...]:
-    if settings.dtype is not None and layout == "original":
-        raise UsageError("--to original restores the original dtypes", hint="leave out --dtype")
     jobs: dict[str, Callable[[], Job]] = {}
     for name, record in port.manifest["components"].items():
         if record["action"] == "convert":

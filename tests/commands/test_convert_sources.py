@@ -222,3 +222,17 @@ def test_a_loss_is_said_and_the_next_command_undoes_it(
     following = re.search(r"next: +porter (.*)", said)
     assert following and main(shlex.split(following[1].replace("OUT", "back"))) == 0
     assert equal(Path("back/flux1-tiny.safetensors"), tiny_flux / "flux1-tiny.safetensors")
+
+
+@pytest.mark.parametrize("to", ["original", "comfyui"])
+def test_the_way_back_casts_nothing_and_says_so(to: Any, tiny_port: Path, tmp_path: Path) -> None:
+    for source in (tiny_port, without_manifest(tiny_port, tmp_path / "theirs")):
+        with pytest.raises(UsageError, match=f"--to {to} restores the original dtypes"):
+            convert(source, tmp_path / "out", to=to, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "F8_E4M3", "float99"])
+def test_a_dtype_that_weights_are_not_cast_to(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="weights are not cast to"):
+        convert("builtin:tiny-flux", tmp_path / "out", dtype=dtype)

@@ -37,8 +37,11 @@ def show(name: str | None, file: Path | None, as_json: bool, quiet: bool, verbos
             return
         for key, each in known.items():
             layouts = f"{each.recipe.source_layout} → {each.recipe.target_layout}"
-            told = f"{key:<31} {layouts}, {len(each.recipe.rules)} rules: {', '.join(each.users)}"
-            click.echo(key if quiet else told)
+            if quiet:
+                click.echo(key)
+            else:
+                told = f"{layouts}, {len(each.recipe.rules)} rules: {', '.join(each.users)}"
+                hang(console(), f"{key:<31} ", told)
         return
     if file is not None:
         recipes = read_recipes(file, name or "component")

@@ -123,7 +123,7 @@ def test_a_constant_of_no_dtype_is_refused(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("line", [
-    ["recipe", "show", "flux1"], ["recipe", "check", "builtin:tiny-flux"],
+    ["recipe", "show"], ["recipe", "show", "flux1"], ["recipe", "check", "builtin:tiny-flux"],
     ["convert", "builtin:tiny-flux", "--dry-run"], ["recipe", "--help"], ["convert", "--help"],
 ])  # fmt: skip
 def test_rules_fit_the_width(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -178,11 +179,13 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
         error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
+        if "--config FILE, with" in error.hint and sum(each.status == "convert" for each in plan.components) > 1:
+            error.hint = _configs(source, part)
         raise
     if not given and not full and not settings.config:
         raise RecipeError(
             f"{part.name}: its tensors alone do not say the config of {part.class_name}", expected="a config.json",
-            found="none beside the weights", hint="give one with --config FILE, or a pipeline with --base",
+            found="none beside the weights", hint=_configs(source, part),
         )  # fmt: skip
     notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
     plain = {key: value for key, value in full.items() if not key.startswith("_")}
@@ -212,6 +215,12 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         prefix=part.prefix,
         assumed=assumed,
     )
+
+
+def _configs(source: Source, part: ComponentPlan) -> str:
+    """The next command where one of several components lacks its config: `--config` holds one component's alone."""
+    start = f"porter convert {shlex.quote(source.given)}"
+    return f"{start} --base PIPELINE -o PORT, or {start} --component {part.name} --config FILE -o PORT"
 
 
 def recipe_for(reference: str, header: Mapping[str, TensorInfo], source_layout: str, target_layout: str) -> Recipe:

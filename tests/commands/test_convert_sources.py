@@ -236,3 +236,10 @@ def test_the_way_back_casts_nothing_and_says_so(to: Any, tiny_port: Path, tmp_pa
 def test_a_dtype_that_weights_are_not_cast_to(dtype: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="weights are not cast to"):
         convert("builtin:tiny-flux", tmp_path / "out", dtype=dtype)
+
+
+def test_a_file_of_several_components_asks_for_a_base(whole_file: Path, tmp_path: Path) -> None:
+    """One --config is for one component: of several, that would be refused."""
+    with pytest.raises(PorterError) as error:
+        convert(whole_file, tmp_path / "port")
+    assert "--base PIPELINE -o PORT" in str(error.value.hint)

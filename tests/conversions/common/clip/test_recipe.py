@@ -151,7 +151,9 @@ def test_the_pooled_place_is_the_highest_id(tmp_path: Path) -> None:
     torch.testing.assert_close(pooled, model.text_projection(states[:, 2]))
 
 
-def test_the_encoder_inside_a_checkpoint_goes_by_its_familys_recipe(tmp_path: Path) -> None:
+def test_the_encoder_inside_a_checkpoint_goes_by_its_familys_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Checkpoints of Stable Diffusion 1.x hold a buffer that today's class does not have: it is dropped, and said."""
     buffer, prefix = "text_model.embeddings.position_ids", "cond_stage_model.transformer."
     encoder = TINY["clip-kept"]
@@ -164,4 +166,5 @@ def test_the_encoder_inside_a_checkpoint_goes_by_its_familys_recipe(tmp_path: Pa
     given = {key: value for key, value in encoder.items() if not key.startswith("_")}
     done = convert(real, tmp_path / "port", component="text_encoder", config=given, verify=True)
     assert done.verified["text_encoder"]["tensors"] == len(shapes)
+    assert capsys.readouterr().err == ""  # no bars of the library's own
     assert [item["tensor"] for item in done.to_json()["loss"]["dropped"]] == [buffer]

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from porter.commands._options import hub_options, model_argument, output_options
-from porter.commands._render import byte_progress, console, escape, human_bytes, print_json
+from porter.commands._render import byte_progress, console, escape, fact, hang, human_bytes, print_json
 from porter.core.errors import BadInputError, UsageError
 from porter.core.lanes import DEFAULT_WORKERS
 
@@ -105,6 +105,9 @@ def command(
         click.echo(str(out))
 
 
+UNCHECKED = "  not checked: which tensors its class has; the recipe does not say, `porter convert --verify` loads it"
+
+
 def read_config_option(path: Path | None) -> dict[str, Any] | None:
     """What `--config FILE` holds; None without it."""
     if path is None:
@@ -129,22 +132,20 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
             f" {part['exactness']}, digest {part['recipe']['digest'][:12]}"
         )
         for rule in cover["rules"] if verbose else ():
-            screen.print(_rule_line(rule), soft_wrap=True)
+            hang(screen, f"{rule['source_tensors']:>5} → {rule['target_tensors']:<5} ", _rule_line(rule))
         for item in cover["dropped"]:
             screen.print(f"  dropped {escape(item['tensor'])}: {escape(item['reason'])}")
         if part["assumed"]:
             words = ", ".join(f"{key}: {value}" for key, value in part["assumed"].items())
             screen.print(f"  assumed {escape(words)}: no tensor shows it, and nobody gave it")
-        if not part["targets_checked"] and not document["verified"]:
-            screen.print("  not checked: which tensors its class has; the recipe does not say, --verify loads it")
+        if not part["targets_checked"] and not document["verified"] and document["direction"] == "diffusers":
+            screen.print(UNCHECKED)
         if len(part["targets"]) > 1:
             screen.print(f"  {len(part['targets'])} shards and their index")
     for file, left in document["left_tensors"].items():
-        screen.print(
-            f"left out  {left['count']} tensors of {escape(file)} that no recipe takes: {escape(left['first'])} …"
-        )
+        screen.print(left_line(file, left["count"], left["first"]))
     if document["copied"]:
-        screen.print(f"copied    {len(document['copied'])} files as they are")
+        screen.print(f"copied    {many(len(document['copied']), 'file')} unchanged")
         if verbose:
             screen.print("          " + escape(", ".join(document["copied"])), style="dim")
     reasons: dict[str, list[str]] = {}
@@ -152,7 +153,7 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         shown = f"{len(names)} files" if len(names) > 3 else ", ".join(names)
-        screen.print(f"left out  {escape(shown)}: {escape(why)}")
+        fact(screen, "left out", f"{shown}: {why}")
     for name, found in document["verified"].items():
         back = found["round_trip"]
         undone = f"{back} source tensors restored byte for byte" if isinstance(back, int) else back
@@ -160,9 +161,10 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
         made = f"{found['computed']} of {found['tensors']} tensors are what torch makes of the source"
         screen.print(f"verified  {escape(name)}: {loaded}{made}; {undone}")
     if document["resumed"]:
-        screen.print(f"resumed   {len(document['resumed'])} files of an interrupted run were kept")
-    kept = document["loss"]["exact"] and not document["loss"]["dropped"]
-    screen.print(f"loss      {'none: every element is kept' if kept else 'some, listed in manifest.json'}")
+        screen.print(f"resumed   {many(len(document['resumed']), 'file')} of an interrupted run kept")
+    lost = _loss(document)
+    said = f"{lost}; manifest.json says which" if lost and not document["dry_run"] else lost
+    fact(screen, "loss", said or "none: every element is kept")
     if document["dry_run"]:
         screen.print(f"dry run   {human_bytes(document['bytes'])} would be written; nothing was")
         return
@@ -172,12 +174,32 @@ def print_conversion(document: dict[str, Any], *, verbose: bool) -> None:
     screen.print(f"[bold]next[/]      porter {verb} {escape(port)}")
 
 
+def left_line(file: str, count: int, first: str) -> str:
+    """The line for the tensors of a source file that are not converted."""
+    return f"left out  {count} tensors of {escape(file)} that are not converted here: {escape(first)} …"
+
+
+def _loss(document: dict[str, Any]) -> str:
+    """What the result no longer holds; empty where nothing is lost."""
+    rules = [rule for part in document["components"] for rule in part["coverage"]["rules"] if rule["targets"]]
+    counts = {
+        "dropped": len(document["loss"]["dropped"]),
+        "rounded": sum(rule["source_tensors"] for rule in rules if rule["exactness"] == "lossy"),
+        "folded into others": sum(rule["source_tensors"] for rule in rules if rule["exactness"] == "needs-base"),
+    }
+    return ", ".join(f"{many(count, 'tensor')} {what}" for what, count in counts.items() if count)
+
+
+def many(count: int, thing: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def _rule_line(rule: dict[str, Any]) -> str:
-    """One rule with its counts: `  2 →   6  source → targets  split [h, h, h]`."""
-    counts = f"{rule['source_tensors']:>5} → {rule['target_tensors']:<5}"
-    ops = "" if rule["ops"] == "rename" else f"  [cyan]{escape(rule['ops'])}[/]"
-    cost = "" if rule["exactness"] == "exact" else f"  [yellow]{rule['exactness']}[/]"
-    return f"{counts} {escape(_pattern(rule['sources']))} → {escape(_pattern(rule['targets']))}{ops}{cost}"
+    """One rule: `source → targets  split [h, h, h]`."""
+    ops = "" if rule["ops"] == "rename" else f"  {rule['ops']}"
+    cost = "" if rule["exactness"] == "exact" else f"  {rule['exactness']}"
+    return f"{_pattern(rule['sources'])} → {_pattern(rule['targets'])}{ops}{cost}"
 
 
 def _pattern(patterns: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from porter.commands._options import hub_options, model_argument, output_options
-from porter.commands._render import console, escape, human_bytes, print_json
+from porter.commands._render import console, escape, hang, human_bytes, print_json
 from porter.core.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def command() -> None:
     """The rules that move weights between layouts."""
 
 
-@command.command(name="show")
+@command.command(name="show", short_help="Print a recipe's rules; without NAME, the recipes' names.")
 @click.argument("name", required=False)
 @click.option("--recipe", "file", type=click.Path(path_type=Path), metavar="FILE.py", help="A recipe file of your own.")
 @output_options
@@ -37,8 +37,11 @@ def show(name: str | None, file: Path | None, as_json: bool, quiet: bool, verbos
             return
         for key, each in known.items():
             layouts = f"{each.recipe.source_layout} → {each.recipe.target_layout}"
-            told = f"{key:<31} {layouts}, {len(each.recipe.rules)} rules: {', '.join(each.users)}"
-            click.echo(key if quiet else told)
+            if quiet:
+                click.echo(key)
+            else:
+                told = f"{layouts}, {len(each.recipe.rules)} rules: {', '.join(each.users)}"
+                hang(console(), f"{key:<31} ", told)
         return
     if file is not None:
         recipes = read_recipes(file, name or "component")
@@ -53,7 +56,7 @@ def show(name: str | None, file: Path | None, as_json: bool, quiet: bool, verbos
         _print_rules(document, verbose=verbose)
 
 
-@command.command(name="check")
+@command.command(name="check", short_help="Account for every tensor of MODEL, rule by rule.")
 @model_argument
 @click.option("--component", metavar="NAME", help="Only this component.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="The component's config.json.")
@@ -79,7 +82,7 @@ def check(
     verbose: bool,
 ) -> None:
     """Account for every tensor of MODEL and of what it becomes, rule by rule; nothing is read but headers."""
-    from porter.commands.convert import read_config_option
+    from porter.commands.convert import UNCHECKED, left_line, read_config_option
     from porter.core.convert import convert
     from porter.core.cookbook import in_words
 
@@ -112,9 +115,11 @@ def check(
         for rule in part["coverage"]["rules"] if not quiet else ():
             _print_rule(rule, f"{rule['source_tensors']:>5} → {rule['target_tensors']:<5} ", verbose=verbose)
         for item in part["coverage"]["dropped"] if not quiet else ():
-            screen.print(f"  dropped {escape(item['tensor'])}: {escape(item['reason'])}", soft_wrap=True)
+            screen.print(f"  dropped {escape(item['tensor'])}: {escape(item['reason'])}")
+        if not part["targets_checked"]:
+            screen.print(UNCHECKED)
     for name, names in ready.left.items():
-        screen.print(f"left out  {len(names)} tensors of {escape(name)} that no recipe takes: {escape(names[0])} …")
+        screen.print(left_line(name, len(names), names[0]))
 
 
 def _print_rules(document: dict[str, Any], *, verbose: bool) -> None:
@@ -132,10 +137,14 @@ def _print_rules(document: dict[str, Any], *, verbose: bool) -> None:
 def _print_rule(rule: dict[str, Any], start: str, *, verbose: bool) -> None:
     """One rule; where it does more than rename: its ops, its reason, and what undoes it."""
     from porter.core.cookbook import line_of
+    from porter.core.recipe import Rule
 
     screen = console()
-    screen.print(f"{start}{escape(line_of(rule))}", soft_wrap=True)
+    hang(screen, start, line_of(rule))
     if rule["ops"] != "rename" or verbose:
-        cost = "" if rule["exactness"] == "exact" else f"; {rule['exactness']}"
-        screen.print(f"{' ' * len(start)}  why   {escape(rule['why'])}{cost}", soft_wrap=True, style="dim")
-        screen.print(f"{' ' * len(start)}  back  {escape(rule['inverse'])}", soft_wrap=True, style="dim")
+        cost = "" if rule["exactness"] == "exact" else rule["exactness"]
+        why = "; ".join(word for word in (rule["why"] if rule["why"] != Rule.why else "", cost) if word)
+        inner = " " * len(start)
+        if why:
+            hang(screen, f"{inner}  why   ", why, first_style="dim", style="dim")
+        hang(screen, f"{inner}  back  ", rule["inverse"], first_style="dim", style="dim")

@@ -27,6 +27,7 @@ from porter.core.write import check_text, loss_report, write
 if TYPE_CHECKING:
     from porter.core.recipe import Recipe
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "bf16", "fp16", "fp32", "fp64", "half")
 Direction = Literal["diffusers", "original", "comfyui"]
 
 
@@ -117,6 +118,10 @@ def convert(
     target = Path(output).expanduser().absolute()
     if workers < 1:
         raise UsageError("--workers is a number of threads", expected="1 or more", found=str(workers))
+    if dtype is not None and dtype.removeprefix("torch.").lower() not in _DTYPES:
+        raise UsageError(
+            f"weights are not cast to {dtype!r}", expected=", ".join(_DTYPES), found=dtype, hint=f"--dtype {_DTYPES[0]}"
+        )
     limit = parse_size(shard_size) if shard_size is not None else None
     if not dry_run:
         _refuse_existing(target, overwrite)

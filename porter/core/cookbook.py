@@ -8,7 +8,7 @@ from typing import Any
 
 from porter.core.errors import RecipeError, UsageError
 from porter.core.family import families, resolve
-from porter.core.ops import Constant
+from porter.core.ops import Concat, Constant
 from porter.core.patterns import nearest
 from porter.core.recipe import Recipe, Rule
 from porter.core.tensorplan import weakest
@@ -49,10 +49,12 @@ def recipes_named(name: str) -> list[Known]:
     found = [each for each in known.values() if any(user == name or user.startswith(f"{name}/") for user in each.users)]
     if found:
         return found
-    near = nearest(name, [*known, *families()])
+    family = families().get(name.partition("/")[0])
+    near = nearest(name, [user for each in known.values() for user in (*each.users, each.recipe.name)])
     raise UsageError(
-        f"no recipe is called {name!r}", expected=", ".join(near) or "a name of `porter recipe show`", found=name,
-        hint="porter recipe show",
+        f"{family.title} has no recipe of this name" if family else f"no recipe is called {name!r}",
+        expected="a recipe, a family that has some, or FAMILY/COMPONENT",
+        found=f"{name} (nearest: {', '.join(near)})" if near else name, hint="porter recipe show",
     )  # fmt: skip
 
 
@@ -88,6 +90,9 @@ def _inverse(rule: Rule) -> str:
         return "only with --base: the original's tensor is copied"
     words = []
     for op in reversed(rule.ops):
+        if isinstance(op, Concat) and not op.sizes:
+            words.append("split at the same places")
+            continue
         try:
             words.append(op.inverse().describe())
         except (RecipeError, NotImplementedError, TypeError, IndexError):  # its sizes are those of a file at hand

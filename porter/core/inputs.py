@@ -37,7 +37,7 @@ def component_tensors(
         if name.startswith(prefix) and not (inner and name.startswith(inner))
     }
     if averaged:
-        own = _averaged(part, header, own)
+        own = _averaged(part, header, own, [other for other in others if other.files == part.files])
     return own, metadata
 
 
@@ -72,26 +72,37 @@ def local_tensors(path: Path) -> dict[str, TensorInfo]:
 
 
 def _averaged(
-    part: ComponentPlan, header: Mapping[str, TensorInfo], own: Mapping[str, TensorInfo]
+    part: ComponentPlan, header: Mapping[str, TensorInfo], own: Mapping[str, TensorInfo], parts: list[ComponentPlan]
 ) -> dict[str, TensorInfo]:
-    """The averaged copy of every tensor. Training codes name it `model_ema.` and the name, some without its dots."""
+    """The averaged copy of every tensor. `parts`: all components of the file, most of which training leaves alone."""
     found: dict[str, TensorInfo] = {}
     for name in own:
-        whole = part.prefix + name
-        inner = whole.removeprefix("model.")
-        spelt = (
-            f"model_ema.{inner.replace('.', '')}", f"model_ema.{inner}", f"ema.{whole}", f"ema_model.{whole}",
-            f"params_ema.{whole}", f"ema.{name}", f"model_ema.{name}",
-        )  # fmt: skip
+        spelt = _copies(part.prefix, name)
         copy = next((header[each] for each in spelt if each in header), None)
         if copy is None or copy.shape != own[name].shape:
+            having = [other.name for other in parts if other is not part and _is_averaged(other, header)]
             raise UsageError(
-                f"{part.name}: {whole} has no averaged copy in {', '.join(part.files)}",
+                f"{part.name}: {part.prefix + name} has no averaged copy in {', '.join(part.files)}",
                 expected="an averaged (EMA) copy of every tensor", found=f"none called {spelt[0]}",
-                hint="leave out --ema",
+                hint=f"--ema with --component {having[0]}, which has them" if having else "leave out --ema",
             )  # fmt: skip
         found[name] = copy
     return found
+
+
+def _copies(prefix: str, name: str) -> tuple[str, ...]:
+    """How an averaged copy may be called. Training codes name it `model_ema.` and the name, some without its dots."""
+    whole = prefix + name
+    inner = whole.removeprefix("model.")
+    return (
+        f"model_ema.{inner.replace('.', '')}", f"model_ema.{inner}", f"ema.{whole}", f"ema_model.{whole}",
+        f"params_ema.{whole}", f"ema.{name}", f"model_ema.{name}",
+    )  # fmt: skip
+
+
+def _is_averaged(part: ComponentPlan, header: Mapping[str, TensorInfo]) -> bool:
+    own = (name.removeprefix(part.prefix) for name in header if part.prefix and name.startswith(part.prefix))
+    return any(each in header for name in own for each in _copies(part.prefix, name))
 
 
 def with_place(planned: TensorInfo, found: TensorInfo | None) -> TensorInfo:

@@ -121,8 +121,9 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
         status = "reuse" if library and not file.quantised and whole else "port"
         if not whole and library and not file.quantised and file.one.kind in CONVERTED:
-            status, recipe = "convert", SAME_NAMES
-            words.append(f"{class_name} takes its tensors as they are, from a file of its own")
+            status, recipe = "convert", known.recipe or _shared_recipe(file, known) or SAME_NAMES
+            if recipe == SAME_NAMES:
+                words.append(f"{class_name} takes its tensors as they are, from a file of its own")
         native = known.component is not None and known.component.native is not None and bool(file.config)
         status = "native" if status == "reuse" and native else status
         if status == "reuse" and known.recipe and not config:  # the original's names are the class's own
@@ -141,6 +142,16 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     words += [file.note] if file.note else []
     return _component(file, piece, name, library=library, class_name=class_name, status=status, layout=layout,
                       recipe=recipe, config=config, note="; ".join(words), model=model)  # fmt: skip
+
+
+def _shared_recipe(file: _Checkpoint, known: Known) -> str | None:
+    """The recipe by which the source's family takes a component that families share, in its class's own names.
+
+    Such names inside a checkpoint may stand beside buffers that the class does not have.
+    """
+    family = file.found.family
+    role = family.component(known.architecture.component) if family else None
+    return recipe_for(family, role, known.architecture) if role else None
 
 
 def _unknown(file: _Checkpoint, piece: Part) -> ComponentPlan:

@@ -104,7 +104,8 @@ class Port:
             raise BadInputError(f"{root} is an unfinished port", hint="run the same `porter convert` again")
         if manifest.get("direction") != "diffusers":
             raise BadInputError(
-                f"{root} holds a model in the original layout, not a port", hint=f"porter convert {root} -o {root}-port"
+                f"{root} holds a model in the {manifest.get('direction')} layout, not a port",
+                hint=f"porter convert {root} -o {root}-port",
             )
         _check(file, manifest)
         return cls(root, manifest)

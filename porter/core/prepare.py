@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -57,7 +58,8 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
     copies, left = _carried(source, plan, jobs) if whole else ([], {})
     if not whole:
         used = {name for job in jobs for name in job.files}
-        left = {name: "not part of the chosen component" for name in source.files if name not in used}
+        why = "not part of the chosen component" if settings.component else "holds nothing that a recipe converts"
+        left = {name: why for name in source.files if name not in used and name != MANIFEST}
         copies = [Copy.of(source, name) for name in source.files if CARRIED.fullmatch(name)]
         left = {name: why for name, why in left.items() if name not in {copy.name for copy in copies}}
     copies = [copy for copy in copies if copy.name not in written]
@@ -148,10 +150,15 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
                 f"{source.given} holds {name} more than once", expected="one of them", found=", ".join(files),
                 hint=f"name one of these files alone: porter convert <path of {files[0]}> -o PORT",
             )  # fmt: skip
+    if known := [part for part in chosen if part.status == "port" and part.layout == "original"] if not found else []:
+        raise BadInputError(
+            f"{known[0].name}: no recipe of the catalogue takes it", expected="a layout of `porter recipe show`",
+            found=known[0].note or None, hint="write a recipe (docs/recipes.md) and give it with --recipe FILE.py",
+        )  # fmt: skip
     if not found and any(part.status == "port" for part in chosen):
         raise BadInputError(
             f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:1]) or None,
-            hint="porter families",
+            hint="porter families; docs/recipes.md says how a recipe of your own is written",
         )  # fmt: skip
     if not found:
         where = f"{component} is" if component else f"{source.given} is"
@@ -172,11 +179,13 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
         error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
+        if "--config FILE, with" in error.hint and sum(each.status == "convert" for each in plan.components) > 1:
+            error.hint = _configs(source, part)
         raise
     if not given and not full and not settings.config:
         raise RecipeError(
             f"{part.name}: its tensors alone do not say the config of {part.class_name}", expected="a config.json",
-            found="none beside the weights", hint="give one with --config FILE, or a pipeline with --base",
+            found="none beside the weights", hint=_configs(source, part),
         )  # fmt: skip
     notes = {key: value for key, value in given.items() if key.startswith("_") and key != "_class_name"}
     plain = {key: value for key, value in full.items() if not key.startswith("_")}
@@ -207,6 +216,12 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         assumed=assumed,
         averaged=settings.averaged,
     )
+
+
+def _configs(source: Source, part: ComponentPlan) -> str:
+    """The next command where one of several components lacks its config: `--config` holds one component's alone."""
+    start = f"porter convert {shlex.quote(source.given)}"
+    return f"{start} --base PIPELINE -o PORT, or {start} --component {part.name} --config FILE -o PORT"
 
 
 def recipe_for(reference: str, header: Mapping[str, TensorInfo], source_layout: str, target_layout: str) -> Recipe:

@@ -126,13 +126,26 @@ def guarded(make: Callable[..., T]) -> Callable[..., T]:
         check_counts(config, "the config")
         try:
             return make(config, *more)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        except KeyError as error:
+            key = error.args[0] if error.args else ""
+            if key in config:
+                raise _undescribed(error) from error
             raise RecipeError(
-                "the config does not describe the tensors", expected="the keys and kinds of its class",
-                found=f"{type(error).__name__}: {error}"[:200], hint="repair the component's config.json",
+                f"the config has no {key}", expected=f"{key}, which the recipe reads",
+                found=", ".join(map(str, list(config)[:8])) or "no config",
+                hint=f"give one with --config FILE, with {key} in it",
             ) from error  # fmt: skip
+        except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+            raise _undescribed(error) from error
 
     return made
+
+
+def _undescribed(error: Exception) -> RecipeError:
+    return RecipeError(
+        "the config does not describe the tensors", expected="the keys and kinds of its class",
+        found=f"{type(error).__name__}: {error}"[:200], hint="repair the component's config.json",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ configs and tensors; then the catalogue's recipe says what the original layout i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from porter.core.checkpoint import TensorInfo, dtype_code, specs
 from porter.core.described import full_config
-from porter.core.errors import BadInputError, UsageError
+from porter.core.errors import BadInputError, RecipeError, UsageError
 from porter.core.family import Component, families
 from porter.core.identity import for_header
 from porter.core.inputs import file_tensors
@@ -61,12 +63,15 @@ def inverse(source: Source, plan: PortPlan | None, settings: Settings, layout: L
         names, base_digests = list(source.files), {}
     used = {name for job in jobs for name in job.files}
     only = settings.component
-    configs = {f"{job.component}/config.json" for job in jobs}
+    mine = {job.component for job in jobs}
+    configs = {f"{name}/config.json" for name in mine}
     left: dict[str, str] = {}
     copies: list[Copy] = []
     for name in names:
         if name in used:
-            left[name] = "what the restored files were made from"
+            left[name] = "holds the weights that were converted"
+        elif name.endswith(".index.json") and name.partition("/")[0] in mine:
+            left[name] = "index of weights that are written anew"
         elif plan is None and layout == "original":
             if only is None or name == f"{only}/config.json":
                 copies.append(Copy.of(source, name))
@@ -96,12 +101,33 @@ def _opened(source: LocalSource) -> Port:
 
 def _of_port(source: LocalSource, port: Port, settings: Settings, layout: Layout) -> tuple[Job, ...]:
     if settings.dtype is not None and layout == "original":
-        raise UsageError("--to original restores the original dtypes", hint="leave out --dtype")
-    converted = {name: r for name, r in port.manifest["components"].items() if r["action"] == "convert"}
-    records = {name: record for name, record in converted.items() if settings.component in (None, name)}
-    if not records:
-        raise unknown_component(source, settings.component, list(converted))
-    return tuple(_port_job(source, port, name, record, settings, layout) for name, record in records.items())
+        raise UsageError("--to original of a port restores the original dtypes", hint="leave out --dtype")
+    jobs: dict[str, Callable[[], Job]] = {}
+    for name, record in port.manifest["components"].items():
+        if record["action"] == "convert":
+            jobs[name] = partial(_port_job, source, port, name, record, settings, layout)
+        elif layout == "comfyui" and name.startswith(tuple(_COMFY_FOLDERS)):  # as it is, under ComfyUI's name
+            files = [file for file in port.manifest["files"] if file.startswith(f"{name}/")]
+            if stored := tuple(file for file in files if file.endswith(".safetensors")):
+                jobs[name] = partial(
+                    _kept_job, source, name, record["library"] or "", record["class"] or "", stored, settings
+                )
+    chosen = [job for name, job in jobs.items() if settings.component in (None, name)]
+    if not chosen:
+        raise unknown_component(source, settings.component, list(jobs))
+    return tuple(job() for job in chosen)
+
+
+def _kept_job(
+    source: LocalSource, name: str, library: str, class_name: str, stored: tuple[str, ...], settings: Settings
+) -> Job:
+    """A component that the port took over as it was, for ComfyUI: the same tensors in one file."""
+    header, _ = file_tensors(source, stored, name)
+    recipe = for_header(header, "comfyui", "diffusers")
+    forwards = compile_recipe(recipe, {}, recipe.source_headers({})).rebind(header)
+    back = _cast(forwards.inverse(), forwards, recipe, settings.dtype)
+    target = _target(name, None, source.name, "comfyui")
+    return _job(source, name, library, class_name, recipe, SAME_NAMES, back, {}, stored, target, settings)
 
 
 def _port_job(
@@ -118,7 +144,13 @@ def _port_job(
             f"the recipe of {name} is no longer the one that wrote this port", expected=record["recipe"]["digest"],
             found=plan.digest, hint="convert the original again",
         )  # fmt: skip
-    back = _cast(plan.inverse(_base_tensors(settings.base, name, record, port)), plan, recipe, settings.dtype)
+    try:
+        back = _cast(plan.inverse(_base_tensors(settings.base, name, record, port)), plan, recipe, settings.dtype)
+    except RecipeError as error:
+        if settings.base is None:  # the manifest names the file or folder that has what is lost
+            words = ["porter", "convert", source.given, "--to", layout, "--base", port.manifest["source"]["spec"]]
+            error.hint = f"{shlex.join(words)}{' --recipe FILE.py' if name in settings.recipes else ''} -o OUT"
+        raise
     known = families().get(port.manifest.get("family") or "")
     part = known.component(name) if known else None
     names = [Path(text).name for text in record["sources"]]

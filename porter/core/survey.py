@@ -93,7 +93,7 @@ def survey(source: Source) -> Survey:
 def _evidence(source: Source, found: Survey) -> None:
     """Whether the folder is a finished port, and what parity said of it."""
     if isinstance(source, LocalSource) and MANIFEST in source.files and is_manifest(source.root / MANIFEST):
-        if source.json(MANIFEST).get("direction") == "original":
+        if source.json(MANIFEST).get("direction") != "diffusers":
             return
         found.verdict = Port.open(source.root).verdict()
         if found.verdict != "passed":

@@ -206,7 +206,7 @@ class TensorPlan:
                     weakest(step.exactness for step in steps), rule.why,
                 )
             )  # fmt: skip
-            if not rule.targets:
+            if any(map(_drops, steps)):
                 dropped += [(name, rule.why) for step in steps for name in step.sources]
         totals = {
             "source": len(self.sources), "target": len(self.targets), "dropped": len(dropped),
@@ -254,13 +254,19 @@ class TensorPlan:
         """
         lost = [(name, step) for step in self.steps if step.exactness != "exact" for name in step.sources]
         if lost and base is None:
-            name, step = lost[0]
-            does = "drops" if _drops(step) else "rounds" if step.exactness == "lossy" else "folds"
-            more = f" and {len(lost) - 1} more" if lost[1:] else ""
+            kinds: dict[str, list[str]] = {}
+            for name, step in lost:
+                does = "drops" if _drops(step) else "rounds" if step.exactness == "lossy" else "folds"
+                kinds.setdefault(does, []).append(name)
+            words = [
+                f"{does} {names[0]}" if len(names) == 1 else f"{does} {len(names)} tensors, the first {names[0]}"
+                for does, names in kinds.items()
+            ]
             raise RecipeError(
-                f"{self.recipe} cannot be undone: it {does} {name}{more}",
+                f"{self.recipe} cannot be undone: it {'; it '.join(words)}",
                 expected="every element kept, or --base with the original weights",
-                found=self.rules[step.rule].why, hint="name the original with --base, or keep it",
+                found=next((self.rules[step.rule].why for _, step in lost if _drops(step)), None),
+                hint="name the original weights with --base",
             )  # fmt: skip
         steps, borrowed = [], dict[str, TensorInfo]()
         for step in self.steps:

@@ -39,8 +39,9 @@ class Trouble:
     def unreachable(self, detail: str) -> MissingError:
         """No connection at all: refused, no such host, no network."""
         return MissingError(
-            f"the hub cannot be reached for {self.repo}", expected="an answer over HTTP", found=detail[:300],
-            hint=self._instead(),
+            f"the hub cannot be reached for {self.repo}",
+            expected="a folder or file of this name here, or an answer over HTTP",
+            found=detail[:300], hint=self._instead(),
         )  # fmt: skip
 
     def slow(self, detail: str) -> MissingError:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from porter.core.jobs import Job
 from porter.core.libraries import LIBRARIES
 from porter.core.ops import TORCH_NAMES
 from porter.core.staging import Staging
+
+# What decides about the class's tensors, and the account of those that were written.
+_HINT = "see `porter recipe check` for the account, and whether config.json is this model's (--config FILE)"
 
 
 def verify_job(job: Job, staging: Staging) -> dict[str, Any]:
@@ -61,14 +65,19 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
         # Says something only where a dtype is asked for, and would need accelerate.
         real = type(job.class_name, (real,), {"_keep_in_fp32_modules": None})
     quiet = {"low_cpu_mem_usage": False} if job.library == "diffusers" else {}  # or it advises to install something
-    module, told = real.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **quiet)
+    with _no_bars(job.library):
+        module, told = real.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **quiet)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told.get(kind):
-            raise CheckFailed(f"{job.class_name} does not load strictly", found=f"{kind}: {list(told[kind])[:4]}")
+            raise CheckFailed(
+                f"{job.class_name} does not load strictly", found=f"{kind}: {list(told[kind])[:4]}", hint=_HINT
+            )
     state = module.state_dict()
     state = _as_written(state, header)
     if odd := set(state) ^ set(header):
-        raise CheckFailed(f"{job.class_name} and the written file name different tensors", found=str(sorted(odd)[:4]))
+        raise CheckFailed(
+            f"{job.class_name} and the written file name different tensors", found=str(sorted(odd)[:4]), hint=_HINT
+        )
     for name, info in header.items():
         known = TORCH_NAMES.get(info.dtype)
         held = state[name].detach().to(getattr(torch, known)) if known else state[name]
@@ -76,6 +85,19 @@ def _load(job: Job, folder: Path, header: Any, written: dict[str, str]) -> str:
         if hashlib.sha256(raw).hexdigest() != written[name]:
             raise CheckFailed(f"{job.class_name} holds other values than were written", found=name)
     return f"{job.library}.{job.class_name}"
+
+
+@contextmanager
+def _no_bars(library: str) -> Iterator[None]:
+    """Without the library's own progress bars, which it prints even where stderr is no terminal."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _as_written(state: Any, header: Any) -> Any:

@@ -182,7 +182,7 @@ def _run(job: Job, staging: Staging, workers: int, hashes: SourceHashes, progres
 
 
 def loss_report(jobs: tuple[Job, ...]) -> dict[str, Any]:
-    """What the written tensors no longer hold: dropped tensors with reasons, and rules that round."""
+    """What the written tensors no longer hold: dropped tensors with reasons, and rules that round or fold."""
     coverages = {job.component: job.coverage for job in jobs}
     return {
         "exact": all(job.plan.exactness == "exact" for job in jobs),
@@ -191,7 +191,7 @@ def loss_report(jobs: tuple[Job, ...]) -> dict[str, Any]:
             {"component": name, "sources": rule["sources"], "ops": rule["ops"], "exactness": rule["exactness"]}
             for name, c in coverages.items()
             for rule in c["rules"]
-            if rule["exactness"] == "lossy"
+            if rule["exactness"] != "exact" and rule["targets"]
         ],
     }
 

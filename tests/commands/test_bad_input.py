@@ -202,8 +202,8 @@ USES = {
     "component-not-converted": Use(
         ("convert", "builtin:tiny-flux", "--component", "tokenizer", "-o", "{}/p"), 2, ("nothing to convert",)
     ),
-    "unknown-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "float7", "-o", "{}/p"), 6, ("float7",)),
-    "empty-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "", "-o", "{}/p"), 6, ("dtype",)),
+    "unknown-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "float7", "-o", "{}/p"), 2, ("float7",)),
+    "empty-dtype": Use(("convert", "builtin:tiny-flux", "--dtype", "", "-o", "{}/p"), 2, ("dtype",)),
     "revision-of-a-folder": Use(("plan", "{model}", "--revision", "main"), 2, ("--revision", "hub id")),
     "revision-of-a-builtin": Use(("plan", "builtin:tiny-flux", "--revision", "main"), 2, ("--revision", "hub id")),
     "two-components": Use(

@@ -7,6 +7,8 @@ back that needs the original.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from porter.cli import main
 from porter.core.convert import Conversion, convert
 from porter.core.errors import BadInputError, PorterError, RecipeError, UsageError
 from porter.core.family import resolve
@@ -186,10 +189,13 @@ def test_a_cast_on_the_way_back(tiny_port: Path, tiny_flux: Path, tmp_path: Path
     found = load_file(tmp_path / "comfy" / "diffusion_models" / f"{tiny_port.name}.safetensors")
     whole = load_file(tiny_flux / "flux1-tiny.safetensors")
     assert all(torch.equal(tensor, whole[name].to(torch.float16)) for name, tensor in found.items())
+    convert(tiny_port, tmp_path / "encoder", to="comfyui", dtype="float16", component="text_encoder")
+    (encoder,) = (tmp_path / "encoder" / "text_encoders").iterdir()
+    assert torch.float32 not in dtypes(encoder)
     theirs = without_manifest(tiny_port, tmp_path / "theirs")
     convert(theirs, tmp_path / "back", to="original", dtype="float16")
     assert dtypes(tmp_path / "back" / "ae.safetensors") == {torch.float16}
-    with pytest.raises(UsageError, match="restores the original dtypes"):
+    with pytest.raises(UsageError, match="of a port restores the original dtypes"):
         convert(tiny_port, tmp_path / "no", to="original", dtype="float16")
     recipe = replace(
         resolve("conversions.flux1.recipe:TRANSFORMER"),
@@ -262,3 +268,63 @@ def test_what_comes_from_the_base_is_said(tiny_port: Path, tiny_flux: Path, tmp_
     assert {"LICENSE", "model_index.json", TRANSFORMER} < done.manifest["base"]["files"].keys()
     assert done.manifest["licence"]["base"] == {"license": "apache-2.0"}
     assert done.manifest["licence"]["files"] == ["LICENSE"] and "base: README.md" in done.manifest["not_carried"]
+
+
+def test_what_comfyui_was_given_is_planned_and_converted_again(
+    tiny_port: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ComfyUI has no text encoders of its own: a port's go over too, those that no recipe took among them."""
+    port = tmp_path / "tiny"
+    shutil.copytree(tiny_port, port)
+    convert(port, tmp_path / "comfy", to="comfyui")
+    for name, component in (("tiny", "text_encoder"), ("tiny-2", "text_encoder_2")):
+        ours = load_file(tmp_path / "comfy" / "text_encoders" / f"{name}.safetensors")
+        theirs = load_file(port / component / "model.safetensors")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert main(["plan", str(tmp_path / "comfy"), "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith(f"porter convert {tmp_path / 'comfy'}")
+    convert(tmp_path / "comfy", tmp_path / "again", base=port)
+    for name in (TRANSFORMER, VAE, "text_encoder/model.safetensors"):
+        assert equal(tmp_path / "again" / name, port / name), name
+    convert(port, tmp_path / "one", to="comfyui", component="text_encoder_2")
+    assert [path.parent.name for path in (tmp_path / "one").rglob("*.safetensors")] == ["text_encoders"]
+
+
+def test_the_way_back_leaves_the_index_of_shards(tiny_port: Path, tmp_path: Path) -> None:
+    convert("builtin:tiny-flux", tmp_path / "port", shard_size="3MB")
+    done = convert(tmp_path / "port", tmp_path / "back", to="original")
+    assert not list((tmp_path / "back").rglob("*.index.json"))
+    assert f"{TRANSFORMER}.index.json" in done.to_json()["not_carried"]
+
+
+def test_only_some_components_have_averaged_copies(whole_file: Path, tiny_port: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"vae: .* has no averaged copy") as error:
+        convert(whole_file, tmp_path / "port", base=tiny_port, component="vae", averaged=True)
+    assert error.value.hint == "--ema with --component transformer, which has them"
+
+
+def test_a_loss_is_said_and_the_next_command_undoes_it(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(tiny_flux), "--dtype", "float16", "-o", "half"]) == 0
+    assert re.search(r"loss +\d+ tensors rounded; manifest.json says which", capsys.readouterr().out)
+    assert main(["convert", "half", "--to", "original", "-o", "back"]) == 6
+    said = capsys.readouterr().err
+    assert re.search(r"it rounds \d+ tensors, the first", said) and "another name" not in said
+    following = re.search(r"next: +porter (.*)", said)
+    assert following and main(shlex.split(following[1].replace("OUT", "back"))) == 0
+    assert equal(Path("back/flux1-tiny.safetensors"), tiny_flux / "flux1-tiny.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "F8_E4M3", "float99"])
+def test_a_dtype_that_weights_are_not_cast_to(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="weights are not cast to"):
+        convert("builtin:tiny-flux", tmp_path / "out", dtype=dtype)
+
+
+def test_a_file_of_several_components_asks_for_a_base(whole_file: Path, tmp_path: Path) -> None:
+    """One --config is for one component: of several, that would be refused."""
+    with pytest.raises(PorterError) as error:
+        convert(whole_file, tmp_path / "port")
+    assert "--base PIPELINE -o PORT" in str(error.value.hint)

@@ -89,3 +89,43 @@ def test_the_class_is_the_real_one() -> None:
     with torch.device("meta"):
         names = AuraFlowTransformer2DModel(**CONFIG).state_dict().keys()
     assert len(names) == len(convert_auraflow_transformer_checkpoint_to_diffusers(originals()))
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_it_the_layout_is_named_and_the_page_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "aura_flow.safetensors", "-o", "p"]) == 6
+    said = capsys.readouterr().err
+    assert "original layout of AuraFlow" in said and "--recipe FILE.py" in said and "docs/recipes.md" in said
+
+
+def test_the_made_up_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, code = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    Path("own.py").write_text(code)
+    h, n, heads, experts = 8, 2, 2, 3
+    Path("c.json").write_text(json.dumps({"h": h, "n": n, "heads": heads, "experts": experts}))
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (4, h), "rope.freqs": (4,), "out.weight": (6, h)}
+    shapes["out.gate"] = (6,)
+    rows = {"qkv": 3 * h, "gate": 12, "up": 12, "mod": 2 * h, "inner": 3 * h, "down": 5}
+    for i in range(n):
+        shapes |= {f"b.{i}.{name}.weight": (count, h) for name, count in rows.items()}
+        shapes |= {f"b.{i}.experts.{j}.weight": (4, h) for j in range(experts)} | {f"b.{i}.mod.bias": (2 * h,)}
+    drawn = torch.Generator().manual_seed(0)
+    there = {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}
+    save_file(there, "made_up.safetensors")
+    line = ["convert", "made_up.safetensors", "--recipe", "own.py", "--component", "transformer"]
+    assert main([*line, "--config", "c.json", "-o", "port"]) == 0
+    made = load_file("port/transformer/diffusion_pytorch_model.safetensors")
+    assert torch.equal(made["blocks.1.k.weight"], there["b.1.qkv.weight"][h : 2 * h])
+    inner = there["b.0.inner.weight"].unflatten(0, (heads, 3, h // heads)).transpose(0, 1).flatten(0, 2)
+    assert torch.equal(made["blocks.0.inner.weight"], inner)
+    assert torch.equal(made["blocks.0.experts"][2], there["b.0.experts.2.weight"]) and made["scale"].tolist() == [1.0]
+    assert torch.equal(made["blocks.1.shared.weight"], there["shared.weight"]) and "rope.freqs" not in made
+    assert torch.equal(made["out.weight"], there["out.weight"] * there["out.gate"][:, None])
+    back = ["convert", "port", "--to", "original", "--recipe", "own.py", "-o", "back"]
+    assert main(back) == 6 and "it drops rope.freqs; it folds 2 tensors" in capsys.readouterr().err
+    assert main([*back, "--base", "made_up.safetensors"]) == 0
+    found = load_file("back/made_up.safetensors")
+    assert found.keys() == there.keys() and all(torch.equal(found[name], tensor) for name, tensor in there.items())

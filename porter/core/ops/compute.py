@@ -214,7 +214,8 @@ class Constant(Compute):
     def bind(self, views: Sequence[View], parameters: Mapping[str, int]) -> Constant:
         if views:
             raise RecipeError(f"cannot {self.describe()}", expected="no source tensor", found=f"{len(views)}")
-        return Constant(self.value, tuple(evaluate(size, parameters) for size in self.shape), self.dtype)
+        shape = tuple(evaluate(size, parameters) for size in self.shape)
+        return Constant(self.value, shape, dtype_code(self.dtype))
 
     def move(self, views: Sequence[View]) -> list[View]:
         return [self.made(views, self.dtype, numbers(self.shape))]

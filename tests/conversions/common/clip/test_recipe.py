@@ -149,3 +149,22 @@ def test_the_pooled_place_is_the_highest_id(tmp_path: Path) -> None:
     pooled = model(ids).text_embeds
     states = model.text_model(ids).last_hidden_state
     torch.testing.assert_close(pooled, model.text_projection(states[:, 2]))
+
+
+def test_the_encoder_inside_a_checkpoint_goes_by_its_familys_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of Stable Diffusion 1.x hold a buffer that today's class does not have: it is dropped, and said."""
+    buffer, prefix = "text_model.embeddings.position_ids", "cond_stage_model.transformer."
+    encoder = TINY["clip-kept"]
+    known = next(k for k in architectures() if (k.family, k.component, k.layout) == ("sd1", "unet", "original"))
+    shapes = {prefix + name: shape for name, shape in shapes_of(KEPT.source_headers(encoder)).items()}
+    unet = {f"model.diffusion_model.{name}": shape for name, shape in names_of(known).items()}
+    real = sparse(tmp_path / "v1.safetensors", {**unet, **shapes, prefix + buffer: (1, 9)})
+    parts = {part.name: part for part in plan(real).components}
+    assert parts["text_encoder"].recipe == "conversions.common.clip.recipe:KEPT"
+    given = {key: value for key, value in encoder.items() if not key.startswith("_")}
+    done = convert(real, tmp_path / "port", component="text_encoder", config=given, verify=True)
+    assert done.verified["text_encoder"]["tensors"] == len(shapes)
+    assert capsys.readouterr().err == ""  # no bars of the library's own
+    assert [item["tensor"] for item in done.to_json()["loss"]["dropped"]] == [buffer]

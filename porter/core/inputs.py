@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from porter.core.checkpoint import TensorInfo
+from porter.core.companions import AVERAGED
 from porter.core.errors import CheckpointError, UsageError
 from porter.core.headers import read_any
 from porter.core.plan import ComponentPlan
@@ -36,6 +37,8 @@ def component_tensors(
         for name, info in header.items()
         if name.startswith(prefix) and not (inner and name.startswith(inner))
     }
+    if not prefix:  # copies that the plan names beside the component
+        own = {name: info for name, info in own.items() if not name.startswith(AVERAGED)} or own
     if averaged:
         own = _averaged(part, header, own)
     return own, metadata
@@ -77,21 +80,33 @@ def _averaged(
     """The averaged copy of every tensor. Training codes name it `model_ema.` and the name, some without its dots."""
     found: dict[str, TensorInfo] = {}
     for name in own:
-        whole = part.prefix + name
-        inner = whole.removeprefix("model.")
-        spelt = (
-            f"model_ema.{inner.replace('.', '')}", f"model_ema.{inner}", f"ema.{whole}", f"ema_model.{whole}",
-            f"params_ema.{whole}", f"ema.{name}", f"model_ema.{name}",
-        )  # fmt: skip
+        spelt = _spelt(part, name)
         copy = next((header[each] for each in spelt if each in header), None)
         if copy is None or copy.shape != own[name].shape:
             raise UsageError(
-                f"{part.name}: {whole} has no averaged copy in {', '.join(part.files)}",
+                f"{part.name}: {part.prefix}{name} has no averaged copy in {', '.join(part.files)}",
                 expected="an averaged (EMA) copy of every tensor", found=f"none called {spelt[0]}",
                 hint="leave out --ema",
             )  # fmt: skip
         found[name] = copy
     return found
+
+
+def _spelt(part: ComponentPlan, name: str) -> tuple[str, ...]:
+    """What the averaged copy of a component's tensor may be called."""
+    whole = part.prefix + name
+    inner = whole.removeprefix("model.")
+    return (
+        f"model_ema.{inner.replace('.', '')}", f"model_ema.{inner}", f"ema.{whole}", f"ema_model.{whole}",
+        f"params_ema.{whole}", f"ema.{name}", f"model_ema.{name}",
+    )  # fmt: skip
+
+
+def has_averaged(source: Source, part: ComponentPlan) -> bool:
+    """Whether the component's files hold an averaged (EMA) copy of any tensor of it."""
+    header, _ = file_tensors(source, part.files, part.name)
+    mine = (name[len(part.prefix) :] for name in header if name.startswith(part.prefix))
+    return any(each in header for name in mine for each in _spelt(part, name))
 
 
 def with_place(planned: TensorInfo, found: TensorInfo | None) -> TensorInfo:

@@ -13,7 +13,7 @@ from porter.core.complete import check_base, completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
 from porter.core.identity import for_header
-from porter.core.inputs import component_tensors, left_over
+from porter.core.inputs import component_tensors, has_averaged, left_over
 from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
 from porter.core.originals import as_role, takes
 from porter.core.pieces import SAME_NAMES
@@ -51,7 +51,11 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
             hint=f"porter convert {source.given} --component {parts[0].name} --config FILE -o OUT",
         )
     family = families().get(plan.family) if plan.family else None
-    jobs = tuple(_forward_job(source, plan, part, settings) for part in parts)
+    if settings.averaged and len(parts) > 1:  # a file of several components averages the one that was trained
+        averaged = [part.name for part in parts if has_averaged(source, part)] or [part.name for part in parts]
+    else:
+        averaged = [part.name for part in parts] if settings.averaged else []
+    jobs = tuple(_forward_job(source, plan, part, settings, averaged=part.name in averaged) for part in parts)
     whole = plan.pipeline_class is not None and settings.component is None
     written = {name for job in jobs for name in (*(s.file for s in job.shards), *job.texts, *job.last)}
     copies, left = _carried(source, plan, jobs) if whole else ([], {})
@@ -159,9 +163,9 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
     return found
 
 
-def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: Settings) -> Job:
+def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: Settings, *, averaged: bool) -> Job:
     assert part.library and part.class_name and part.recipe
-    header, metadata = component_tensors(source, part, plan.components, averaged=settings.averaged)
+    header, metadata = component_tensors(source, part, plan.components, averaged=averaged)
     own = settings.recipes.get(part.name)
     used = own or recipe_for(part.recipe, header, "original", "diffusers")
     config_name = f"{part.name}/config.json"

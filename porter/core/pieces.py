@@ -133,7 +133,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
         status = "reuse" if library and not packed and whole else "port"
         if not whole and library and not packed and file.one.kind in CONVERTED:
-            status, recipe = "convert", SAME_NAMES
+            status, recipe = "convert", known.recipe or SAME_NAMES
             words.append(f"{class_name} takes its tensors as they are, from a file of its own")
         native = known.component is not None and known.component.native is not None and bool(file.config)
         status = "native" if status == "reuse" and native else status

@@ -169,13 +169,14 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
     own = settings.recipes.get(part.name)
     used = own or recipe_for(part.recipe, header, "original", "diffusers")
     config_name = f"{part.name}/config.json"
-    given = _known_config(source, config_name, settings)
+    given = _known_config(source, config_name, part, settings)
     try:
         full = dict(used.infer_config(header, given))
         assumed = full.pop("_assumed", {})
         compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
-        error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
+        command = f"porter convert {source.given} --component {part.name}"
+        error.hint = (error.hint or "porter convert … --config FILE -o PORT").replace("porter convert …", command)
         raise
     if not given and not full and not settings.config:
         raise RecipeError(
@@ -220,10 +221,15 @@ def recipe_for(reference: str, header: Mapping[str, TensorInfo], source_layout: 
     return found
 
 
-def _known_config(source: Source, name: str, settings: Settings) -> dict[str, Any]:
-    """What is said of the config: by the user, else beside the weights, else by the base pipeline."""
+def _known_config(source: Source, name: str, part: ComponentPlan, settings: Settings) -> dict[str, Any]:
+    """What is said of the config: by the user, else in the component's folder or beside its weights, else by the base.
+
+    An original repository has its config.json beside the weights, in a folder of any name.
+    """
     if settings.config is not None:
         return dict(settings.config)
+    if name not in source.files and part.config:
+        return dict(part.config)
     for place in (source, settings.base):
         if place is not None and name in place.files:
             found = place.json(name)

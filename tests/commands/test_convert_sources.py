@@ -21,7 +21,7 @@ from porter.core.errors import BadInputError, PorterError, RecipeError, UsageErr
 from porter.core.family import resolve
 from porter.core.port import Port
 from tests.commands.test_convert import equal, tree
-from tests.conversions.proofs import autoencoder_kl, clip, unet
+from tests.conversions.proofs import autoencoder_kl, clip, qwen_image, unet, wan
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -289,3 +289,45 @@ def test_an_encoder_of_another_class_than_the_family_s(whole_file: Path, tiny_po
     assert equal(tmp_path / "port/text_encoder/model.safetensors", tiny_port / "text_encoder/model.safetensors")
     left = done.to_json()["left_tensors"]["projected.safetensors"]["count"]
     assert left >= len([name for name in tensors if name.startswith("text_encoders.")])
+
+
+def test_the_config_beside_the_weights_of_an_original_repository(tmp_path: Path) -> None:
+    """As Wan's are laid out: config.json at the top, or in a folder for each of two denoisers."""
+    tensors, config = drawn(wan, "wan-transformer-i2v", "")
+    heads = config["num_attention_heads"]
+    original = {"_class_name": "WanModel", "dim": heads * config["attention_head_dim"], "num_heads": heads,
+                "eps": config["eps"], "model_type": "i2v", "text_len": 512}  # fmt: skip
+    for place, parts in (("one", [""]), ("two", ["high_noise_model/", "low_noise_model/"])):
+        for part in parts:
+            folder = tmp_path / place / part
+            folder.mkdir(parents=True)
+            save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+            (folder / "config.json").write_text(json.dumps(original))
+        done = convert(tmp_path / place, tmp_path / f"{place}-port", verify=True)
+        assert [job.component for job in done.preparation.jobs] == ["transformer", "transformer_2"][: len(parts)]
+        for job in done.preparation.jobs:
+            said = config_of(tmp_path / f"{place}-port", job.component)
+            assert (said["_class_name"], said["num_attention_heads"]) == ("WanTransformer3DModel", heads)
+            assert "model_type" not in said and "dim" not in said
+
+
+def test_what_is_asked_for_comes_with_the_command(diffusion_v1: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a file of several components --config is one component's, so the next command names it."""
+    file, _ = diffusion_v1
+    with pytest.raises(RecipeError, match="CLIPTextModel: the tensors do not say") as error:
+        convert(file, tmp_path / "port")
+    assert f"porter convert {file} --component text_encoder --config FILE" in str(error.value.hint)
+    config = drawn(clip, "clip-kept", "")[1]
+    convert(file, tmp_path / "port", component="text_encoder", config=config, verify=True)
+
+
+def test_a_prefix_does_not_change_which_recipe_reads_the_config(tmp_path: Path) -> None:
+    """Names that are the class's own, behind a prefix: what the tensors show is in the config.json all the same."""
+    bare, config = drawn(qwen_image, "qwen-image-transformer", "")
+    given = {key: config[key] for key in ("axes_dims_rope", "zero_cond_t", "use_layer3d_rope")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    save_file({f"model.diffusion_model.{name}": t for name, t in bare.items()}, tmp_path / "behind.safetensors")
+    for name in ("bare", "behind"):
+        convert(tmp_path / f"{name}.safetensors", tmp_path / name, config=given, verify=True)
+    assert config_of(tmp_path / "behind") == config_of(tmp_path / "bare")
+    assert equal(tmp_path / "behind" / TRANSFORMER, tmp_path / "bare" / TRANSFORMER)

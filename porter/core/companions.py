@@ -26,6 +26,7 @@ FACTORS = re.compile(
     r"[._](lora_(?:A|B|down|up|mid)(?:\.\w+)?(?:\.weight)?|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks"
     r"|dora_scale|lora_magnitude_vector(?:\.\w+)?|diff(?:_b)?|alpha)$"
 )
+AVERAGED = ("model_ema.", "ema.", "ema_model.", "params_ema.")  # before the names of averaged copies of weights
 _FP8 = ("F8_E4M3", "F8_E5M2")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from porter.core.checkpoint import TensorInfo
+from porter.core.companions import AVERAGED
 from porter.core.errors import CheckpointError, UsageError
 from porter.core.headers import read_any
 from porter.core.plan import ComponentPlan
@@ -36,6 +37,8 @@ def component_tensors(
         for name, info in header.items()
         if name.startswith(prefix) and not (inner and name.startswith(inner))
     }
+    if not prefix:  # copies that the plan names beside the component
+        own = {name: info for name, info in own.items() if not name.startswith(AVERAGED)} or own
     if averaged:
         own = _averaged(part, header, own, [other for other in others if other.files == part.files])
     return own, metadata
@@ -100,8 +103,13 @@ def _copies(prefix: str, name: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def has_averaged(source: Source, part: ComponentPlan) -> bool:
+    """Whether the component's files hold an averaged (EMA) copy of any tensor of it."""
+    return _is_averaged(part, file_tensors(source, part.files, part.name)[0])
+
+
 def _is_averaged(part: ComponentPlan, header: Mapping[str, TensorInfo]) -> bool:
-    own = (name.removeprefix(part.prefix) for name in header if part.prefix and name.startswith(part.prefix))
+    own = (name[len(part.prefix) :] for name in header if name.startswith(part.prefix))
     return any(each in header for name in own for each in _copies(part.prefix, name))
 
 

@@ -92,10 +92,21 @@ def takes(role: Component, part: ComponentPlan) -> bool:
 
 
 def as_role(part: ComponentPlan, role: Component) -> ComponentPlan:
-    """A part as that component of a family: in the original layout, its recipe and class are the component's too."""
-    if part.layout == "diffusers":
-        return part.replace(name=role.name, library=role.library)
+    """A part as that component of a family: in the original layout, its recipe and class are the component's too.
+
+    A part that only has to be taken out of its file is converted where the component is of its class; with the
+    component's own recipe if it has one, which knows what older files hold besides.
+    """
     recipe = role.recipe if part.recipe and takes(role, part) else None
+    if part.layout == "diffusers":
+        part = part.replace(name=role.name, library=role.library)
+        if part.status != "convert":
+            return part
+        if part.class_name not in role.class_names:
+            note = f"{part.note}; {role.name} is of {' or '.join(role.class_names)} here"
+            return part.replace(status="port", recipe=None, note=note)
+        own = recipe if part.guesses[0]["layout"] == "diffusers" else None  # no dialect of it
+        return part.replace(recipe=own or part.recipe)
     status = "port" if part.recipe and not recipe else part.status
     return part.replace(
         name=role.name, library=role.library, class_name=role.class_names[0], recipe=recipe, status=status

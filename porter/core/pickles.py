@@ -29,6 +29,8 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Names that hold the tensors in common training frameworks; other names become part of the tensors' own.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params", "generator")
 
+_COPIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict")  # beside them: averaged copies
+
 
 def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors of a legacy torch file, and notes: the names of code it would run (`code`), if any.
@@ -160,10 +162,17 @@ def _check_storages(storages: Mapping[str, Storage], size: int) -> None:
 
 
 def flatten(content: Any, size: int) -> dict[str, Tensor]:
-    """Tensors of nested dicts by dotted names; the usual wrappers are opened, and a dict is visited once."""
+    """Tensors of nested dicts by dotted names; the usual wrappers are opened, and a dict is visited once.
+
+    Averaged copies that lie beside an opened wrapper get their names behind `ema.`.
+    """
+    copies: Any = None
     for _ in range(4):  # wrappers inside wrappers; a dict may hold itself
-        inside = [content[name] for name in _WRAPPERS if isinstance(content, Mapping) and name in content]
-        content = next((inner for inner in inside if isinstance(inner, Mapping) and _holds(inner)), content)
+        opened = _first(content, _WRAPPERS)
+        if opened is None:
+            break
+        beside = _first(content, _COPIES)
+        content, copies = opened, copies if beside is None else beside
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
 
@@ -186,7 +195,14 @@ def flatten(content: Any, size: int) -> dict[str, Tensor]:
                     walk(value, f"{name}.{word}" if name else word, depth + 1)
 
     walk(content, "", 0)
+    walk(copies, "ema", 1)
     return found
+
+
+def _first(content: Any, names: tuple[str, ...]) -> Any:
+    """The first of some entries that is a dict with tensors in it."""
+    inside = [content[name] for name in names if name in content] if isinstance(content, Mapping) else []
+    return next((inner for inner in inside if isinstance(inner, Mapping) and _holds(inner)), None)
 
 
 def _holds(node: Mapping[Any, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from porter.core.architectures import Guess, Part, guesses, shapes_of, telling
 from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
+from porter.core.companions import AVERAGED
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
 from porter.core.originals import ENCODERS, Known, belongs, is_dialect, named_by_file, recipe_for
@@ -39,7 +40,7 @@ class _Checkpoint:
     one: WeightSet
     config: dict[str, Any]
     plain: Mapping[str, TensorInfo]
-    quantised: str | None
+    header: Mapping[str, TensorInfo]
     note: str
     alone: bool
 
@@ -58,7 +59,7 @@ def by_tensors(
         )
     pieces = take_apart(shapes_of(told.plain))
     pieces = [part for piece in pieces for part in ([piece] if piece.sure else _sorted_out(piece))]
-    file = _Checkpoint(source, found, one, config, told.plain, told.quantised, note, len(pieces) == 1)
+    file = _Checkpoint(source, found, one, config, told.plain, read.header, note, len(pieces) == 1)
     built: dict[int, ComponentPlan] = {}
     # The largest first: a denoiser names the family, which then decides about what several families share.
     for number in sorted(range(len(pieces)), key=lambda n: -sum(map(prod, pieces[n].shapes.values()))):
@@ -95,13 +96,24 @@ def _sorted_out(piece: Part) -> list[Part]:
 
 
 def _is_copy(name: str) -> bool:
-    return name.startswith(("model_ema.", "ema.", "ema_model.", "params_ema."))
+    return name.startswith(AVERAGED)
+
+
+def _packed(file: _Checkpoint, piece: Part) -> str | None:
+    """How a piece's own tensors are packed: beside a quantised component others may be plain."""
+    if file.alone:
+        return part_companions(file.header).quantised
+    if not piece.prefix:
+        return part_companions({name: file.header[name] for name in piece.shapes}).quantised
+    inside = {name: info for name, info in file.header.items() if name.startswith(piece.prefix)}
+    return part_companions(inside).quantised
 
 
 def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     """A piece that is a known architecture."""
     best = piece.sure
     assert best is not None
+    packed = _packed(file, piece)
     known, twin = _settle(file, piece, best)
     whole = file.alone and not piece.prefix and file.one.kind in ("safetensors", "sft")
     # A library's own names in the words of another of its versions: it reads them as they are.
@@ -119,8 +131,8 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     if layout == "diffusers":
         class_name = known.architecture.class_name
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
-        status = "reuse" if library and not file.quantised and whole else "port"
-        if not whole and library and not file.quantised and file.one.kind in CONVERTED:
+        status = "reuse" if library and not packed and whole else "port"
+        if not whole and library and not packed and file.one.kind in CONVERTED:
             status, recipe = "convert", known.recipe or _shared_recipe(file, known) or SAME_NAMES
             if recipe == SAME_NAMES:
                 words.append(f"{class_name} takes its tensors as they are, from a file of its own")
@@ -129,7 +141,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         if status == "reuse" and known.recipe and not config:  # the original's names are the class's own
             recipe, status = known.recipe, "convert"
             words.append("the conversion writes its config.json")
-    elif known.recipe and not file.quantised:
+    elif known.recipe and not packed:
         if file.one.kind in CONVERTED:
             recipe, status = known.recipe, "convert"
         else:
@@ -184,7 +196,7 @@ def _component(
         name=name, library=library, class_name=class_name, status=status, layout=layout, files=file.one.files,
         bytes=whole if file.alone else sum(dtypes.values()), parameters=parameters, dtypes=dtypes, recipe=recipe,
         config=config, note=note, model=model, prefix=piece.prefix,
-        guesses=tuple(_guess(guess, piece) for guess in piece.guesses), quantised=file.quantised,
+        guesses=tuple(_guess(guess, piece) for guess in piece.guesses), quantised=_packed(file, piece),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from porter.core.complete import check_base, completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
 from porter.core.identity import for_header
-from porter.core.inputs import component_tensors, left_over
+from porter.core.inputs import component_tensors, has_averaged, left_over
 from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
 from porter.core.originals import as_role, takes
 from porter.core.pieces import SAME_NAMES
@@ -52,7 +52,11 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
             hint=f"porter convert {source.given} --component {parts[0].name} --config FILE -o OUT",
         )
     family = families().get(plan.family) if plan.family else None
-    jobs = tuple(_forward_job(source, plan, part, settings) for part in parts)
+    if settings.averaged and len(parts) > 1:  # a file of several components averages the one that was trained
+        averaged = [part.name for part in parts if has_averaged(source, part)] or [part.name for part in parts]
+    else:
+        averaged = [part.name for part in parts] if settings.averaged else []
+    jobs = tuple(_forward_job(source, plan, part, settings, averaged=part.name in averaged) for part in parts)
     whole = plan.pipeline_class is not None and settings.component is None
     written = {name for job in jobs for name in (*(s.file for s in job.shards), *job.texts, *job.last)}
     copies, left = _carried(source, plan, jobs) if whole else ([], {})
@@ -166,21 +170,26 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
     return found
 
 
-def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: Settings) -> Job:
+def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: Settings, *, averaged: bool) -> Job:
     assert part.library and part.class_name and part.recipe
-    header, metadata = component_tensors(source, part, plan.components, averaged=settings.averaged)
+    header, metadata = component_tensors(source, part, plan.components, averaged=averaged)
     own = settings.recipes.get(part.name)
     used = own or recipe_for(part.recipe, header, "original", "diffusers")
     config_name = f"{part.name}/config.json"
-    given = _known_config(source, config_name, settings)
+    given = _known_config(source, config_name, part, settings)
     try:
         full = dict(used.infer_config(header, given))
         assumed = full.pop("_assumed", {})
         compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
-        error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
-        if "--config FILE, with" in error.hint and sum(each.status == "convert" for each in plan.components) > 1:
+        command = f"porter convert {source.given} --component {part.name}"
+        if (
+            error.hint
+            and "--config FILE, with" in error.hint
+            and sum(each.status == "convert" for each in plan.components) > 1
+        ):
             error.hint = _configs(source, part)
+        error.hint = (error.hint or "porter convert … --config FILE -o PORT").replace("porter convert …", command)
         raise
     if not given and not full and not settings.config:
         raise RecipeError(
@@ -214,7 +223,7 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
         dtype=settings.dtype,
         prefix=part.prefix,
         assumed=assumed,
-        averaged=settings.averaged,
+        averaged=averaged,
     )
 
 
@@ -232,10 +241,15 @@ def recipe_for(reference: str, header: Mapping[str, TensorInfo], source_layout: 
     return found
 
 
-def _known_config(source: Source, name: str, settings: Settings) -> dict[str, Any]:
-    """What is said of the config: by the user, else beside the weights, else by the base pipeline."""
+def _known_config(source: Source, name: str, part: ComponentPlan, settings: Settings) -> dict[str, Any]:
+    """What is said of the config: by the user, else in the component's folder or beside its weights, else by the base.
+
+    An original repository has its config.json beside the weights, in a folder of any name.
+    """
     if settings.config is not None:
         return dict(settings.config)
+    if name not in source.files and part.config:
+        return dict(part.config)
     for place in (source, settings.base):
         if place is not None and name in place.files:
             found = place.json(name)

@@ -18,12 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from porter import plan
 from porter.cli import main
 from porter.core.convert import Conversion, convert
 from porter.core.errors import BadInputError, PorterError, RecipeError, UsageError
 from porter.core.family import resolve
 from porter.core.port import Port
 from tests.commands.test_convert import equal, tree
+from tests.conversions.proofs import autoencoder_kl, clip, qwen_image, unet, wan
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -328,3 +330,159 @@ def test_a_file_of_several_components_asks_for_a_base(whole_file: Path, tmp_path
     with pytest.raises(PorterError) as error:
         convert(whole_file, tmp_path / "port")
     assert "--base PIPELINE -o PORT" in str(error.value.hint)
+
+
+def drawn(proofs: Any, name: str, prefix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An original component of drawn weights behind a prefix, and its config."""
+    proof = next(each for each in proofs.PROOFS if each.name == name)
+    noise = torch.Generator().manual_seed(len(name))
+    tensors = {
+        prefix + key: torch.randn(info.shape, generator=noise)
+        for key, info in resolve(proof.recipe).source_headers(proof.tiny).items()
+    }  # fmt: skip
+    return tensors, {key: value for key, value in proof.tiny.items() if not key.startswith("_")}
+
+
+@pytest.fixture
+def diffusion_v1(tmp_path: Path) -> tuple[Path, Path]:
+    """A file as Stable Diffusion 1.5 was released in, and a base whose autoencoder's config leaves the scale out."""
+    denoiser, unet_config = drawn(unet, "unet-1", "model.diffusion_model.")
+    decoder, vae_config = drawn(autoencoder_kl, "autoencoder-kl-quant-convs", "first_stage_model.")
+    text, text_config = drawn(clip, "clip-kept", "cond_stage_model.transformer.")
+    text["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(8)[None]
+    copies = {"model_ema." + name.removeprefix("model.").replace(".", ""): -tensor for name, tensor in denoiser.items()}
+    extras = {"alphas_cumprod": torch.ones(4), "model_ema.decay": torch.tensor(0.5)}
+    save_file(denoiser | decoder | text | copies | extras, tmp_path / "v1-5-pruned.safetensors")
+    base = tmp_path / "base"
+    vae_config = {key: value for key, value in vae_config.items() if key not in ("scaling_factor", "shift_factor")}
+    entries = {
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+    }  # fmt: skip
+    configs = {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline", **entries},
+        "unet/config.json": {**unet_config, "_class_name": "UNet2DConditionModel"},
+        "vae/config.json": {**vae_config, "_class_name": "AutoencoderKL"},
+        "text_encoder/config.json": {**text_config, "architectures": ["CLIPTextModel"]},
+    }  # fmt: skip
+    for name, content in configs.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(json.dumps(content))
+    return tmp_path / "v1-5-pruned.safetensors", base
+
+
+def test_a_released_file_beside_its_own_pipeline(diffusion_v1: tuple[Path, Path], tmp_path: Path) -> None:
+    """The base says what no tensor does; a buffer of older versions is dropped by name, not carried into the port."""
+    file, base = diffusion_v1
+    done = convert(file, tmp_path / "port", base=base, verify=True)
+    assert {job.component: job.recipe.name for job in done.preparation.jobs} == {
+        "unet": "unet-2d-condition", "vae": "autoencoder-kl", "text_encoder": "clip-text",
+    }  # fmt: skip
+    assert config_of(tmp_path / "port", "vae")["scaling_factor"] == 0.18215
+    assert not [name for name in load_file(tmp_path / "port/text_encoder/model.safetensors") if "position_ids" in name]
+    assert done.manifest
+    assert [item["tensor"] for item in done.manifest["loss"]["dropped"]] == ["text_model.embeddings.position_ids"]
+
+
+def test_averaged_weights_of_the_one_component_that_has_them(diffusion_v1: tuple[Path, Path], tmp_path: Path) -> None:
+    file, base = diffusion_v1
+    convert(file, tmp_path / "plain", base=base)
+    convert(file, tmp_path / "averaged", base=base, averaged=True)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    plain, averaged = load_file(tmp_path / "plain" / name), load_file(tmp_path / "averaged" / name)
+    assert all(torch.equal(averaged[key], -plain[key]) for key in plain)
+    assert equal(tmp_path / "plain" / VAE, tmp_path / "averaged" / VAE)
+    bare = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("model_ema")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match="has no averaged copy"):
+        convert(tmp_path / "bare.safetensors", tmp_path / "no", base=base, averaged=True)
+
+
+def test_averaged_copies_beside_bare_names(tmp_path: Path) -> None:
+    """As training codes save them: in the same dict, or in one of their own beside the weights."""
+    bare, config = drawn(autoencoder_kl, "autoencoder-kl-quant-convs", "")
+    copies = {"model_ema." + name.replace(".", ""): -tensor for name, tensor in bare.items()}
+    save_file(bare | copies | {"model_ema.decay": torch.tensor(0.5)}, tmp_path / "one.safetensors")
+    torch.save({"model": bare, "ema": {name: -tensor for name, tensor in bare.items()}, "opt": {"state": {}}},
+               tmp_path / "two.pt")  # fmt: skip
+    for file in ("one.safetensors", "two.pt"):
+        found = plan(tmp_path / file)
+        assert [part.name for part in found.components] == ["vae"] and found.components[0].status == "convert", file
+        assert [extra.name for extra in found.extras] == ["averaged copies"], file
+        for averaged in (False, True):
+            out = tmp_path / f"{file}-{averaged}"
+            convert(tmp_path / file, out, config=config, averaged=averaged, verify=not averaged)
+            first = load_file(out / VAE)["encoder.conv_in.bias"]
+            assert torch.equal(first, -bare["encoder.conv_in.bias"] if averaged else bare["encoder.conv_in.bias"])
+
+
+def test_one_packed_component_leaves_the_others_plain(whole_file: Path, tiny_port: Path, tmp_path: Path) -> None:
+    """An all-in-one file whose text encoder alone is fp8: that one is refused, the others are converted."""
+    tensors = load_file(whole_file)
+    for name, tensor in tensors.items():
+        if name.startswith("text_encoders."):
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    found = {part.name: (part.status, part.quantised) for part in plan(tmp_path / "mixed.safetensors").components}
+    assert found["transformer"] == ("convert", None) and found["vae"] == ("convert", None)
+    status, packed = found["text_encoder"]
+    assert status == "port" and packed and packed.startswith("fp8 without scales")
+    convert(tmp_path / "mixed.safetensors", tmp_path / "port", component="transformer", config=config_of(tiny_port))
+    assert equal(tmp_path / "port" / TRANSFORMER, tiny_port / TRANSFORMER)
+
+
+def test_an_encoder_of_another_class_than_the_family_s(whole_file: Path, tiny_port: Path, tmp_path: Path) -> None:
+    """It is named and left; the base gives its own, and the rest is converted."""
+    clip_l = "text_encoders.clip_l.transformer."
+    tensors = {name.replace(clip_l, clip_l + "text_model."): tensor for name, tensor in load_file(whole_file).items()}
+    tensors[clip_l + "text_projection.weight"] = torch.eye(8)
+    save_file(tensors, tmp_path / "projected.safetensors")
+    part = next(each for each in plan(tmp_path / "projected.safetensors").components if each.name == "text_encoder")
+    assert part.status == "port" and "text_encoder is of CLIPTextModel here" in part.note
+    done = convert(tmp_path / "projected.safetensors", tmp_path / "port", base=tiny_port)
+    assert {job.component for job in done.preparation.jobs} == {"transformer", "vae"}
+    assert equal(tmp_path / "port/text_encoder/model.safetensors", tiny_port / "text_encoder/model.safetensors")
+    left = done.to_json()["left_tensors"]["projected.safetensors"]["count"]
+    assert left >= len([name for name in tensors if name.startswith("text_encoders.")])
+
+
+def test_the_config_beside_the_weights_of_an_original_repository(tmp_path: Path) -> None:
+    """As Wan's are laid out: config.json at the top, or in a folder for each of two denoisers."""
+    tensors, config = drawn(wan, "wan-transformer-i2v", "")
+    heads = config["num_attention_heads"]
+    original = {"_class_name": "WanModel", "dim": heads * config["attention_head_dim"], "num_heads": heads,
+                "eps": config["eps"], "model_type": "i2v", "text_len": 512}  # fmt: skip
+    for place, parts in (("one", [""]), ("two", ["high_noise_model/", "low_noise_model/"])):
+        for part in parts:
+            folder = tmp_path / place / part
+            folder.mkdir(parents=True)
+            save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+            (folder / "config.json").write_text(json.dumps(original))
+        done = convert(tmp_path / place, tmp_path / f"{place}-port", verify=True)
+        assert [job.component for job in done.preparation.jobs] == ["transformer", "transformer_2"][: len(parts)]
+        for job in done.preparation.jobs:
+            said = config_of(tmp_path / f"{place}-port", job.component)
+            assert (said["_class_name"], said["num_attention_heads"]) == ("WanTransformer3DModel", heads)
+            assert "model_type" not in said and "dim" not in said
+
+
+def test_what_is_asked_for_comes_with_the_command(diffusion_v1: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a file of several components --config is one component's, so the next command names it."""
+    file, _ = diffusion_v1
+    with pytest.raises(RecipeError, match="CLIPTextModel: the tensors do not say") as error:
+        convert(file, tmp_path / "port")
+    assert f"porter convert {file} --component text_encoder --config FILE" in str(error.value.hint)
+    config = drawn(clip, "clip-kept", "")[1]
+    convert(file, tmp_path / "port", component="text_encoder", config=config, verify=True)
+
+
+def test_a_prefix_does_not_change_which_recipe_reads_the_config(tmp_path: Path) -> None:
+    """Names that are the class's own, behind a prefix: what the tensors show is in the config.json all the same."""
+    bare, config = drawn(qwen_image, "qwen-image-transformer", "")
+    given = {key: config[key] for key in ("axes_dims_rope", "zero_cond_t", "use_layer3d_rope")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    save_file({f"model.diffusion_model.{name}": t for name, t in bare.items()}, tmp_path / "behind.safetensors")
+    for name in ("bare", "behind"):
+        convert(tmp_path / f"{name}.safetensors", tmp_path / name, config=given, verify=True)
+    assert config_of(tmp_path / "behind") == config_of(tmp_path / "bare")
+    assert equal(tmp_path / "behind" / TRANSFORMER, tmp_path / "bare" / TRANSFORMER)

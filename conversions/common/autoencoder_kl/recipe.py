@@ -33,6 +33,8 @@ _KEYS = (
     "latents_std", "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
 )  # fmt: skip
 _NEEDED = ("scaling_factor", "shift_factor")  # in no tensor, and every latent depends on them
+# What a config.json of the class means by leaving them out, as those of Stable Diffusion 1.x, 2.x and XL do.
+_CLASS_DEFAULTS: Mapping[str, Any] = {"scaling_factor": 0.18215, "shift_factor": None}
 _TRAINING = "_training"  # private key of a config: name -> shape of the loss's tensors, where a file has them
 # flag -> the tensors of the training's loss that it stands for, and what they are
 _LOSS = {
@@ -64,6 +66,8 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(
                 f"the config has an unknown key {key}", expected=", ".join(_KEYS), found=f"{key}: {value}"
             )
+    if "_class_name" in config:
+        config = {**_CLASS_DEFAULTS, **config}
     absent = [key for key in _NEEDED if key not in config]
     if absent:
         names = " and ".join(absent)

@@ -30,6 +30,9 @@ from porter.core.recipe import Recipe, Rule, tensor_shape
 Config = Mapping[str, Any]
 
 TEXT, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+_MERGED = (
+    "transformer.text_model.embeddings.position_ids"  # what some mergers of checkpoints add to open_clip's tensors
+)
 _UNUSED = "_unused"  # private key of a config: name -> shape of what a file has and the target's class does not
 # What a config.json of transformers says besides: of its making, and (`dropout`) of no class today.
 _ASIDE = ("architectures", "torch_dtype", "dtype", "transformers_version", "dropout")
@@ -98,7 +101,8 @@ def _infer_open_clip(class_name: str, last: int) -> Callable[[Header, Config], d
             "num_hidden_layers": layers,
             "max_position_embeddings": tensor_shape(header, "positional_embedding", 2)[0],
         }
-        aside = ["logit_scale", "text_projection", *(name for name in header if name.startswith("visual."))]
+        images = (name for name in header if name.startswith("visual."))
+        aside = ["logit_scale", "text_projection", _MERGED, *images]
         if class_name == PROJECTED:
             seen["projection_dim"] = tensor_shape(header, "text_projection", 2)[1]
             aside.remove("text_projection")
@@ -131,7 +135,7 @@ def _parameters(config: Config) -> dict[str, int]:
     return {
         "h": config["hidden_size"], "n": config["num_hidden_layers"], "scale": int("logit_scale" in unused),
         "projection": int("text_projection" in unused),
-        "positions": int("text_model.embeddings.position_ids" in unused),
+        "positions": int("text_model.embeddings.position_ids" in unused or _MERGED in unused),
         "images": int(any(name.startswith("visual.") for name in unused)),
     }  # fmt: skip
 
@@ -192,6 +196,7 @@ _FUSED = "the original computes q, k and v with one matrix, stacked in this orde
 _TURNED = "the original multiplies by the matrix from the right, a linear layer by its transpose"
 _IMAGES = "the image tower: texts are encoded without it"
 _SCALE = "logit_scale: compares texts with images, and no text's encoding depends on it"
+_COUNTS = "position_ids: a buffer that counts from 0"
 _BEFORE = "the last layer: the model reads the output of the one before"
 
 
@@ -205,6 +210,7 @@ def _open_clip_rules(projected: bool) -> Iterator[Rule]:
     yield Rule(_B + "mlp.{l:c_fc=fc1|c_proj=fc2}." + _P, _T + "mlp.{l}.{p}")
     yield Rule(f"ln_final.{_P}", "text_model.final_layer_norm.{p}")
     yield Rule("logit_scale", (), (Drop(_SCALE),), when="scale")
+    yield Rule(_MERGED, (), (Drop(_COUNTS),), when="positions")
     for name in (
         "{l:class_embedding|positional_embedding|proj|conv1.weight}", "ln_{k:pre|post}." + _P,
         "transformer.resblocks.{i:int}.attn.in_proj_{p:weight|bias}", "transformer.resblocks.{i:int}." + _WHOLE,
@@ -245,8 +251,7 @@ KEPT = Recipe(
         Rule("text_model.encoder.layers.{i:int}." + _LAYER + f".{_P}", _T + "{l}.{p}", why="the same name"),
         Rule(f"text_model.final_layer_norm.{_P}", "text_model.final_layer_norm.{p}", why="the same name"),
         Rule(
-            "text_model.embeddings.position_ids", (), (Drop("position_ids: a buffer that counts from 0"),),
-            when="positions",
+            "text_model.embeddings.position_ids", (), (Drop(_COUNTS),), when="positions",
         ),
     ),
     parameters=_parameters,

@@ -179,11 +179,23 @@ def inferred(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def test_scale_and_shift_are_never_guessed() -> None:
     for given, names in (({}, "scaling_factor and shift_factor"), ({"scaling_factor": 0.2}, "shift_factor"),
-                         ({"shift_factor": None, "_class_name": "AutoencoderKL"}, "scaling_factor")):  # fmt: skip
+                         ({"shift_factor": None}, "scaling_factor")):  # fmt: skip
         with pytest.raises(RecipeError, match=names) as caught:
             inferred(given)
         assert "--config" in str(caught.value.hint) and names in str(caught.value.hint)
     assert inferred({"scaling_factor": 0.18, "shift_factor": None})["shift_factor"] is None
+
+
+def test_a_config_json_that_leaves_them_out_means_the_class_s_own() -> None:
+    """Stable Diffusion 1.x's and 2.x's have neither, XL's has no shift."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        own = AutoencoderKL().config
+    said = inferred({"_class_name": "AutoencoderKL"})
+    assert (said["scaling_factor"], said["shift_factor"]) == (own["scaling_factor"], own["shift_factor"])
+    said = inferred({"_class_name": "AutoencoderKL", "scaling_factor": 0.13025})
+    assert (said["scaling_factor"], said["shift_factor"]) == (0.13025, None)
 
 
 @pytest.mark.parametrize(

@@ -168,3 +168,14 @@ def test_the_encoder_inside_a_checkpoint_goes_by_its_familys_recipe(
     assert done.verified["text_encoder"]["tensors"] == len(shapes)
     assert capsys.readouterr().err == ""  # no bars of the library's own
     assert [item["tensor"] for item in done.to_json()["loss"]["dropped"]] == [buffer]
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_a_merger_s_buffer_is_dropped_by_name(component: str, tmp_path: Path) -> None:
+    """Merged checkpoints of XL hold a buffer of transformers' beside open_clip's own names."""
+    name = "transformer.text_model.embeddings.position_ids"
+    source = tower(tmp_path / "tower.safetensors", _unused={name: (1, 8)})
+    done = convert(source, tmp_path / "port", component=component, config=GIVEN, verify=True)
+    assert done.manifest
+    dropped = {item["tensor"]: item["reason"] for item in done.manifest["loss"]["dropped"]}
+    assert "counts from 0" in dropped[name]

@@ -14,7 +14,7 @@ from porter.core.architectures import parts as take_apart
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
-from porter.core.originals import ENCODERS, Known, belongs, is_dialect, named_by_file, recipe_for
+from porter.core.originals import ENCODERS, Known, belongs, is_dialect, kept_recipe, named_by_file, recipe_for
 from porter.core.plan import ComponentPlan, Extra, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
@@ -121,7 +121,10 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
         status = "reuse" if library and not file.quantised and whole else "port"
         if not whole and library and not file.quantised and file.one.kind in CONVERTED:
-            status, recipe = "convert", SAME_NAMES
+            status, recipe = (
+                "convert",
+                (None if dialect else kept_recipe(known.family, known.architecture)) or SAME_NAMES,
+            )
             words.append(f"{class_name} takes its tensors as they are, from a file of its own")
         native = known.component is not None and known.component.native is not None and bool(file.config)
         status = "native" if status == "reuse" and native else status

@@ -12,7 +12,7 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.complete import check_base, completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
-from porter.core.identity import for_header
+from porter.core.identity import check_whole, for_header
 from porter.core.inputs import component_tensors, left_over
 from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
 from porter.core.originals import as_role, takes
@@ -163,6 +163,8 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
     assert part.library and part.class_name and part.recipe
     header, metadata = component_tensors(source, part, plan.components, averaged=settings.averaged)
     own = settings.recipes.get(part.name)
+    if own is None and part.recipe == SAME_NAMES:
+        check_whole(part.name, header)
     used = own or recipe_for(part.recipe, header, "original", "diffusers")
     config_name = f"{part.name}/config.json"
     given = _known_config(source, config_name, settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from porter.core.convert import Conversion, convert
 from porter.core.errors import BadInputError, PorterError, RecipeError, UsageError
 from porter.core.port import Port
 from tests.commands.test_convert import equal, tree
+from tests.conversions.proofs.qwen_image import PROOFS
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -63,6 +65,44 @@ def test_a_file_of_several_components(whole_file: Path, tiny_port: Path, tmp_pat
     plain = {name.removeprefix("first_stage_model."): tensor for name, tensor in load_file(whole_file).items()}
     restored = load_file(tmp_path / "back" / "ae.safetensors")
     assert restored and all(torch.equal(tensor, plain[name]) for name, tensor in restored.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t, n: t.pop(n), "missing from the source"),
+        (lambda t, n: t.update({n: t[n].to(torch.int8)}), "wrong dtype in the source"),
+        (lambda t, n: t.update({n: t[n][:-1].clone()}), "wrong shape in the source"),
+        (lambda t, n: t.update({n + "_old": t[n].clone()}), "no rule claims"),
+    ],
+    ids=["missing", "integers", "cut", "extra"],
+)
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_names_that_stay_are_accounted_for_too(
+    part: str, spoil: Callable[[dict[str, torch.Tensor], str], object], words: str, tiny_port: Path, tmp_path: Path
+) -> None:
+    """A component in its class's own names, below a prefix: its recipe counts its tensors, wherever one is known."""
+    if part == "text_encoder":
+        held, config = load_file(tiny_port / part / "model.safetensors"), config_of(tiny_port, part)
+        tensors = {f"text_model.{each}": tensor for each, tensor in held.items()}  # the class's names in most files
+        prefix, name, recipe = "text_encoders.clip_l.transformer.", "layers.1.mlp.fc2.weight", "clip-text"
+    else:
+        proof = next(proof for proof in PROOFS if proof.name == "qwen-image-transformer")
+        shapes = proof.load().target_headers(proof.tiny)
+        tensors = {name: torch.full(info.shape, 0.5) for name, info in shapes.items()}
+        config, prefix, recipe = dict(proof.tiny), "model.diffusion_model.", proof.load().name
+        name = "blocks.1.attn.to_q.weight"
+    found = next(each for each in tensors if each.endswith(name))
+    source = tmp_path / "all.safetensors"
+    save_file({prefix + each: tensor for each, tensor in tensors.items()}, source)
+    done = convert(source, tmp_path / "port", component=part, config=config)
+    assert [(job.recipe.name, job.recipe.knows_targets) for job in done.preparation.jobs] == [(recipe, True)]
+    spoil(tensors, found)
+    save_file({prefix + each: tensor for each, tensor in tensors.items()}, source)
+    with pytest.raises(RecipeError) as error:
+        convert(source, tmp_path / "other", component=part, config=config)
+    assert words in error.value.what and found in error.value.what
+    assert not (tmp_path / "other").exists()
 
 
 def test_averaged_weights_are_taken_when_asked_for(whole_file: Path, tiny_port: Path, tmp_path: Path) -> None:

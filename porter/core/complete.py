@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from porter.core.errors import BadInputError, UsageError
+from porter.core.inputs import check_shards
 from porter.core.jobs import Copy, Job, Preparation
 from porter.core.pipelines import pipeline
 from porter.core.plan import ComponentPlan
@@ -37,6 +38,9 @@ def completed(ready: Preparation, base: Source) -> Preparation:
                 copies.append(Copy.of(base, name))
         elif not inside and name not in here and name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")):
             copies.append(Copy.of(base, name))
+    for part in found.components:
+        if part.name not in mine:
+            check_shards(base, part.files, part.name)
     missing = [part.name for part in found.components if part.status == "missing" and part.name not in mine]
     if missing:
         raise BadInputError(

@@ -49,6 +49,9 @@ def by_tensors(
 ) -> list[ComponentPlan]:
     """The components of a set, each told by its tensor names, or with the nearest known ones."""
     assert read.header is not None
+    if one.missing:
+        numbers = ", ".join(map(str, one.missing[:8])) + (" …" if len(one.missing) > 8 else "")
+        found.warnings.append(f"{one.files[0]}: shards {numbers} are missing")
     told = part_companions(read.header)
     if told.quantised:
         found.warnings.append(f"{one.files[0]}: quantised: {told.quantised}; recipes do not take it")

@@ -13,7 +13,7 @@ from porter.core.complete import check_base, completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
 from porter.core.identity import check_whole, for_header
-from porter.core.inputs import component_tensors, left_over
+from porter.core.inputs import check_shards, component_tensors, left_over
 from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
 from porter.core.originals import as_role, takes
 from porter.core.pieces import SAME_NAMES
@@ -61,6 +61,9 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
         copies = [Copy.of(source, name) for name in source.files if CARRIED.fullmatch(name)]
         left = {name: why for name, why in left.items() if name not in {copy.name for copy in copies}}
     copies = [copy for copy in copies if copy.name not in written]
+    for part in plan.components if whole else ():
+        if part.status in ("native", "reuse"):
+            check_shards(source, part.files, part.name)
     others = {
         part.name: {"library": part.library, "class": part.class_name, "action": "copy", "sources": list(part.files),
                     "recipe": None}
@@ -150,7 +153,7 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
             )  # fmt: skip
     if not found and any(part.status == "port" for part in chosen):
         raise BadInputError(
-            f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:1]) or None,
+            f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:3]) or None,
             hint="porter families",
         )  # fmt: skip
     if not found:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from porter.core.convert import Conversion, convert
-from porter.core.errors import BadInputError, PorterError, RecipeError, UsageError
+from porter.core.errors import BadInputError, MissingError, PorterError, RecipeError, UsageError
 from porter.core.port import Port
 from tests.commands.test_convert import equal, tree
 from tests.conversions.proofs.qwen_image import PROOFS
@@ -145,6 +145,35 @@ def test_shards_and_their_index(tiny_port: Path, tmp_path: Path) -> None:
     assert equal(tmp_path / "back" / "flux1-tiny.safetensors", tmp_path / "plain" / "flux1-tiny.safetensors")
     with pytest.raises(UsageError, match="no size of a shard"):
         convert("builtin:tiny-flux", tmp_path / "never", shard_size="big")
+
+
+@pytest.mark.parametrize("how", ["alone", "folder", "index", "copied", "base"])
+def test_a_missing_shard_makes_no_smaller_model(how: str, tiny_port: Path, tiny_flux: Path, tmp_path: Path) -> None:
+    """All but the last block: the tensors alone would be those of a model with fewer blocks."""
+    model = tmp_path / "model"
+    tensors = load_file(tiny_flux / "flux1-tiny.safetensors")
+    config = {key: value for key, value in config_of(tiny_port).items() if "layers" not in key}
+    last = max(name.split(".")[1] for name in tensors if name.startswith("single_blocks."))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"single_blocks.{last}.")}
+    first, second = ("w.safetensors", "v.safetensors") if how == "index" else (
+        "flux-00001-of-00002.safetensors", "flux-00002-of-00002.safetensors")  # fmt: skip
+    model.mkdir()
+    save_file(kept, model / first)
+    more: dict[str, Any] = {"config": config}
+    if how == "index":
+        table = {name: first if name in kept else second for name in tensors}
+        (model / "flux.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    if how in ("copied", "base"):
+        model = Path(shutil.copytree(tiny_flux if how == "copied" else tiny_port, tmp_path / "pipeline"))
+        (model / "manifest.json").unlink(missing_ok=True)
+        whole = model / "text_encoder_2" / "model.safetensors"
+        whole.rename(whole.with_name("model-00001-of-00002.safetensors"))
+        more = {"base": model} if how == "base" else {}
+    source = model / first if how == "alone" else tiny_flux / "flux1-tiny.safetensors" if how == "base" else model
+    with pytest.raises(MissingError, match="not all of its weights are here") as error:
+        convert(source, tmp_path / "port", **more)
+    assert ("v.safetensors" if how == "index" else "shard 2") in str(error.value.found) and error.value.hint
+    assert not (tmp_path / "port").exists()
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tiny_port: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from porter.core.port import MANIFEST
 from porter.core.recipe import Recipe, compile_recipe
 from porter.core.sharding import index_of, shards
 from porter.core.source import Source
+from porter.core.userrecipe import users_own
 from porter.core.weights import WEIGHT_SUFFIXES
 
 CARRIED = re.compile(r"(README|LICEN[SC]E|NOTICE|COPYING|USE_POLICY|MODEL_CARD)[^/]*", re.IGNORECASE)
@@ -172,9 +174,10 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
     config_name = f"{part.name}/config.json"
     given = _known_config(source, config_name, settings)
     try:
-        full = dict(used.infer_config(header, given))
-        assumed = full.pop("_assumed", {})
-        compiled = compile_recipe(used, full, header, dtype=settings.dtype)
+        with users_own(used) if own else nullcontext():
+            full = dict(used.infer_config(header, given))
+            assumed = full.pop("_assumed", {})
+            compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
         error.hint = error.hint or f"porter convert {source.given} --component {part.name} --config FILE -o PORT"
         raise

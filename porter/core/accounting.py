@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from porter.core.checkpoint import ANY, Header
+from porter.core.checkpoint import ANY, Header, floating
 from porter.core.errors import RecipeError
 from porter.core.patterns import Pattern, evaluate, nearest, template
 from porter.core.tensorplan import Step
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from porter.core.recipe import Recipe, Rule
 
 _SHOWN = 6  # kinds of problem that an error spells out
+_LONG = 200  # characters of a tensor's name that an error shows
 _MISSING = "missing from the source"
 
 
@@ -36,12 +37,15 @@ class Problems:
         self.claims: dict[str, list[Rule]] = defaultdict(list)
         self.found: list[_Problem] = []
         self.broken = False  # a step could not be made, so its targets are rightly absent
+        self.layout: Header = {}  # what the source should hold, where the recipe knows
+        self.misshapen: set[str] = set()
 
     def claim(self, name: str, rule: Rule) -> None:
         self.claims[name].append(rule)
 
     def compare(self, layout: Header) -> None:
         """Note what the source lacks of its layout, in the words of the source."""
+        self.layout = layout
         for name, want in layout.items():
             have = self.source.get(name)
             if have is None:
@@ -49,6 +53,7 @@ class Problems:
                 self._note(_MISSING, name)
             elif have.shape != want.shape:
                 self.broken = True
+                self.misshapen.add(name)
                 self._note("wrong shape in the source", name, f"expected {_show(want)}, found {_show(have)}")
 
     def unmatched(self, rule: Rule) -> None:
@@ -66,10 +71,12 @@ class Problems:
         """Compare the steps with both headers; raise if anything is open."""
         makers: dict[str, list[Step]] = defaultdict(list)
         for step in steps:
+            for name in step.sources if step.outputs else ():
+                self._mistyped(name)
             for output in step.outputs:
                 makers[output.name].append(step)
                 want = self.target.get(output.name)
-                if want is None:
+                if want is None or not self.misshapen.isdisjoint(step.sources):
                     continue
                 if want.shape != output.shape or want.dtype not in (ANY, output.dtype):
                     detail = f"expected {_show(want)}, found {_show(output)} from {' + '.join(step.sources)}"
@@ -96,6 +103,13 @@ class Problems:
         if self.found:
             raise self._error(unclaimed, unmade)
 
+    def _mistyped(self, name: str) -> None:
+        """Note a tensor that is kept and holds no weights; what a rule drops may be a buffer of integers."""
+        want, have = self.layout.get(name), self.source[name]
+        if want is not None and want.dtype == ANY and not floating(have.dtype):
+            detail = f"expected {_show(want)} of a floating-point dtype, found {_show(have)}"
+            self._note("wrong dtype in the source", name, detail)
+
     def _note(self, kind: str, name: str, detail: str = "", *rules: Rule) -> None:
         self.found.append(_Problem(kind, name, detail, rules))
 
@@ -111,7 +125,8 @@ class Problems:
                 detail = self._near(name, [rule.head for rule in self.recipe.rules])
             elif kind in (_MISSING, "nothing makes the target tensor"):
                 detail = self._near(name, unclaimed or self.source)
-            count = f"{len(names)} tensors {shape}, the first {name}" if len(names) > 1 else name
+            shown = _short(name)
+            count = f"{len(names)} tensors {_short(shape)}, the first {shown}" if len(names) > 1 else shown
             lines.append(f"{kind}: {count}" + (f" ({detail})" if detail else ""))
             for rule in dict.fromkeys(rules or self._claimant(name)):
                 off = rule.when is not None and not evaluate(rule.when, self.parameters)
@@ -121,10 +136,12 @@ class Problems:
         if len(groups) > _SHOWN:
             lines.append(f"and {len(groups) - _SHOWN} more kinds")
         text = "\n".join(line.replace("\n", "\\n") for line in lines)  # a name's own lines never look like ours
+        wanted = f"{len(self.layout or self.source)} source and {len(self.target)} target tensors"
+        held = f"{len(self.source)} in the source, {len(unclaimed)} unclaimed"
         return RecipeError(
             f"recipe {self.recipe.name} does not account for every tensor\n{text}",
-            expected=f"{len(self.source)} source and {len(self.target)} target tensors, each exactly once",
-            found=f"{len(unclaimed)} unclaimed, {len(unmade)} not made, {len(groups)} kinds of problem",
+            expected=f"{wanted}, each exactly once",
+            found=f"{held}, {len(unmade)} not made, {len(groups)} kinds of problem",
             hint="check that the file and its config.json belong together, or give --config or --recipe",
         )
 
@@ -138,7 +155,11 @@ class Problems:
     @staticmethod
     def _near(name: str, candidates: Iterable[str]) -> str:
         near = nearest(name, candidates)
-        return f"nearest: {', '.join(near)}" if near else ""
+        return f"nearest: {', '.join(map(_short, near))}" if near else ""
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONG else f"{name[:_LONG]}… ({len(name)} characters)"
 
 
 def _show(thing: Any) -> str:

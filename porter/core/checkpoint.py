@@ -24,7 +24,7 @@ BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
 }  # fmt: skip
 
-ANY = "*"  # the dtype of a header entry that takes whatever its source holds
+ANY = "*"  # the dtype of a header entry that takes its source's dtype; of a source layout: any that weights have
 # The format allows 100 MB. Released headers are below 1 MB, about a hundred bytes a tensor; 10 MB and 600,000 values
 # hold 40,000 tensors and a large `__metadata__`, and keep what a hostile header takes in memory below 150 MB.
 MAX_HEADER = 10 * 1000 * 1000
@@ -65,6 +65,11 @@ Header = Mapping[str, TensorInfo]
 def nbytes(dtype: str, numel: int) -> int:
     """Bytes of `numel` elements of `dtype`; 0 for the open dtype."""
     return 0 if dtype == ANY else numel * BITS[dtype] // 8
+
+
+def floating(dtype: str) -> bool:
+    """Whether weights may have this dtype: no integers, truth values or complex numbers."""
+    return dtype == ANY or dtype.startswith(("F", "BF"))
 
 
 def spec(dtype: str, shape: Iterable[int], name: str = "") -> TensorInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from porter.core.errors import BadInputError, UsageError
+from porter.core.inputs import check_shards
 from porter.core.jobs import Copy, Job, Preparation
 from porter.core.pipelines import pipeline
 from porter.core.plan import ComponentPlan
@@ -43,6 +44,9 @@ def completed(ready: Preparation, base: Source) -> Preparation:
         elif not inside and name != MANIFEST:
             why = "the source has its own" if name in here else "about the base, not this pipeline"
             left[f"{base.name}: {name}"] = why
+    for part in found.components:
+        if part.name not in mine:
+            check_shards(base, part.files, part.name)
     missing = [part.name for part in found.components if part.status == "missing" and part.name not in mine]
     if missing:
         raise BadInputError(

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -61,6 +62,22 @@ def count_marks(raw: bytes) -> int:
     Parsed, five bytes of text can take 200 of memory; counting first keeps the memory of hostile files bounded.
     """
     return sum(map(raw.count, (b",", b":", b"[", b"{")))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """An error of the system in here is one of reading `path`, whatever is being written meanwhile.
+
+    Raises:
+        BadInputError: instead of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BadInputError(
+            f"cannot read {path}", expected="the file as it was at the start", found=error.strerror or str(error),
+            hint="check the disk that it lies on, then run the same again",
+        ) from error  # fmt: skip
 
 
 def read_json(path: Path, *, constants: bool = False) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from porter.core.errors import BadInputError
+from porter.core.files import reading
 from porter.core.lanes import SOURCE_HASH, Buffer, Lanes
 
 _GAP = 4 << 20  # bytes read at a time where a source is hashed without being copied
@@ -51,7 +52,8 @@ class SourceHashes:
             BadInputError: the file became shorter.
         """
         digest, at = self._files[path]
-        size = path.stat().st_size
+        with reading(path):
+            size = path.stat().st_size
         if at[0] > size:
             raise BadInputError(f"{path} became shorter while it was read", expected=f"{at[0]} bytes", found=f"{size}")
         with Lanes(1) as lanes:
@@ -62,10 +64,13 @@ class SourceHashes:
     def _read(
         self, path: Path, digest: Any, begin: int, end: int, lanes: Lanes, progress: Callable[[int], None] | None = None
     ) -> None:
-        with path.open("rb", buffering=0) as file:
+        with reading(path):
+            file = path.open("rb", buffering=0)
+        with file:
             file.seek(begin)
             while begin < end:
-                data = file.read(min(_GAP, end - begin))
+                with reading(path):
+                    data = file.read(min(_GAP, end - begin))
                 if not data:
                     raise BadInputError(
                         f"{path} became shorter while it was read", expected=f"{end} bytes", found=f"{begin}",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from porter.core.checkpoint import TensorInfo
 from porter.core.companions import AVERAGED
-from porter.core.errors import CheckpointError, UsageError
+from porter.core.errors import CheckpointError, MissingError, UsageError
 from porter.core.headers import read_any
 from porter.core.plan import ComponentPlan
 from porter.core.source import Source
+from porter.core.weights import is_index, read_index, weight_sets
 
 
 def component_tensors(
@@ -24,8 +25,10 @@ def component_tensors(
 
     Raises:
         CheckpointError: a tensor stands in two files, or is not where the header says.
+        MissingError: a shard is not here.
         UsageError: averaged copies are asked for, and not every tensor has one.
     """
+    check_shards(source, part.files, part.name)
     header, metadata = file_tensors(source, part.files, part.name)
     prefix = part.prefix
     inner = tuple(
@@ -42,6 +45,25 @@ def component_tensors(
     if averaged:
         own = _averaged(part, header, own, [other for other in others if other.files == part.files])
     return own, metadata
+
+
+def check_shards(source: Source, files: Iterable[str], what: str) -> None:
+    """Refuse a component of which a shard is not here: the others may look like a smaller model.
+
+    Raises:
+        MissingError: a shard that the files' own names, or an index beside them, promise.
+    """
+    names = set(files)
+    lost = [f"{one.stem}, shard {number}" for one in weight_sets(names) for number in one.missing[:3]]
+    for index in source.files if not lost else ():
+        if is_index(index):
+            told = set(read_index(source, index).values())
+            lost += sorted(told - source.files.keys())[:3] if told & names else []
+    if lost:
+        raise MissingError(
+            f"{what}: not all of its weights are here", expected="every shard", found="not here: " + "; ".join(lost),
+            hint="download the missing files, and name the folder that holds all of them",
+        )  # fmt: skip
 
 
 def file_tensors(source: Source, files: tuple[str, ...], what: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from porter.core.architectures import shapes_of
 from porter.core.errors import BadInputError, UsageError
+from porter.core.files import reading
 from porter.core.recipe import Recipe, TensorPlan
 from porter.core.sharding import Shard
 from porter.core.source import Source
@@ -172,9 +173,12 @@ class Preparation:
     def key(self) -> str:
         """Equal for equal settings on equal sources; a killed run with this key can be continued."""
 
-        def stamp(source: Source, name: str) -> tuple[str, str, int, int]:
-            found = source.path(name).stat()
-            return source.spec, name, found.st_size, found.st_mtime_ns
+        def stamp(source: Source, name: str) -> tuple[str | int, ...]:
+            path = source.path(name)
+            with reading(path):
+                found = path.stat()
+            # Archives and build tools give many files one time: another file of this name has another inode.
+            return source.spec, name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
         document = {
             "porter": VERSION,

@@ -40,6 +40,28 @@ def recipe_for(family: Family | None, part: Component, found: Architecture) -> s
     return part.layouts.get(found.class_name if own else f"{found.family}:{found.class_name}")
 
 
+def kept_recipe(family: Family | None, found: Architecture) -> str | None:
+    """The recipe for a layout that is the class's own: of models that were released under the class's names.
+
+    The family's; of a component that families share, the one recipe that any of them has. None where an original
+    layout of other names is called as the class is.
+    """
+    names, homes = found.recorded.keys(), (None, found.family, family.name if family else None)
+    for other in architectures():
+        if other.class_name == found.class_name and other.layout != "diffusers" and other.family in homes:
+            theirs = other.recorded.keys()
+            if not is_dialect(other) and len(names & theirs) < SURE * len(names | theirs):
+                return None
+    part = family.component(found.component) if family else None
+    if part is not None and (own := recipe_for(family, part, found)):
+        return own
+    if found.family is not None:
+        return None
+    parts = (part for each in families().values() for part in each.components)
+    shared = {part.layouts[found.class_name] for part in parts if found.class_name in part.layouts}
+    return shared.pop() if len(shared) == 1 else None
+
+
 def is_dialect(known: Architecture) -> bool:
     """Whether a layout is a library's own in the words of another version, which that library still reads.
 

@@ -159,7 +159,7 @@ class Pattern:
         }
         if not counts:
             return [self.fill(values, parameters)]
-        if math.prod(counts.values()) > _MAX_EACH:
+        if max(*counts.values(), math.prod(counts.values())) > _MAX_EACH:
             raise RecipeError(f"{self.text!r} gives too many names", expected=f"at most {_MAX_EACH}", found=f"{counts}")
         indices = product(*(range(count) for count in counts.values()))
         return [self.fill({**values, **dict(zip(counts, index, strict=True))}, parameters) for index in indices]

@@ -15,7 +15,7 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.companions import AVERAGED
 from porter.core.companions import part as part_companions
 from porter.core.libraries import LIBRARIES, library_has
-from porter.core.originals import ENCODERS, Known, belongs, is_dialect, named_by_file, recipe_for
+from porter.core.originals import ENCODERS, Known, belongs, is_dialect, kept_recipe, named_by_file, recipe_for
 from porter.core.plan import ComponentPlan, Extra, Layout, Status
 from porter.core.source import Source
 from porter.core.survey import Survey
@@ -50,6 +50,9 @@ def by_tensors(
 ) -> list[ComponentPlan]:
     """The components of a set, each told by its tensor names, or with the nearest known ones."""
     assert read.header is not None
+    if one.missing:
+        numbers = ", ".join(map(str, one.missing[:8])) + (" …" if len(one.missing) > 8 else "")
+        found.warnings.append(f"{one.files[0]}: shards {numbers} are missing")
     told = part_companions(read.header)
     if told.quantised:
         found.warnings.append(f"{one.files[0]}: quantised: {told.quantised}; recipes do not take it")
@@ -133,7 +136,8 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
         status = "reuse" if library and not packed and whole else "port"
         if not whole and library and not packed and file.one.kind in CONVERTED:
-            status, recipe = "convert", known.recipe or _shared_recipe(file, known) or SAME_NAMES
+            own = None if dialect else _shared_recipe(file, known) or kept_recipe(known.family, known.architecture)
+            status, recipe = "convert", known.recipe or own or SAME_NAMES
             if recipe == SAME_NAMES:
                 words.append(f"{class_name} takes its tensors as they are, from a file of its own")
         native = known.component is not None and known.component.native is not None and bool(file.config)

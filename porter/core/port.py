@@ -275,12 +275,13 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
     for name, record in manifest["components"].items() if not wrong else ():
         good = plain(name) and "/" not in name and holds(record, action=str, sources=list)
         good = good and (not record.get("base") or manifest.get("base") is not None)
-        good = good and all(isinstance(source, str) for source in record["sources"])
+        good = good and all(isinstance(each, str) and each.isprintable() for each in record["sources"])
         good = good and all(isinstance(record.get(key), str | None) for key in ("library", "class", "dtype"))
         if good and record["action"] == "convert":
             recipe = record.get("recipe")
             good = holds(record, **converted) and holds(recipe, name=str, reference=str, digest=str)
             good = good and all(isinstance(weight, str) and plain(weight) for weight in record["weights"])
+            good = good and all(isinstance(text, str) for text in record["source_metadata"].values())
         if not good:
             wrong.append(f"components: {name}")
     for name, record in manifest["files"].items() if not wrong else ():

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,8 @@ from porter.core.checkpoint import TensorInfo
 from porter.core.complete import check_base, completed
 from porter.core.errors import BadInputError, CheckpointError, MissingError, RecipeError, UsageError
 from porter.core.family import Family, families, resolve
-from porter.core.identity import for_header
-from porter.core.inputs import component_tensors, has_averaged, left_over
+from porter.core.identity import check_whole, for_header
+from porter.core.inputs import check_shards, component_tensors, has_averaged, left_over
 from porter.core.jobs import WEIGHTS_NAMES, Copy, Job, Preparation, Settings
 from porter.core.originals import as_role, takes
 from porter.core.pieces import SAME_NAMES
@@ -23,6 +24,7 @@ from porter.core.port import MANIFEST
 from porter.core.recipe import Recipe, compile_recipe
 from porter.core.sharding import index_of, shards
 from porter.core.source import Source
+from porter.core.userrecipe import users_own
 from porter.core.weights import WEIGHT_SUFFIXES
 
 CARRIED = re.compile(r"(README|LICEN[SC]E|NOTICE|COPYING|USE_POLICY|MODEL_CARD)[^/]*", re.IGNORECASE)
@@ -67,6 +69,9 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
         copies = [Copy.of(source, name) for name in source.files if CARRIED.fullmatch(name)]
         left = {name: why for name, why in left.items() if name not in {copy.name for copy in copies}}
     copies = [copy for copy in copies if copy.name not in written]
+    for part in plan.components if whole else ():
+        if part.status in ("native", "reuse"):
+            check_shards(source, part.files, part.name)
     others = {
         part.name: {"library": part.library, "class": part.class_name, "action": "copy", "sources": list(part.files),
                     "recipe": None}
@@ -161,7 +166,7 @@ def _selected(source: Source, plan: PortPlan, component: str | None) -> list[Com
         )  # fmt: skip
     if not found and any(part.status == "port" for part in chosen):
         raise BadInputError(
-            f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:1]) or None,
+            f"{source.given} is in no layout that porter knows", found="; ".join(plan.warnings[:3]) or None,
             hint="porter families; docs/recipes.md says how a recipe of your own is written",
         )  # fmt: skip
     if not found:
@@ -174,13 +179,16 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
     assert part.library and part.class_name and part.recipe
     header, metadata = component_tensors(source, part, plan.components, averaged=averaged)
     own = settings.recipes.get(part.name)
+    if own is None and part.recipe == SAME_NAMES:
+        check_whole(part.name, header)
     used = own or recipe_for(part.recipe, header, "original", "diffusers")
     config_name = f"{part.name}/config.json"
     given = _known_config(source, config_name, part, settings)
     try:
-        full = dict(used.infer_config(header, given))
-        assumed = full.pop("_assumed", {})
-        compiled = compile_recipe(used, full, header, dtype=settings.dtype)
+        with users_own(used) if own else nullcontext():
+            full = dict(used.infer_config(header, given))
+            assumed = full.pop("_assumed", {})
+            compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
         command = f"porter convert {source.given} --component {part.name}"
         if (

@@ -18,7 +18,7 @@ from porter.core.described import full_config
 from porter.core.errors import BadInputError, RecipeError, UsageError
 from porter.core.family import Component, families
 from porter.core.identity import for_header
-from porter.core.inputs import file_tensors
+from porter.core.inputs import check_shards, file_tensors
 from porter.core.jobs import Copy, Job, Preparation, Settings, not_the_base, unknown_component
 from porter.core.patterns import Pattern
 from porter.core.pieces import CONVERTED, SAME_NAMES
@@ -261,6 +261,7 @@ def _of_pipeline(source: Source, plan: PortPlan, settings: Settings, layout: Lay
 def _pipeline_job(
     source: Source, part: ComponentPlan, known: Component | None, settings: Settings, layout: Layout
 ) -> Job:
+    check_shards(source, part.files, part.name)
     header, _ = file_tensors(source, part.files, part.name)
     reference = known.recipe if known and known.recipe else SAME_NAMES
     recipe = settings.recipes.get(part.name) or recipe_for(reference, header, layout, "diffusers")

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from porter.core.atomic import BusyError, check_room, fsync_folder, lock, unwritable, write_json
 from porter.core.errors import PorterError
+from porter.core.files import reading
 from porter.core.port import MANIFEST, SCHEMA, file_record
 
 _WINDOW = 8 << 20
@@ -71,8 +72,14 @@ class Staging:
     def copy(self, source: Path, name: str, label: str, progress: Callable[[int], None] | None = None) -> str:
         """Copies one file by streaming and records both sides, the source as `label`; returns its sha256."""
         digest, path = hashlib.sha256(), self.path(name)
-        with source.open("rb", buffering=0) as reader, path.open("wb", buffering=0) as writer:
-            while chunk := reader.read(_WINDOW):
+        with reading(source):
+            reader = source.open("rb", buffering=0)
+        with reader, path.open("wb", buffering=0) as writer:
+            while True:
+                with reading(source):
+                    chunk = reader.read(_WINDOW)
+                if not chunk:
+                    break
                 digest.update(chunk)
                 view = memoryview(chunk)
                 while view:

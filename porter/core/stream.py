@@ -157,7 +157,10 @@ class Sources:
             try:
                 count = os.preadv(descriptor, [window[filled:]], position + filled)
             except OSError as error:
-                raise CheckpointError(f"cannot read {tensor.name} in {tensor.file}", found=error.strerror) from error
+                raise CheckpointError(
+                    f"cannot read {tensor.name} in {tensor.file}", found=error.strerror,
+                    hint="check the disk that it lies on, then run the same again",
+                ) from error  # fmt: skip
             if count == 0:
                 raise CheckpointError(
                     f"{tensor.file} became shorter while it was read",

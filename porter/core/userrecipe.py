@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from porter.core.errors import MissingError, UsageError
+from porter.core.errors import MissingError, PorterError, RecipeError, UsageError
 from porter.core.recipe import Recipe
 
 _HINT = "porter convert MODEL --recipe FILE.py -o PORT"
 _SHAPE = 'RECIPE = Recipe(…), or RECIPES = {"<component>": Recipe(…)}'
+
+
+@contextmanager
+def users_own(recipe: Recipe) -> Iterator[None]:
+    """While a user's recipe is asked or compiled: an error that nobody foresaw is the recipe's.
+
+    Raises:
+        RecipeError: instead of such an error.
+    """
+    try:
+        yield
+    except PorterError:
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(
+            f"the recipe {recipe.name} does not run", expected=_SHAPE,
+            found=f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"[:300],
+            hint="repair the file that --recipe names",
+        ) from error  # fmt: skip
 
 
 def read_recipes(path: Path, component: str | None = None) -> Mapping[str, Recipe]:
@@ -33,7 +55,7 @@ def read_recipes(path: Path, component: str | None = None) -> Mapping[str, Recip
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that exits must not end the command as if it had worked
         raise UsageError(
             f"the recipe file {path} does not run", found=f"{type(error).__name__}: {error}", hint=_HINT
         ) from error

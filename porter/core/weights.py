@@ -183,6 +183,11 @@ def indexed(source: Source, folder: str, sets: list[WeightSet]) -> list[WeightSe
     return sets
 
 
+def is_index(name: str) -> bool:
+    """Whether a file is called as an index of shards is."""
+    return _INDEX.fullmatch(name.rpartition("/")[2]) is not None
+
+
 def read_index(source: Source, name: str) -> dict[str, str]:
     """Tensor name -> path of its shard inside the source.
 

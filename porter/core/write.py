@@ -12,11 +12,11 @@ from typing import Any
 from porter.core.checkpoint import TensorInfo
 from porter.core.errors import BadInputError
 from porter.core.execute import execute
-from porter.core.files import check_json
+from porter.core.files import check_json, reading
 from porter.core.hashing import SourceHashes
 from porter.core.inputs import local_tensors, with_place
 from porter.core.jobs import Copy, Job, Preparation, not_the_base
-from porter.core.port import SCHEMA
+from porter.core.port import SCHEMA, file_sha256
 from porter.core.source import Source
 from porter.core.staging import Staging, stage
 from porter.core.tensorplan import BASE
@@ -54,26 +54,29 @@ def write(
         PorterError: see `porter.core.convert.convert`.
     """
     with stage(target, ready.key, ready.bytes) as staging:
+        names = _labels(ready)
+        # As they are before the first byte is read: what is no longer so at the end has changed meanwhile.
+        before = {path: _state(path) for path in (*names, *(copy.path for copy in ready.copies))}
         for copy in ready.copies:
             if not staging.done(copy.name):
                 _copy(copy, _label(ready, copy.source, copy.name), staging, progress)
-        names = _labels(ready)
-        # As they are before the first byte is read: what is no longer so at the end has changed meanwhile.
-        unknown = {path: path.stat() for path, (*_, label) in names.items() if not _recorded(staging, label, path)}
+        unknown = {path: before[path] for path, (*_, label) in names.items() if not _recorded(staging, label, path)}
         hashes = SourceHashes(unknown)
         for job in ready.jobs:
             _run(job, staging, workers, hashes, progress)
-        for path, before in unknown.items():
+        for path, state in unknown.items():
             source, name, label = names[path]
             _check_source(ready, source, name, digest := hashes.finish(path))
-            staging.sources[label] = {"size": before.st_size, "mtime_ns": before.st_mtime_ns, "sha256": digest}
+            staging.sources[label] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest}
         verified: dict[str, dict[str, Any]] = {}
         if verify:
             from porter.core.verify import verify_job
 
             for job in ready.jobs:
                 verified[job.component] = verify_job(here(job), staging)
-        _sources_unchanged(staging, names)
+        copied = {copy.path: (copy.source, copy.name, _label(ready, copy.source, copy.name)) for copy in ready.copies}
+        for path, (_, name, label) in (names | copied).items():
+            _unchanged(path, name, before[path], staging.sources[label]["sha256"])
         manifest = _manifest(ready, staging)
         recheck()
         staging.publish(manifest, replace=overwrite)
@@ -113,12 +116,31 @@ def _check_source(ready: Preparation, source: Source, name: str, digest: str) ->
         raise not_the_base(source, name, f"sha256 {original}", digest)
 
 
-def _sources_unchanged(staging: Staging, names: dict[Path, tuple[Source, str, str]]) -> None:
-    """A source that changed while it was read makes a port of neither version."""
-    for path, (_, name, label) in names.items():
-        record, found = staging.sources[label], path.stat()
-        if (found.st_size, found.st_mtime_ns) != (record["size"], record["mtime_ns"]):
-            raise BadInputError(f"{name} changed while it was converted", hint="run it again when nothing writes to it")
+def _state(path: Path) -> os.stat_result:
+    with reading(path):
+        return path.stat()
+
+
+def _unchanged(path: Path, name: str, before: os.stat_result, digest: str) -> None:
+    """A source that changed while it was read makes a port of neither version.
+
+    Times can be set back; that an inode was touched cannot be hidden, and then the content is compared.
+    """
+    try:
+        found = path.stat()
+        same = _content_stamp(found) == _content_stamp(before)
+        same = same and (found.st_ctime_ns == before.st_ctime_ns or file_sha256(path) == digest)
+    except OSError:
+        same = False
+    if not same:
+        raise BadInputError(
+            f"{name} changed while it was converted", expected="the file as it was at the start",
+            found=f"{path} has another content, or is gone", hint="run it again when nothing writes to it",
+        )  # fmt: skip
+
+
+def _content_stamp(state: os.stat_result) -> tuple[int, ...]:
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def check_text(copy: Copy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from porter import cli
 from porter.core.convert import convert
-from porter.core.errors import BadInputError, CheckFailed, ResourceError, UsageError
+from porter.core.errors import BadInputError, CheckFailed, CheckpointError, ResourceError, UsageError
 from porter.core.port import Port
 from tests.hub_server import COMMIT, hub_server
 
@@ -470,6 +471,76 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, tiny_
 
     with pytest.raises(BadInputError, match=r"flux1-tiny\.safetensors changed while"):
         convert(model, out, progress=meddle)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "gone"])
+@pytest.mark.parametrize("name", ["flux1-tiny.safetensors", "text_encoder/model.safetensors"])
+def test_a_time_that_is_set_back_hides_no_change(name: str, how: str, tmp_path: Path, tiny_flux: Path) -> None:
+    """Of what is converted and of what is copied: part of the old content would stand beside part of the new."""
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+    file, done = model / name, list[str]()
+    state, content = file.stat(), file.read_bytes()
+
+    def meddle(written: str, _: int) -> None:
+        if written.startswith("vae/") and not done:
+            done.append(how)
+            if how == "gone":
+                file.unlink()
+                return
+            target = file if how == "written" else tmp_path / "other"
+            target.write_bytes(content[:-9] + bytes(9))
+            os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))
+            target.replace(file)
+
+    with pytest.raises(BadInputError, match=rf"(?s)changed while|cannot read .*{file.name}"):
+        convert(model, tmp_path / "port", progress=meddle)
+    assert done and list(tmp_path.iterdir()) == [model]
+
+
+def test_a_file_that_was_only_touched_is_the_same(tmp_path: Path, tiny_flux: Path) -> None:
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+    convert(model, tmp_path / "port", progress=lambda *_: (model / "flux1-tiny.safetensors").chmod(0o640))
+    assert Port.open(tmp_path / "port").stale(full=True) == []
+
+
+def test_an_interrupted_run_is_not_continued_from_another_file_of_one_time(tmp_path: Path, tiny_flux: Path) -> None:
+    """Archives and build tools give all files one time: a fine-tune of the same size would be mixed with the first."""
+    model, out = Path(shutil.copytree(tiny_flux, tmp_path / "model")), tmp_path / "port"
+    file = model / "flux1-tiny.safetensors"
+    os.utime(file, ns=(10**9, 10**9))
+    arguments = ["convert", str(model), "-o", str(out)]
+    subprocess.run([sys.executable, "-c", STOP_AFTER, "vae/config.json", "9", *arguments], cwd=ROOT)
+    assert list(tmp_path.glob(".port.partial-*/transformer/*.safetensors"))
+    content = file.read_bytes()
+    other = tmp_path / "other"
+    other.write_bytes(content[:-9] + bytes(9))
+    os.utime(other, ns=(10**9, 10**9))
+    other.replace(file)
+    assert convert(model, out).resumed == ()
+    convert(model, tmp_path / "undisturbed")
+    found, wanted = tree(out), tree(tmp_path / "undisturbed")
+    assert {**found, "manifest.json": ""} == {**wanted, "manifest.json": ""}
+
+
+@pytest.mark.parametrize("gone", ["flux1-tiny.safetensors", "text_encoder/model.safetensors"])
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_output(gone: str, tmp_path: Path, tiny_flux: Path) -> None:
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+    with pytest.raises(BadInputError, match=rf"cannot read .*{Path(gone).name}") as error:
+        convert(model, tmp_path / "port", started=lambda _: (model / gone).unlink())
+    assert error.value.hint and list(tmp_path.iterdir()) == [model]
+
+
+def test_a_read_error_is_named(tmp_path: Path, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(shutil.copytree(tiny_flux, tmp_path / "model"))
+
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(CheckpointError, match="cannot read") as error:
+        convert(model, tmp_path / "port")
+    assert error.value.found == "Input/output error" and error.value.hint
     assert list(tmp_path.iterdir()) == [model]
 
 

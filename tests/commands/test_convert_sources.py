@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from porter import plan
 from porter.cli import main
 from porter.core.convert import Conversion, convert
-from porter.core.errors import BadInputError, PorterError, RecipeError, UsageError
+from porter.core.errors import BadInputError, MissingError, PorterError, RecipeError, UsageError
 from porter.core.family import resolve
 from porter.core.port import Port
 from tests.commands.test_convert import equal, tree
 from tests.conversions.proofs import autoencoder_kl, clip, qwen_image, unet, wan
+from tests.conversions.proofs.qwen_image import PROOFS
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -72,6 +74,44 @@ def test_a_file_of_several_components(whole_file: Path, tiny_port: Path, tmp_pat
     assert restored and all(torch.equal(tensor, plain[name]) for name, tensor in restored.items())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t, n: t.pop(n), "missing from the source"),
+        (lambda t, n: t.update({n: t[n].to(torch.int8)}), "wrong dtype in the source"),
+        (lambda t, n: t.update({n: t[n][:-1].clone()}), "wrong shape in the source"),
+        (lambda t, n: t.update({n + "_old": t[n].clone()}), "no rule claims"),
+    ],
+    ids=["missing", "integers", "cut", "extra"],
+)
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_names_that_stay_are_accounted_for_too(
+    part: str, spoil: Callable[[dict[str, torch.Tensor], str], object], words: str, tiny_port: Path, tmp_path: Path
+) -> None:
+    """A component in its class's own names, below a prefix: its recipe counts its tensors, wherever one is known."""
+    if part == "text_encoder":
+        held, config = load_file(tiny_port / part / "model.safetensors"), config_of(tiny_port, part)
+        tensors = {f"text_model.{each}": tensor for each, tensor in held.items()}  # the class's names in most files
+        prefix, name, recipe = "text_encoders.clip_l.transformer.", "layers.1.mlp.fc2.weight", "clip-text"
+    else:
+        proof = next(proof for proof in PROOFS if proof.name == "qwen-image-transformer")
+        shapes = proof.load().target_headers(proof.tiny)
+        tensors = {name: torch.full(info.shape, 0.5) for name, info in shapes.items()}
+        config, prefix, recipe = dict(proof.tiny), "model.diffusion_model.", proof.load().name
+        name = "blocks.1.attn.to_q.weight"
+    found = next(each for each in tensors if each.endswith(name))
+    source = tmp_path / "all.safetensors"
+    save_file({prefix + each: tensor for each, tensor in tensors.items()}, source)
+    done = convert(source, tmp_path / "port", component=part, config=config)
+    assert [(job.recipe.name, job.recipe.knows_targets) for job in done.preparation.jobs] == [(recipe, True)]
+    spoil(tensors, found)
+    save_file({prefix + each: tensor for each, tensor in tensors.items()}, source)
+    with pytest.raises(RecipeError) as error:
+        convert(source, tmp_path / "other", component=part, config=config)
+    assert words in error.value.what and found in error.value.what
+    assert not (tmp_path / "other").exists()
+
+
 def test_averaged_weights_are_taken_when_asked_for(whole_file: Path, tiny_port: Path, tmp_path: Path) -> None:
     convert(whole_file, tmp_path / "port", component="transformer", config=config_of(tiny_port), averaged=True)
     ours, plain = load_file(tmp_path / "port" / TRANSFORMER), load_file(tiny_port / TRANSFORMER)
@@ -112,6 +152,35 @@ def test_shards_and_their_index(tiny_port: Path, tmp_path: Path) -> None:
     assert equal(tmp_path / "back" / "flux1-tiny.safetensors", tmp_path / "plain" / "flux1-tiny.safetensors")
     with pytest.raises(UsageError, match="no size of a shard"):
         convert("builtin:tiny-flux", tmp_path / "never", shard_size="big")
+
+
+@pytest.mark.parametrize("how", ["alone", "folder", "index", "copied", "base"])
+def test_a_missing_shard_makes_no_smaller_model(how: str, tiny_port: Path, tiny_flux: Path, tmp_path: Path) -> None:
+    """All but the last block: the tensors alone would be those of a model with fewer blocks."""
+    model = tmp_path / "model"
+    tensors = load_file(tiny_flux / "flux1-tiny.safetensors")
+    config = {key: value for key, value in config_of(tiny_port).items() if "layers" not in key}
+    last = max(name.split(".")[1] for name in tensors if name.startswith("single_blocks."))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"single_blocks.{last}.")}
+    first, second = ("w.safetensors", "v.safetensors") if how == "index" else (
+        "flux-00001-of-00002.safetensors", "flux-00002-of-00002.safetensors")  # fmt: skip
+    model.mkdir()
+    save_file(kept, model / first)
+    more: dict[str, Any] = {"config": config}
+    if how == "index":
+        table = {name: first if name in kept else second for name in tensors}
+        (model / "flux.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    if how in ("copied", "base"):
+        model = Path(shutil.copytree(tiny_flux if how == "copied" else tiny_port, tmp_path / "pipeline"))
+        (model / "manifest.json").unlink(missing_ok=True)
+        whole = model / "text_encoder_2" / "model.safetensors"
+        whole.rename(whole.with_name("model-00001-of-00002.safetensors"))
+        more = {"base": model} if how == "base" else {}
+    source = model / first if how == "alone" else tiny_flux / "flux1-tiny.safetensors" if how == "base" else model
+    with pytest.raises(MissingError, match="not all of its weights are here") as error:
+        convert(source, tmp_path / "port", **more)
+    assert ("v.safetensors" if how == "index" else "shard 2") in str(error.value.found) and error.value.hint
+    assert not (tmp_path / "port").exists()
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tiny_port: Path, tmp_path: Path) -> None:

@@ -129,3 +129,29 @@ def test_the_made_up_layout(
     assert main([*back, "--base", "made_up.safetensors"]) == 0
     found = load_file("back/made_up.safetensors")
     assert found.keys() == there.keys() and all(torch.equal(found[name], tensor) for name, tensor in there.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("raise SystemExit(0)", 2, "SystemExit"),
+        ("import sys; sys.exit('bye')", 2, "bye"),
+        ("1 / 0", 2, "ZeroDivisionError"),
+        ("RECIPE = Recipe('mine', 'a', 'b', RULES, infer_config=lambda header, config: 1 / 0)", 6, "ZeroDivisionError"),
+        ("RECIPE = Recipe('mine', 'a', 'b', RULES, infer_config=lambda header, config: None)", 6, "TypeError"),
+        ("RECIPE = Recipe('mine', 'a', 'b', RULES, infer_config=lambda header, config: exit(0))", 6, "SystemExit"),
+        ("RECIPE = Recipe('mine', 'a', 'b', RULES, target_headers=lambda config, dtype='*': 5)", 6, "TypeError"),
+        ("RECIPE = Recipe('mine', 'a', 'b', (3,))", 6, "AttributeError"),
+    ],
+)
+def test_a_recipe_file_that_breaks_is_named(
+    text: str, code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Above all one that exits: the command must not end as if it had worked."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"from porter.core.recipe import Recipe, Rule\nRULES = (Rule('x', 'y'),)\n{text}\n")
+    arguments = ["convert", "builtin:tiny-flux", "--component", "transformer", "--recipe", str(file)]
+    assert main([*arguments, "-o", str(tmp_path / "p")]) == code
+    told = capsys.readouterr().err
+    assert words in told and "does not run" in told and "next:" in told and "internal error" not in told
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]

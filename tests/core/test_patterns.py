@@ -62,3 +62,10 @@ def test_templates_blocks_and_neighbours() -> None:
     with pytest.raises(RecipeError, match=r"b\.1 is missing"):
         count_blocks(["b.0.x", "b.2.x"], "b")
     assert nearest("img_attn.qkv.bias", ["txt_in.bias", "img_attn.qkv.weight"])[0] == "img_attn.qkv.weight"
+
+
+@pytest.mark.parametrize("text", ["y.{k:each 200000}", "y.{k:each 0}.{j:each 3000000000}"])
+def test_no_pattern_makes_names_without_end(text: str) -> None:
+    """Also where one count of 0 would make none: the other alone would fill the memory."""
+    with pytest.raises(RecipeError, match="too many names"):
+        Pattern(text).fill_all({}, {})

@@ -39,6 +39,18 @@ def test_open(folder: Path, tmp_path: Path) -> None:
         Port.open(folder / "vae")
 
 
+CONVERTED: dict[str, object] = {
+    "action": "convert", "sources": ["a.safetensors"], "config": {}, "source_metadata": {"a": "1"}, "prefix": "",
+    "source_dtypes": "F32", "weights": ["vae/a"], "recipe": {"name": "x", "reference": "x", "digest": "x"},
+}  # fmt: skip
+
+
+def test_a_converted_component_is_taken(folder: Path) -> None:
+    document = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**document, "components": {"vae": CONVERTED}}))
+    assert Port.open(folder).components == ["vae"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -59,6 +71,8 @@ def test_open(folder: Path, tmp_path: Path) -> None:
         ({"licence": None}, "damaged"),
         ({"components": {"vae": {"action": "copy", "sources": [1]}}}, "damaged"),
         ({"components": {"vae": {"action": "copy", "sources": [], "class": 3}}}, "damaged"),
+        ({"components": {"vae": {"action": "copy", "sources": ["a\x1b.safetensors"]}}}, "damaged"),
+        ({"components": {"vae": CONVERTED | {"source_metadata": {"a": [1]}}}}, "damaged"),
         ({"direction": "original"}, "original layout"),
     ],
 )

@@ -78,6 +78,25 @@ def test_accounts_for_every_tensor() -> None:
     assert "6 → 18" in text and "dropped step: training only" in text and "11 → 22" in text
 
 
+@pytest.mark.parametrize("dtype", ["I8", "I64", "U8", "BOOL", "C64"])
+def test_weights_are_floating_point_numbers(dtype: str) -> None:
+    """Grouped, with the rule's line; what a rule drops may be of any dtype, and a layout may ask for integers."""
+    recipe = dataclasses.replace(RECIPE, source_headers=lambda config, kind=ANY: source(kind))
+    odd = {f"blocks.{i}.out": spec(dtype, (H, H)) for i in range(N)}
+    what = refused(recipe, source() | odd).what
+    assert "wrong dtype in the source: 3 tensors blocks.*.out, the first blocks.0.out" in what
+    assert f"[4, 4] of a floating-point dtype, found [4, 4] {dtype}" in what
+    assert "tests/core/test_recipe.py" in what and what.count("wrong dtype") == 1
+    compiled(recipe, source() | {"step": spec(dtype, ())})
+    asked = dataclasses.replace(RECIPE, source_headers=lambda config, kind=ANY: source(kind) | odd)
+    compiled(asked, source() | odd)
+
+
+def test_a_name_without_end_is_cut_in_the_message() -> None:
+    what = refused(header=source() | {"a." * 20000: spec("F32", (1,))}).what
+    assert "(40000 characters)" in what and len(what) < 2000
+
+
 def test_unclaimed_source_is_named_with_the_nearest_rule() -> None:
     error = refused(
         header=source() | {"blocks.0.qkv.scale": spec("F32", (1,)), "blocks.1.qkv.scale": spec("F32", (1,))}

@@ -111,7 +111,7 @@ def conversion(folder: Path, gigabytes: float, *, whole: bool = False) -> dict[s
 
     porter = [str(Path(sys.executable).with_name("porter")), "convert", str(source), "--config", str(settings)]
     ours, cp = [*porter, "-o", str(out), "--quiet"], ["cp", str(source), str(copy)]
-    groups = {"copied": (RUNS, {"cp": cp, "porter convert": ours})}
+    groups = {"copied": (SLOW_RUNS if whole else RUNS, {"cp": cp, "porter convert": ours})}
     if not whole:  # at FLUX.1-dev's size the others take too long, or too much memory
         casts = {f"porter convert --dtype {name}": [*ours, "--dtype", name] for name in ("float16", "float32")}
         command = [sys.executable, "-W", "ignore", "-c", DIFFUSERS, str(source), str(settings.parent), str(theirs)]

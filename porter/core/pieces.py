@@ -136,7 +136,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
         library = library or next((lib for lib in LIBRARIES if library_has(lib, class_name)), None)
         status = "reuse" if library and not packed and whole else "port"
         if not whole and library and not packed and file.one.kind in CONVERTED:
-            own = None if dialect else _shared_recipe(file, known) or kept_recipe(known.family, known.architecture)
+            own = None if dialect else kept_recipe(file.found.family or known.family, known.architecture)
             status, recipe = "convert", known.recipe or own or SAME_NAMES
             if recipe == SAME_NAMES:
                 words.append(f"{class_name} takes its tensors as they are, from a file of its own")
@@ -158,16 +158,6 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
     words += [file.note] if file.note else []
     return _component(file, piece, name, library=library, class_name=class_name, status=status, layout=layout,
                       recipe=recipe, config=config, note="; ".join(words), model=model)  # fmt: skip
-
-
-def _shared_recipe(file: _Checkpoint, known: Known) -> str | None:
-    """The recipe by which the source's family takes a component that families share, in its class's own names.
-
-    Such names inside a checkpoint may stand beside buffers that the class does not have.
-    """
-    family = file.found.family
-    role = family.component(known.architecture.component) if family else None
-    return recipe_for(family, role, known.architecture) if role else None
 
 
 def _unknown(file: _Checkpoint, piece: Part) -> ComponentPlan:

@@ -191,11 +191,8 @@ def _forward_job(source: Source, plan: PortPlan, part: ComponentPlan, settings: 
             compiled = compile_recipe(used, full, header, dtype=settings.dtype)
     except (RecipeError, CheckpointError) as error:
         command = f"porter convert {source.given} --component {part.name}"
-        if (
-            error.hint
-            and "--config FILE, with" in error.hint
-            and sum(each.status == "convert" for each in plan.components) > 1
-        ):
+        several = sum(each.status == "convert" for each in plan.components) > 1
+        if several and error.hint and "--config FILE, with" in error.hint:  # which holds one component's alone
             error.hint = _configs(source, part)
         error.hint = (error.hint or "porter convert … --config FILE -o PORT").replace("porter convert …", command)
         raise

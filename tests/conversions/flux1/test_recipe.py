@@ -239,9 +239,9 @@ FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}
 @pytest.mark.parametrize(
     ("dtype", "more", "count"),
     [
-        ("U8", {}, 66),
-        ("U8", {"guidance_embeds": False}, 62),
-        pytest.param("U8", FILL, 66, marks=pytest.mark.slow),
+        ("F8_E4M3", {}, 66),
+        ("F8_E4M3", {"guidance_embeds": False}, 62),
+        pytest.param("F8_E4M3", FILL, 66, marks=pytest.mark.slow),
         pytest.param("BF16", {}, 66, marks=pytest.mark.slow),
     ],
     ids=["dev", "schnell", "fill", "dev-BF16"],
@@ -274,7 +274,7 @@ def test_the_real_size_compiles_in_a_blink(tmp_path: Path) -> None:
     assert document["totals"] == {
         "source": 780, "target": 1160, "dropped": 0, "bytes_in": 23_802_816_640, "bytes_out": 23_802_816_640,
     }  # fmt: skip
-    assert full == real("dev") and plan.peak_buffer <= 24 << 20
+    assert full == real("dev") and plan.peak_buffer <= 32 << 20
     assert seconds < 0.5, f"{seconds:.3f} s"
 
 

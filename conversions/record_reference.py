@@ -86,16 +86,17 @@ def importable(original: Original, checkout: Path) -> Any:
             f"{checkout} is not a checkout of {original.repository}", expected=missing[0],
             hint=f"git clone https://github.com/{original.repository} && git checkout {original.commit}",
         )  # fmt: skip
-    for name in original.absent:
-        sys.modules.setdefault(name, Absent(name))
+    empty = [name for name in original.absent if name not in sys.modules]
+    sys.modules.update({name: Absent(name) for name in empty})
     before = list(sys.path)
     sys.path[:0] = [str(checkout / path) for path in original.paths]
     try:
         yield
     finally:
         sys.path[:] = before
-        for name in _modules_of(checkout):  # another checkout's `utils` or `models` is another module
-            del sys.modules[name]
+        # Another checkout's `utils` or `models` is another module, and others ask whether what is absent is there.
+        for name in (*_modules_of(checkout), *empty):
+            sys.modules.pop(name, None)
 
 
 def _modules_of(checkout: Path) -> list[str]:

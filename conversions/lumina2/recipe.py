@@ -96,12 +96,7 @@ def _told(config: Mapping[str, Any], channels: int, heads: int) -> dict[str, Any
 
 def _check(full: Mapping[str, Any], head: int, inner: int) -> None:
     """Refuse rotary axes that do not fill a head, and a feed-forward of another width than the tensors'."""
-    axes = full["axes_dim_rope"]
-    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes) or sum(axes) != head:
-        raise RecipeError(
-            f"{FACTS.class_name}: axes_dim_rope does not fit the heads", expected=f"sizes with sum {head}",
-            found=f"axes_dim_rope: {axes}", hint="porter convert … --config FILE, with axes_dim_rope in it",
-        )  # fmt: skip
+    FACTS.check_axes(full, "axes_dim_rope", head)
     multiple, factor = full["multiple_of"], full["ffn_dim_multiplier"]
     known = type(multiple) is int and multiple > 0 and (factor is None or type(factor) in (int, float))
     found = _inner(full) if known and abs(factor or 1) < 2**16 else None

@@ -65,12 +65,7 @@ def infer_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         "use_additional_t_cond": _LAYERS in header,
         **marked,
     })  # fmt: skip
-    axes = full["axes_dims_rope"]
-    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes) or sum(axes) != head:
-        raise RecipeError(
-            f"{FACTS.class_name}: axes_dims_rope does not fit the heads", expected=f"sizes with sum {head}",
-            found=f"axes_dims_rope: {axes}", hint="porter convert … --config FILE, with axes_dims_rope in it",
-        )  # fmt: skip
+    FACTS.check_axes(full, "axes_dims_rope", head)
     return full | {"_marked": bool(marked)}
 
 

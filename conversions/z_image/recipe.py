@@ -95,12 +95,7 @@ def _config(
             found=f"n_heads: {full['n_heads']}, n_kv_heads: {full['n_kv_heads']}",
             hint="porter convert … --config FILE, with n_heads and n_kv_heads in it",
         )  # fmt: skip
-    axes, width = full["axes_dims"], dim // full["n_heads"]
-    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes) or sum(axes) != width:
-        raise RecipeError(
-            f"{FACTS.class_name}: axes_dims does not fit the heads", expected=f"sizes with sum {width}",
-            found=f"axes_dims: {axes}", hint="porter convert … --config FILE, with axes_dims in it",
-        )  # fmt: skip
+    FACTS.check_axes(full, "axes_dims", dim // full["n_heads"])
     return full
 
 

@@ -59,8 +59,7 @@ def completed(ready: Preparation, base: Source) -> Preparation:
         for part in found.components if part.name not in mine and part.status in ("native", "reuse")
     }  # fmt: skip
     terms = [copy.name for copy in copies if copy.source is base and copy.name.upper().startswith(_TERMS)]
-    declared = {key: value for key, value in base.declared.items() if key.startswith("license")}
-    licence = {**ready.licence, "files": [*ready.licence["files"], *terms], "base": declared}
+    licence = {**ready.licence, "files": [*ready.licence["files"], *terms], "base": base.declared_licence}
     family = ready.family or (found.family.name if found.family else None)
     return replace(
         ready, pipeline_class=found.pipeline_class, copies=tuple(copies), copied_components=others, base=base,

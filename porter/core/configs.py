@@ -71,6 +71,15 @@ class ConfigFacts:
         full = {key: list(value) if isinstance(value, tuple) else value for key, value in full.items()}
         return full | ({"_assumed": dict(assumed)} if assumed else {})
 
+    def check_axes(self, full: Mapping[str, Any], key: str, width: int) -> None:
+        """Refuse sizes of rotary axes, under `key` of a full config, that do not fill a head of `width` channels."""
+        axes = full[key]
+        if not isinstance(axes, list) or not all(type(axis) is int for axis in axes) or sum(axes) != width:
+            raise RecipeError(
+                f"{self.class_name}: {key} does not fit the heads", expected=f"sizes with sum {width}",
+                found=f"{key}: {axes}", hint=_HINT.format(key),
+            )  # fmt: skip
+
     def _translated(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` in the class's own keys, without private ones."""
         named = given.get("_class_name", self.class_name)

@@ -54,10 +54,9 @@ def forward(source: Source, plan: PortPlan, settings: Settings) -> Preparation:
             hint=f"porter convert {source.given} --component {parts[0].name} --config FILE -o OUT",
         )
     family = families().get(plan.family) if plan.family else None
-    if settings.averaged and len(parts) > 1:  # a file of several components averages the one that was trained
-        averaged = [part.name for part in parts if has_averaged(source, part)] or [part.name for part in parts]
-    else:
-        averaged = [part.name for part in parts] if settings.averaged else []
+    averaged = [part.name for part in parts] if settings.averaged else []
+    if len(averaged) > 1:  # a file of several components averages the one that was trained
+        averaged = [part.name for part in parts if has_averaged(source, part)] or averaged
     jobs = tuple(_forward_job(source, plan, part, settings, averaged=part.name in averaged) for part in parts)
     whole = plan.pipeline_class is not None and settings.component is None
     written = {name for job in jobs for name in (*(s.file for s in job.shards), *job.texts, *job.last)}
@@ -299,6 +298,5 @@ def _carried(source: Source, plan: PortPlan, jobs: tuple[Job, ...]) -> tuple[lis
 
 def licence_of(source: Source, family: Family | None, copies: list[Copy]) -> dict[str, Any]:
     """What is known about the terms: what the hub or the model card declares, the files carried over, our hint."""
-    declared = {key: value for key, value in source.declared.items() if key.startswith("license")}
     files = [copy.name for copy in copies if CARRIED.fullmatch(copy.name)]
-    return {"declared": declared, "files": files, "hint": family.license_hint if family else ""}
+    return {"declared": source.declared_licence, "files": files, "hint": family.license_hint if family else ""}

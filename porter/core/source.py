@@ -52,6 +52,11 @@ class Source(ABC):
         return {}
 
     @property
+    def declared_licence(self) -> dict[str, Any]:
+        """What of `declared` is about the licence."""
+        return {key: value for key, value in self.declared.items() if key.startswith("license")}
+
+    @property
     def name(self) -> str:
         """A short name, fit for a folder."""
         return (

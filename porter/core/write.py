@@ -175,9 +175,8 @@ def here(job: Job) -> Job:
     """
     places: dict[tuple[bool, Path, str], TensorInfo] = {}
     for source, name in job.sources:
-        path = source.path(name)
+        path, borrowed = source.path(name), source is not job.sources[0][0]
         for info in local_tensors(path).values():
-            borrowed = source is not job.sources[0][0]
             places[borrowed, path, info.name] = places[borrowed, Path(name), info.name] = info  # a hub's: by its name
     found = {
         name: with_place(info, places.get((name.endswith(BASE), info.file or Path(), info.name)))

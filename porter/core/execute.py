@@ -73,14 +73,13 @@ def execute(
     infos = [_info(item) for _, item in pieces]
     head = header_bytes(infos, metadata or {})
     size = len(head) + sum(info.nbytes for info in infos)
-    large = size >= LARGE
     largest = max((info.nbytes for info in infos), default=0)
     with (
         PartialFile(output, size) as partial,
         Lanes(workers if largest >= _PARALLEL_HASH else 1) as lanes,
-        Sources(lanes, hashes, drops_cache=large) as sources,
+        Sources(lanes, hashes, drops_cache=size >= LARGE) as sources,
     ):
-        writer = Writer(partial.descriptor, sources.pool, lanes, progress, direct=large)
+        writer = Writer(partial.descriptor, size, sources.pool, lanes, progress)
         writer.write(head, None)
         digests: dict[str, Any] = {}
         for _, group in groupby(pieces, key=lambda piece: id(piece[0])):

@@ -13,9 +13,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-DEFAULT_WORKERS = 5  # reading, writing and three hashes; on two cores too, since the first two wait for the disk
+DEFAULT_WORKERS = 6  # reading, writing twice and three hashes; on two cores too, since most of them wait for the disk
 _LOOSE = 4  # pieces of data in no buffer that may wait at once: a pool bounds the others
-WRITE, SOURCE_HASH, FILE_HASH, TENSOR_HASH = range(4)  # what each lane is for
+WRITE, SOURCE_HASH, FILE_HASH, TENSOR_HASH, OTHER_WRITE = range(5)  # what each lane is for
 
 
 class Buffer:
@@ -65,7 +65,7 @@ class Pool:
 class Lanes:
     """Threads that take calls. What enters one lane is done in its order; `workers` includes the copying thread."""
 
-    def __init__(self, workers: int, lanes: int = 4) -> None:
+    def __init__(self, workers: int, lanes: int = 5) -> None:
         count = min(max(workers - 1, 0), lanes)
         self._queues: list[SimpleQueue[tuple[Callable[[Any], None], Any, Buffer | None] | None]] = [
             SimpleQueue() for _ in range(count)

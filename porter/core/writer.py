@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from porter.core.lanes import FILE_HASH, TENSOR_HASH, WRITE, Buffer, Lanes, Pool
+from porter.core.lanes import FILE_HASH, OTHER_WRITE, TENSOR_HASH, WRITE, Buffer, Lanes, Pool
 
 try:
     import fcntl
@@ -26,15 +27,19 @@ Progress = Callable[[int], None]
 
 
 class Writer:
-    """Writes and hashes one file from start to end, in whole buffers of a pool."""
+    """Writes and hashes one file from start to end, in whole buffers of a pool.
 
-    def __init__(
-        self, descriptor: int, pool: Pool, lanes: Lanes, progress: Progress | None = None, *, direct: bool = False
-    ) -> None:
+    A file of `LARGE` bytes or more gets its room on the disk first, and two writes are under way at once.
+    """
+
+    def __init__(self, descriptor: int, size: int, pool: Pool, lanes: Lanes, progress: Progress | None = None) -> None:
         self.descriptor, self.pool, self.lanes, self.progress = descriptor, pool, lanes, progress
         self.position = 0  # how many bytes have come in
         self.file_hash = hashlib.sha256()
-        self._direct = direct and _set_direct(descriptor, True)
+        if size >= LARGE:
+            _reserve(descriptor, size)
+        self._direct = size >= LARGE and _set_direct(descriptor, True)
+        self._turns = itertools.cycle((WRITE, OTHER_WRITE))
         self._buffer: Buffer | None = None
         self._filled = 0
 
@@ -81,7 +86,7 @@ class Writer:
     def _flush(self, buffer: Buffer) -> None:
         put = partial(self._put, self.position - self._filled)
         self._buffer = None
-        self.lanes.feed(WRITE, put, buffer.data[: self._filled], buffer)
+        self.lanes.feed(next(self._turns), put, buffer.data[: self._filled], buffer)
         buffer.release()
 
     def _put(self, position: int, view: memoryview) -> None:
@@ -94,13 +99,34 @@ class Writer:
     def _pwrite(self, view: memoryview, position: int) -> None:
         written = 0
         while written < len(view):
+            direct = self._direct  # as it was before: the other lane may turn it off during the call
             try:
                 written += os.pwrite(self.descriptor, view[written:], position + written)
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
+                if not direct or error.errno != errno.EINVAL:
                     raise
-                self._direct = False  # the file system takes the flag, and other places or lengths
-                _set_direct(self.descriptor, False)
+                _set_direct(self.descriptor, False)  # the file system takes the flag, and other places or lengths
+                self._direct = False
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give an empty file its blocks at once, where the file system can; `os.posix_fallocate` would write them itself.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    import ctypes  # small files do without
+
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None) if os.name == "posix" else None
+    if fallocate is None:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(descriptor, 0, 0, size) and (number := ctypes.get_errno()) in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ):
+        raise OSError(number, os.strerror(number))
 
 
 def _set_direct(descriptor: int, on: bool) -> bool:

@@ -18,7 +18,7 @@ from porter.core.lanes import Buffer, Lanes, Pool
 from porter.core.views import Run
 
 WINDOW = 4 << 20  # bytes that are moved at a time
-BUFFERS = 8
+BUFFERS = 6
 _BEHIND = 32 << 20  # bytes that the system is told at a time to forget
 _SMALL = 256 << 10  # runs below this many bytes on average are put together before they are written
 _AHEAD = 4096  # runs that are looked at before a read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ def capture(
     *,
     double: bool,
     forcing: Forcing | None = None,
+    isolation: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
 ) -> Capture:
     """Run `call(module, inputs)` and keep what every submodule received and returned.
 
@@ -45,6 +46,7 @@ def capture(
         inputs: named tensors; floating-point ones are cast to the run's precision.
         double: run in float64 under the arbiter.
         forcing: module path -> (call index, the module's own inputs) -> arguments to replace before it runs.
+        isolation: what gives the reference's values to leaves, after their own were kept (`Isolation.of`).
     """
     result = Capture()
     made: dict[int, tuple[Tensor, str]] = {}  # id -> the tensor itself (kept alive, so that ids stay unique), its maker
@@ -66,6 +68,8 @@ def capture(
         for path, forced in (forcing or {}).items():
             stack.enter_context(_forced(module.get_submodule(path), forced))
         result.ran = stack.enter_context(listen(module, lambda path: True, sink, None if double else dtypes))
+        if isolation is not None:
+            stack.enter_context(isolation(module))
         if not double:
             stack.enter_context(dtypes)
         out = call(module, values)

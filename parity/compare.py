@@ -23,6 +23,7 @@ PASSING = frozenset({IDENTICAL, ROUNDING})
 GATE = 1e-3  # the fence that users ask for, on max|delta| scaled by max(1, max|reference|)
 FALL = 1000.0  # a rounding difference shrinks this much in float64 (measured: 1e6); real ones by 0.93 to 1.02
 NOISIER = 10.0  # with disagreeing cast traces: one side this much noisier than the other has lost precision
+BASELINES = 3.0  # how many times its baseline a family may differ where float64 cannot run
 ROUND_OFF_64 = 1e-12  # scaled difference that float64 summation orders leave by themselves
 
 
@@ -91,12 +92,15 @@ def judge(
     gate: float = GATE,
     casts: str = "",
     positions: Tensor | None = None,
+    single: float | None = None,
 ) -> Verdict:
     """Compare a candidate's flat samples, `low` (float32 run) and `high` (float64 run), with a recorded value.
 
     Args:
         casts: what the cast traces of both sides disagree on; empty when they agree.
         positions: flat positions of the samples in the whole tensor, to name the worst element.
+        single: float64 could not run: the family's baseline, a scaled difference in float32, decides; NaN where none is
+            known.
     """
     total = torch.Size(reference.event.shape).numel()
     if low.numel() != reference.low.numel() or high.numel() != reference.high.numel():
@@ -114,9 +118,18 @@ def judge(
     at = int(delta.argmax())
     note = ""
     if not all(math.isfinite(x) for x in (d32, d64, peak)):
-        status, note = DIFFERS, "not finite on at least one side"
+        status, note = DIFFERS, _not_finite(a, b)
     elif d32 / scale > gate:
         status = OVER
+    elif single is not None:
+        noise_reference = noise_candidate = single * scale
+        d64 = math.nan
+        known = f"float64 cannot run: judged by the baseline {single:.1e} (scaled)"
+        status, note = (ROUNDING, known) if d32 <= BASELINES * single * scale else (DIFFERS, known)
+        if math.isnan(single):
+            status, note = SKIPPED, "float64 cannot run, and the case gives no `baseline`"
+        elif d32 == 0:
+            status = IDENTICAL
     elif d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale):
         status, note = DIFFERS, f"float64 keeps {d64:.1e} of {d32:.1e}"
     elif casts and max(noise_reference, noise_candidate) > NOISIER * min(noise_reference, noise_candidate):
@@ -139,6 +152,16 @@ def judge(
         worst=_unravel(position, reference.event.shape),
         note=note,
     )
+
+
+def _not_finite(reference: Tensor, candidate: Tensor) -> str:
+    """Which side has NaN or inf, and how many."""
+    counts = [
+        f"{int((~torch.isfinite(side)).sum())} of {side.numel()} elements of the {name}"
+        for name, side in (("reference", reference), ("candidate", candidate))
+        if not bool(torch.isfinite(side).all())
+    ]
+    return f"NaN or inf in {' and in '.join(counts)}" if counts else "NaN or inf in float64"
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict | None:

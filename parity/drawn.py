@@ -7,16 +7,10 @@ it: names, shapes, the seed and the file's sha256 stand in it.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-
-from porter.core.checkpoint import TensorInfo, header_bytes
 
 Shape = tuple[int, ...]
 
@@ -34,19 +28,3 @@ def draw(name: str, shape: Shape, seed: int) -> np.ndarray:
     else:
         values = unit * math.sqrt(3 / max(math.prod(shape[1:]), 1))
     return values.astype(np.float32).reshape(shape)
-
-
-def write_drawn(path: Path, shapes: Mapping[str, Shape], seed: int) -> str:
-    """Write a safetensors file of drawn float32 tensors -> its sha256."""
-    infos = [TensorInfo(name, "F32", tuple(shape), None, 0, 0) for name, shape in shapes.items()]
-    digest = hashlib.sha256()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            for data in (header_bytes(infos, {}), *(draw(i.name, i.shape, seed).tobytes() for i in infos)):
-                digest.update(data)
-                file.write(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest.hexdigest()

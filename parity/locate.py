@@ -6,8 +6,8 @@ code between them is at fault: the module that made the differing tensor is name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,13 @@ class Guilty:
     within: str = ""
     others: tuple[str, ...] = ()
     code: bool = False  # its weights answer alike: its code is at fault, or the rule that aligns them
+
+    def because(self, settings: Mapping[str, str]) -> Guilty:
+        """The same with what the two modules' settings say about it."""
+        near = [
+            text for path, text in settings.items() if path == self.reference or self.reference.startswith(path + ".")
+        ]
+        return replace(self, why="; ".join([self.why, *near[-1:]])) if near else self
 
     def __str__(self) -> str:
         place = f"{self.candidate} ↔ {self.reference}"

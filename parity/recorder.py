@@ -242,6 +242,21 @@ class Recording:
     def __post_init__(self) -> None:
         self._by_digest: dict[str, str] = {}
 
+    def extend(self, other: Recording) -> None:
+        """Take in what another recording holds of other passes."""
+        for event in other.events:
+            low = other.tensors[event.stored]
+            self.add(
+                event.key,
+                torch.Size(event.shape),
+                event.dtype,
+                low,
+                low.double() + other.tensors[event.stored + "|delta"].double(),
+            )
+        for key in ("notes", "draws"):
+            if other.meta.get(key):
+                self.meta[key] = sorted({*self.meta.get(key, []), *other.meta[key]})
+
     def save(self, path: Path) -> None:
         """Write the trace; it appears complete or not at all."""
         document = {**self.meta, "schema": SCHEMA, "events": [e.row() for e in self.events]}
@@ -260,13 +275,21 @@ def record(
     passes: Mapping[str, tuple[Call, Mapping[str, Tensor]]],
     watches: Sequence[Watch],
     meta: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    double: bool = True,
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
+
+    Every run starts from the same global random numbers and gets inputs of its own; that it drew such numbers or
+    changed its inputs stands in the trace's notes.
 
     Args:
         passes: name -> (function that runs the module on named float32 inputs, the inputs).
         watches: the first whose pattern matches a module's path decides; modules that none matches are not recorded.
         meta: written into the trace: where the module and its weights came from.
+        seed: of torch's global generator before each run.
+        double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
     """
 
     def watch_of(path: str) -> Watch | None:
@@ -276,9 +299,16 @@ def record(
     recording = Recording(dict(meta))
     casts: dict[str, set[str]] = {}
     ran: set[str] = set()
+    notes: list[str] = []
     for name, (call, inputs) in passes.items():
-        low, dtypes, paths = _run(module, call, inputs, watch_of, double=False)
-        high, _, _ = _run(module, call, inputs, watch_of, double=True)
+        torch.manual_seed(seed)
+        before, own = torch.get_rng_state(), {k: v.clone() for k, v in inputs.items()}
+        low, dtypes, paths = _run(module, call, own, watch_of, double=False)
+        notes += _liberties(name, before, inputs, own)
+        high = low
+        if double:
+            torch.manual_seed(seed)
+            high, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
         if list(low) != list(high):
             raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(low) ^ set(high)}")
         for path, found in dtypes.items():
@@ -286,12 +316,44 @@ def record(
         ran |= paths
         for key, value in inputs.items():
             exact = value.reshape(-1).float()
-            recording.add(f"{name}/=.in.{key}", value.shape, "float32", exact, exact.double())
+            kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+            high = exact if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
+            recording.add(f"{name}/=.in.{key}", value.shape, kind, exact, high.double())
         for key, (shape, dtype, value) in low.items():
             recording.add(f"{name}/{key}", shape, dtype, value.float().contiguous(), high[key][2].double())
     idle = [p for p, m in module.named_modules() if p not in ran and any(True for _ in m.parameters(recurse=False))]
     recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
+    recording.meta |= {"notes": notes} if notes else {}
+    recording.meta |= {} if double else {"float64": False}
     return recording
+
+
+def _liberties(name: str, before: Tensor, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What a run did besides computing: global random numbers drawn, inputs changed."""
+    found = []
+    if not torch.equal(before, torch.get_rng_state()):
+        found.append(f"{name}: it draws from torch's global random numbers, which were seeded alike for both sides")
+    changed = [k for k, v in inputs.items() if not _same(v, own[k])]
+    if changed:
+        found.append(f"{name}: it changes its input {', '.join(changed)}; every run got its own copy")
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Plain settings (eps, heads, theta …) of every submodule, as they are, whatever a config says."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, child in module.named_modules():
+        own = {
+            k: v for k, v in vars(child).items()
+            if not k.startswith("_") and k != "training" and isinstance(v, (bool, int, float, str))
+        }  # fmt: skip
+        if own:
+            found[path] = own
+    return found
 
 
 def _run(

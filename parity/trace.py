@@ -81,6 +81,10 @@ class Trace:
         low = self._tensors[event.stored]
         return Value(event, low, low.double() + self._tensors[event.stored + "|delta"].double())
 
+    def extra(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors that are no events, by the beginning of their names."""
+        return {key: self._tensors[key] for key in self._tensors if key.startswith(prefix)}
+
     def modules(self, name: str) -> dict[str, int]:
         """Modules recorded in pass `name` and how often each ran."""
         calls: dict[str, int] = {}
@@ -93,9 +97,15 @@ class Trace:
         return calls
 
     def inputs(self, name: str) -> dict[str, Tensor]:
-        """The named float32 inputs of a pass."""
+        """The named inputs of a pass: float32, and whole numbers or booleans in their own dtype."""
         prefix = f"{name}/=.in."
-        return {k.removeprefix(prefix): self.value(k).tensor(False) for k in self.events if k.startswith(prefix)}
+        found = {}
+        for key, event in self.events.items():
+            if key.startswith(prefix):
+                exact = event.dtype == "float32"
+                value = self.value(key).tensor(not exact)
+                found[key.removeprefix(prefix)] = value if exact else value.round().to(getattr(torch, event.dtype))
+        return found
 
 
 def split_key(key: str) -> tuple[str, str, str]:

@@ -1,0 +1,196 @@
+"""A user's case: both sides built, filled with the same weights, and compared as the catalogue's components are.
+
+The reference is recorded first (here, or in a process of its own), and gone before the candidate is built.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from parity.align import Alignment
+from parity.case import Candidate, Case
+from parity.compare import GATE
+from parity.component import ComponentResult, compare_component
+from parity.drawn import draw
+from parity.fingerprint import alignment as aligned
+from parity.fingerprint import moved
+from parity.layouts import Rearranged
+from parity.reference import CaseError, record_reference, seeded, state_sha256
+from parity.trace import Trace
+from porter.core.checkpoint import spec
+from porter.core.errors import BadInputError, CheckFailed
+from porter.core.execute import apply
+from porter.core.family import resolve
+from porter.core.recipe import Recipe, compile_recipe
+from porter.core.userrecipe import read_recipes
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the reference's state becomes the candidate's, and which modules follow from it."""
+
+    state: Callable[[State], Mapping[str, Tensor]]
+    alignment: Alignment
+    dropped: tuple[str, ...] = ()
+
+
+def compare_case(
+    case: Case, *, seed: int = 0, gate: float = GATE, level: str = "module", trace: Trace | None = None,
+    edit: Callable[[nn.Module], object] | None = None,
+) -> ComponentResult:  # fmt: skip
+    """Compare a case's candidate with its reference.
+
+    Args:
+        trace: the reference's, where it was recorded elsewhere; by default it runs here.
+        edit: changes the candidate after it was filled, for planted faults.
+
+    Raises:
+        BadInputError: the case cannot be used: its reference does not run, its conversion does not take the state.
+    """
+    try:
+        trace = trace or Trace.of(record_reference(case, seed, level))
+    except CaseError as error:
+        raise BadInputError(str(error), hint="docs/parity.md, Writing a case") from error
+    gc.collect()
+    result = ComponentResult(
+        case.name, "reference", case.candidate.name or "candidate", trace.meta["reference"]["name"]
+    )
+    state = reference_state(case, trace)
+    if state_sha256(state) != trace.meta["source"]["sha256"]:
+        result.reason = "the trace is of other weights than this case's: record it again"
+        return result
+    conversion = conversion_of(case, state)
+    module = filled(case, conversion, state, seed, result)
+    if module is None:
+        return result
+    if edit:
+        edit(module)
+    candidate = Candidate(
+        result.candidate, lambda folder: module, guarded(case.candidate.passes, trace), case.blocks,
+        Rearranged(trace, case.layout),
+    )  # fmt: skip
+    compare_component(module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps)
+    result.notes += trace.meta.get("notes", [])
+    return result
+
+
+def guarded(passes: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
+    """The candidate's call for every recorded pass: `forward~mask` is called as `forward`."""
+    return {name: passes[name.partition("~")[0]] for name in trace.passes if name.partition("~")[0] in passes}
+
+
+def reference_state(case: Case, trace: Trace) -> State:
+    """The reference's state again: from its file, or drawn as the trace says; never from the reference's memory."""
+    kept = {name.removeprefix("state/"): tensor for name, tensor in trace.extra("state/").items()}
+    if case.weights is not None:
+        found = load_file(case.weights)
+        return {n: t.float() if t.is_floating_point() else t for n, t in found.items()} | kept
+    weights = trace.meta["weights"]
+    drawn = {
+        name: torch.from_numpy(draw(name, tuple(shape), weights["seed"]))
+        for name, shape in weights["shapes"].items()
+        if name not in kept
+    }
+    return drawn | kept
+
+
+def conversion_of(case: Case, state: State) -> Conversion:
+    """A case's conversion, from a recipe, a function, or nothing (the same names).
+
+    Raises:
+        BadInputError: it is none of these, or does not take this state.
+    """
+    recipe = _recipe(case)
+    if recipe is not None:
+        header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
+        plan = compile_recipe(recipe, dict(case.config), header)
+        alignment = Alignment.of_plan(plan)
+        for path, ours in case.modules.items():
+            alignment.parts[path] = aligned([], {path: ours}).parts[path]
+        floats = {name: t for name, t in state.items() if t.is_floating_point()}
+        return Conversion(lambda _: apply(plan, {n: floats[n] for n in plan.sources}), alignment)
+    function = case.convert or (lambda same: same)
+    if not callable(function):
+        raise BadInputError(
+            "the case's `convert` is neither a function nor a recipe", found=type(function).__name__,
+            expected="a function (state -> state), a Recipe, or the name of a recipe's file",
+        )  # fmt: skip
+    found = moved(state, function)
+    arrived = {move.source for move in found}
+    dropped = tuple(n for n, t in state.items() if t.is_floating_point() and n not in arrived)
+    return Conversion(lambda own: function(dict(own)), aligned(found, case.modules), dropped)
+
+
+def _recipe(case: Case) -> Recipe | None:
+    if isinstance(case.convert, Recipe):
+        return case.convert
+    if not isinstance(case.convert, str):
+        return None
+    file, _, name = case.convert.partition(".py")
+    if file != case.convert:
+        recipes = read_recipes(Path(file + ".py"), name.removeprefix(":") or case.name)
+        return recipes.get(name.removeprefix(":")) or next(iter(recipes.values()))
+    found = resolve(case.convert)
+    if not isinstance(found, Recipe):
+        raise BadInputError(f"{case.convert} is no recipe", found=type(found).__name__, expected="a Recipe")
+    return found
+
+
+def filled(case: Case, conversion: Conversion, state: State, seed: int, result: ComponentResult) -> nn.Module | None:
+    """The candidate with the converted weights in it; None, with the result's reason, where they do not fit."""
+    seeded(seed)
+    try:
+        module = case.candidate.build(dict(case.config)).float().eval()
+    except Exception as error:
+        result.reason = f"the candidate does not build: {type(error).__name__}: {error}"
+        return None
+    result.candidate = case.candidate.name or type(module).__qualname__
+    try:
+        converted = {n: t for n, t in conversion.state(dict(state)).items() if isinstance(t, Tensor)}
+        missing, extra = module.load_state_dict(converted, strict=False)
+    except RuntimeError as error:
+        result.reason = f"the converted weights do not fit the candidate: {str(error).splitlines()[-1].strip()}"
+        return None
+    kept = re.compile(case.keep) if case.keep else None
+    missing = [n for n in missing if not (kept and kept.fullmatch(n))]
+    if missing or extra:
+        words = [
+            f"{len(names)} {what}: {', '.join(names[:3])}"
+            for what, names in (("missing", missing), ("left over", extra))
+            if names
+        ]
+        result.reason = f"the converted weights are not the candidate's: {'; '.join(words)}"
+        return None
+    if conversion.dropped:
+        result.warnings.append(
+            f"the conversion drops {len(conversion.dropped)} tensors: {', '.join(conversion.dropped[:3])}"
+        )
+    return module
+
+
+def assert_parity(case: Case, *, seed: int = 0, gate: float = GATE, level: str = "module") -> ComponentResult:
+    """Fail a test unless the candidate computes what the reference computes -> the comparison.
+
+    Raises:
+        AssertionError: what differs, where and by how much.
+    """
+    from parity.outcome import reason_of
+
+    result = compare_case(case, seed=seed, gate=gate, level=level)
+    if not result.passed:
+        raise AssertionError(f"{case.name}: {result.status}: {reason_of(result)}")
+    return result
+
+
+__all__ = ["CheckFailed", "assert_parity", "compare_case"]

@@ -111,12 +111,12 @@ def compare_component(
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     ran: set[str] = set()
     seed, double = int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True))
-    if double and not dtype and trace.passes and candidate.passes.keys() >= set(trace.passes):
-        double = _runs_in_float64(module, candidate.passes[trace.passes[0]], trace, seed, device, result)
+    if double and not dtype and trace.passes and plain(trace.passes[0]) in candidate.passes:
+        double = _runs_in_float64(module, candidate.passes[plain(trace.passes[0])], trace, seed, device, result)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
         isolation = Isolation(trace, name, candidate, alignment)
-        call, inputs = candidate.passes[name], trace.inputs(name)
+        call, inputs = candidate.passes[plain(name)], trace.inputs(name)
 
         def run(call: Any = call, inputs: Any = inputs, double: bool = double, **kind: Any) -> Pair:
             low = _run(module, call, inputs, seed=seed, double=False, dtype=dtype, device=device, **kind)
@@ -143,7 +143,7 @@ def compare_component(
             if event.path == "=":
                 outputs.append(judge(event, free))
                 continue
-            if level == "component":
+            if level == "component" or (level == "block" and event.path in alignment.parts):
                 continue
             inside = any(event.path == p or event.path.startswith(p + ".") for p in forced)
             kept = None
@@ -156,7 +156,7 @@ def compare_component(
         result.faults += faults(taps, alignment) if alone is not None else []
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
-        step = (step_names or {}).get(name, "the steps after its last module")
+        step = (step_names or {}).get(plain(name), "the steps after its last module")
         found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step)
         result.guilty = result.guilty or (found and found.because(settings))
     result.outputs += effects(trace)
@@ -173,6 +173,11 @@ def compare_component(
             if leaf and leaf not in recorded and any(part.candidate for part in parts)
         ]  # fmt: skip
     return result
+
+
+def plain(name: str) -> str:
+    """The pass as the case names it: `forward~mask` and `forward@3` are calls of `forward`."""
+    return name.partition("~")[0].partition("@")[0]
 
 
 def _run(module: nn.Module, call: Any, inputs: Mapping[str, Tensor], *, seed: int, **kind: Any) -> Capture:

@@ -403,8 +403,11 @@ def _grouped(casts: Mapping[str, set[str]]) -> dict[str, list[str]]:
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's content, read in bounded memory."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as f:  # hashlib.file_digest is newer than the Pythons this file runs in
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

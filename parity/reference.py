@@ -1,6 +1,6 @@
 """The reference side of a case: built, filled, called and recorded.
 
-With `case.py`, `recorder.py`, `drawn.py` and `shims.py` beside it this file runs in the reference's own interpreter,
+With `case.py`, `recorder.py`, `drawn.py` and `shims*.py` beside it this file runs in the reference's own interpreter,
 which needs torch, safetensors and numpy only:
 
     python -m parity.reference CASE.py -o trace.safetensors
@@ -12,10 +12,12 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import platform
 import random
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from parity.drawn import draw
 from parity.recorder import Recording, Watch, attributes, file_sha256, record
 
 LEVELS = ("component", "block", "module")
+MARK = "parity.reference: "  # before the one message that a failed recording ends with
 PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
 
 
@@ -277,12 +280,25 @@ def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
     return given
 
 
+def commit_of(repo: Path | None) -> str:
+    """The commit of a checkout, empty where git does not say; nothing is written to it."""
+    if repo is None:
+        return ""
+    command = ["git", "--no-optional-locks", "-C", str(repo), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Record a case's reference; exit code 6 with one line where it cannot be."""
     parser = argparse.ArgumentParser(prog="python -m parity.reference", description="Record a case's reference.")
     parser.add_argument("case", help="FILE.py or FILE.py:NAME")
     parser.add_argument("--reference-repo", type=Path, help="checkout of the original code, put on sys.path")
-    parser.add_argument("--shims", action="store_true", help="CPU equivalents of flash_attn, xformers and apex")
+    parser.add_argument(
+        "--shims", nargs="?", const="", help="CPU equivalents of flash_attn, xformers and apex; or of these, by commas"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--level", choices=LEVELS, default="module")
     parser.add_argument("--inside", default="", help="record what lies in this module of the reference only")
@@ -290,23 +306,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.reference_repo is not None:
         sys.path.insert(0, str(options.reference_repo.absolute()))
-    used: Iterable[str] = ()
+    path = Path(options.case.partition(".py:")[0].removesuffix(".py") + ".py")
+    sys.path.append(str(path.absolute().parent))  # for what the case imports while it builds
+    used: Callable[[], Sequence[str]] = list
     try:
-        if options.shims:
+        if options.shims is not None:
             from parity import shims
 
-            used = shims.install()
+            shims.install([name for name in options.shims.split(",") if name] or None)
+            used = shims.used
         case = load_case(options.case)
         recording = record_reference(case, options.seed, options.level, inside=options.inside)
-    except CaseError as error:
-        print(error, file=sys.stderr)
+    except (CaseError, ValueError) as error:
+        print(f"{MARK}{error}", file=sys.stderr)
         return 6
-    path = Path(options.case.partition(".py:")[0].removesuffix(".py") + ".py")
     recording.meta |= {
         "command": " ".join(["python -m parity.reference", *(sys.argv[1:] if argv is None else argv)]),
         "case": {"file": path.name, "sha256": file_sha256(path)},
-        "shims": sorted(used),
+        "shims": list(used()),
+        "python": platform.python_version(),
     }
+    recording.meta["reference"]["commit"] = commit_of(options.reference_repo)
+    if used():
+        note = f"CPU stand-ins ran in place of {', '.join(used())}"
+        recording.meta["notes"] = [*recording.meta.get("notes", []), note]
     recording.save(options.out)
     return 0
 

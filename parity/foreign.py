@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import selectors
 import shlex
 import shutil
 import signal
@@ -66,10 +67,13 @@ def record_elsewhere(
         out: where the trace stays; None keeps none.
 
     Raises:
-        MissingError: no such interpreter, checkout or module in it.
+        MissingError: no such case, interpreter or checkout, or a module that it lacks.
         BadInputError: the reference fails, ends, hangs, or leaves no whole trace.
         ResourceError: it ran out of memory, or `out` cannot be written.
     """
+    file = Path(case_name.partition(".py:")[0].removesuffix(".py") + ".py")
+    if not file.is_file():
+        raise MissingError(f"no such case file: {file}", expected="CASE.py or CASE.py:NAME", hint="docs/parity.md")
     arguments = ["parity.reference", case_name, "--seed", str(seed), "--level", level]
     arguments += ["--inside", inside] if inside else []
     if repo is not None:
@@ -158,17 +162,30 @@ def _environment(root: Path, exe: str) -> dict[str, str]:
 
 
 class _Tail(threading.Thread):
-    """Reads a stream to its end, and keeps its last bytes."""
+    """Reads a stream to its end, and keeps its last bytes.
+
+    Told to stop, it takes what is there and leaves: a process that left the group may hold the pipe for ever.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(daemon=True)
         self.stream, self.kept, self.count = stream, b"", 0
+        self.last = threading.Event()
         self.start()
 
     def run(self) -> None:
-        while chunk := os.read(self.stream.fileno(), _KEPT):
-            self.count += len(chunk)
-            self.kept = (self.kept + chunk)[-_KEPT:]
+        with self.stream, selectors.DefaultSelector() as ready:
+            ready.register(self.stream, selectors.EVENT_READ)
+            while True:
+                if not ready.select(0.1):
+                    if self.last.is_set():
+                        return
+                    continue
+                chunk = os.read(self.stream.fileno(), _KEPT)
+                if not chunk:
+                    return
+                self.count += len(chunk)
+                self.kept = (self.kept + chunk)[-_KEPT:]
 
     def text(self) -> str:
         return self.kept.decode("utf-8", "backslashreplace")
@@ -193,10 +210,16 @@ class _Done:
 
 def _run(command: list[str], environment: dict[str, str], limit: float) -> _Done:
     """Run to the end or to the limit, then kill whatever of its group is left."""
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise MissingError(
+            f"{command[0]} cannot be started", found=error.strerror, expected="a Python with torch, safetensors and numpy",
+            hint="--reference-python <environment>/bin/python",
+        ) from error  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     output, error = _Tail(process.stdout), _Tail(process.stderr)
     code: int | None = None
@@ -209,9 +232,8 @@ def _run(command: list[str], environment: dict[str, str], limit: float) -> _Done
             os.killpg(process.pid, signal.SIGKILL)  # its workers too, which may hold the pipes
         process.wait()
         for tail in (output, error):
-            tail.join(5)  # a process that left the group may hold a pipe for ever
-            if not tail.is_alive():
-                tail.stream.close()
+            tail.last.set()
+            tail.join(5)
     return _Done(code, error.text(), output.text(), output.count + error.count)
 
 

@@ -33,8 +33,9 @@ def stands_for(*names: str) -> Callable[[Any], Any]:
 def refuse(name: str, **given: Any) -> None:
     """Raise NotImplementedError for the first option that is set: a stand-in never ignores what changes a result."""
     for option, value in given.items():
-        if value is not None and value is not False and value != 0:
-            raise NotImplementedError(f"{name} on the CPU (parity/shims.py) has no {option}={value!r}")
+        if isinstance(value, Tensor) or value not in (None, False, 0):
+            shown = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{name} on the CPU (parity/shims.py) has no {option}={shown}")
 
 
 def refusing(name: str) -> Callable[..., Any]:

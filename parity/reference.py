@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import platform
-import random
 import re
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from parity.case import Case, Named
 from parity.drawn import draw
-from parity.recorder import Recording, Watch, attributes, file_sha256, record
+from parity.recorder import Recording, Watch, attributes, file_sha256, record, seeded
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -67,14 +66,6 @@ def load_case(name: str) -> Case:
     return found[chosen]
 
 
-def seeded(seed: int) -> None:
-    """The same global random numbers for every run."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
 def built(case: Case, seed: int) -> nn.Module:
     """The reference's module, in float32 and for inference, before its weights are filled.
 
@@ -84,7 +75,7 @@ def built(case: Case, seed: int) -> nn.Module:
     seeded(seed)
     try:
         module = case.reference.build(dict(case.config))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
@@ -108,7 +99,10 @@ def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
             else tensor.clone()
             for name, tensor in own.items()
         }
-    given = load_file(case.weights)
+    try:
+        given = load_file(case.weights)
+    except Exception as error:  # safetensors' own, OSError and more
+        raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
     free = {name for name in own if kept and kept.fullmatch(name)}
     if odd := sorted((own.keys() ^ given.keys()) - free):
         missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
@@ -247,17 +241,42 @@ def record_reference(
     double = case.reference.float64
     try:
         recording = record(module, passes, watched, meta, seed=seed, double=double)
-    except Exception as error:
-        raise CaseError(f"the reference does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        recording, double = (
+            _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
+            False,
+        )
+    for name in passes:
+        if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
+            raise CaseError(
+                f"the reference's pass {name!r} returns nothing that can be compared: no floating-point tensor"
+            )
     for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
         call = case.reference.passes[name.partition(PERTURBED)[0]]
         try:
             recording.extend(record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double))
-        except Exception as error:  # not every input takes another value
+        except (Exception, SystemExit) as error:  # not every input takes another value
             recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
         if case.weights is None and (not tensor.is_floating_point() or (case.keep and re.fullmatch(case.keep, name))):
             recording.tensors[f"state/{name}"] = tensor.contiguous()
+    return recording
+
+
+def _single(error: BaseException, case: Case, again: Callable[[], Recording]) -> Recording:
+    """A recording in float32 alone, after one in both precisions failed; the failure is noted.
+
+    Raises:
+        CaseError: that fails too, or nothing else was tried before.
+    """
+    try:
+        if not case.reference.float64:
+            raise error
+        recording = again()
+    except (Exception, SystemExit) as last:
+        raise CaseError(f"the reference does not run: {type(last).__name__}: {last}") from last
+    why = f"the reference does not run in float64 ({type(error).__name__}: {error})"
+    recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     return recording
 
 

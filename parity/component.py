@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from parity.align import Alignment
@@ -25,6 +24,7 @@ from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
+from parity.recorder import seeded
 from parity.trace import Trace
 
 
@@ -116,6 +116,9 @@ def compare_component(
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
         isolation = Isolation(trace, name, candidate, alignment)
+        if plain(name) not in candidate.passes:
+            result.reason = f"the candidate has no call for the pass {plain(name)!r}"
+            return result
         call, inputs = candidate.passes[plain(name)], trace.inputs(name)
 
         def run(call: Any = call, inputs: Any = inputs, double: bool = double, **kind: Any) -> Pair:
@@ -129,7 +132,7 @@ def compare_component(
             deep = level != "component" and not dtype
             reset = run(forcing=forcing) if forcing and deep else None
             alone = run(isolation=isolation.of) if isolation.holders and deep else None
-        except Exception as error:  # whatever a project's code raises
+        except (Exception, SystemExit) as error:  # whatever a project's code raises
             result.reason = f"{name}: the candidate did not run: {type(error).__name__}: {error}"
             return result
         ran |= free.low.ran
@@ -182,7 +185,7 @@ def plain(name: str) -> str:
 
 def _run(module: nn.Module, call: Any, inputs: Mapping[str, Tensor], *, seed: int, **kind: Any) -> Capture:
     """One run with inputs of its own and the same global random numbers as every other."""
-    torch.manual_seed(seed)
+    seeded(seed)
     return capture(module, call, {name: tensor.clone() for name, tensor in inputs.items()}, **kind)
 
 
@@ -193,10 +196,10 @@ def _runs_in_float64(
     inputs = trace.inputs(trace.passes[0])
     try:
         _run(module, call, inputs, seed=seed, double=True, device=device)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         try:
             _run(module, call, inputs, seed=seed, double=False, device=device)
-        except Exception:  # it runs in neither, which is another matter
+        except (Exception, SystemExit):  # it runs in neither, which is another matter
             return True
         result.notes.append(f"the candidate does not run in float64 ({type(error).__name__}: {error})")
         return False
@@ -214,7 +217,7 @@ def effects(trace: Trace) -> list[Verdict]:
         before = [trace.value(f"{base}/{k.partition('/')[2]}").high for k in outputs]
         after = [trace.value(k).high for k in outputs]
         alike = all(
-            a.shape == b.shape and bool(((a - b).abs() <= 1e-12 * a.abs().max()).all())
+            a.shape == b.shape and (not a.numel() or bool(((a - b).abs() <= 1e-12 * a.abs().max()).all()))
             for a, b in zip(after, before, strict=True)
         )
         if alike:

@@ -149,7 +149,7 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
     seeded(seed)
     try:
         module = case.candidate.build(dict(case.config)).float().eval()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         result.reason = f"the candidate does not build: {type(error).__name__}: {error}"
         return None
     result.candidate = case.candidate.name or type(module).__qualname__

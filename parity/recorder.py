@@ -20,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -312,7 +313,7 @@ def record(
         passes: name -> (function that runs the module on named float32 inputs, the inputs).
         watches: the first whose pattern matches a module's path decides; modules that none matches are not recorded.
         meta: written into the trace: where the module and its weights came from.
-        seed: of torch's global generator before each run.
+        seed: of the global generators before each run.
         dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
         double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
     """
@@ -326,19 +327,20 @@ def record(
     ran: set[str] = set()
     notes: list[str] = []
     for name, (call, inputs) in passes.items():
-        torch.manual_seed(seed)
-        before, own = torch.get_rng_state(), {k: v.clone() for k, v in inputs.items()}
+        seeded(seed)
+        before, own = _generators(), {k: v.clone() for k, v in inputs.items()}
         seen, computed, paths = _run(module, call, own, watch_of, double=False)
         notes += _liberties(name, before, inputs, own)
         again = seen
         if double:
-            torch.manual_seed(seed)
+            seeded(seed)
             again, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
         rough = {}
         for dtype in dtypes:
-            torch.manual_seed(seed)
+            seeded(seed)
+            own = {k: v.clone() for k, v in inputs.items()}
             with lossy(module, getattr(torch, dtype)):
-                rough[dtype], _, _ = _run(module, call, inputs, watch_of, double=False, dtype=dtype)
+                rough[dtype], _, _ = _run(module, call, own, watch_of, double=False, dtype=dtype)
         if list(seen) != list(again):
             raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(seen) ^ set(again)}")
         for path, found in computed.items():
@@ -365,11 +367,33 @@ def record(
     return recording
 
 
-def _liberties(name: str, before: Tensor, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+def seeded(seed: int) -> None:
+    """The same global random numbers for every run: torch's, Python's and numpy's."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _generators() -> dict[str, bytes]:
+    """Where the global generators stand."""
+    found = {"torch": torch.get_rng_state().numpy().tobytes(), "Python": repr(random.getstate()).encode()}
+    if "numpy" in sys.modules:
+        state = sys.modules["numpy"].random.get_state(legacy=False)["state"]
+        found["numpy"] = state["key"].tobytes() + str(state["pos"]).encode()
+    return found
+
+
+def _liberties(
+    name: str, before: Mapping[str, bytes], inputs: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> list[str]:
     """What a run did besides computing: global random numbers drawn, inputs changed."""
     found = []
-    if not torch.equal(before, torch.get_rng_state()):
-        found.append(f"{name}: it draws from torch's global random numbers, which were seeded alike for both sides")
+    now = _generators()
+    drawn = [whose for whose in before if before[whose] != now[whose]]
+    if drawn:
+        whose = " and ".join(f"{name}'s" for name in drawn)
+        found.append(f"{name}: it draws from {whose} global random numbers, which were seeded alike for both sides")
     changed = [k for k, v in inputs.items() if not _same(v, own[k])]
     if changed:
         found.append(f"{name}: it changes its input {', '.join(changed)}; every run got its own copy")
@@ -450,8 +474,11 @@ def _grouped(casts: Mapping[str, set[str]]) -> dict[str, list[str]]:
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's content, read in bounded memory."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as f:  # hashlib.file_digest is newer than the Pythons this file runs in
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

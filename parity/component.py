@@ -21,7 +21,7 @@ from parity.capture import Capture, capture
 from parity.case import Block, Candidate
 from parity.compare import GATE, PASSING, SKIPPED, Verdict, judge, skipped, worst
 from parity.isolate import Isolation
-from parity.locate import Guilty, Tap, locate
+from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import sample_indices
 from parity.trace import Trace, split_key
@@ -46,6 +46,7 @@ class ComponentResult:
     taps: list[Tap] = field(default_factory=list)
     outputs: list[Verdict] = field(default_factory=list)
     guilty: Guilty | None = None
+    faults: list[Fault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -145,6 +146,7 @@ def compare_component(
                 kept = event.look(reset)
             taps.append(Tap(event.key, event.path, event.kind, event.look(free), kept))
         result.taps += taps
+        result.faults += faults(taps, alignment) if alone is not None else []
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
         step = (step_names or {}).get(name, "the steps after its last module")

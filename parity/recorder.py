@@ -303,14 +303,14 @@ def record(
     for name, (call, inputs) in passes.items():
         torch.manual_seed(seed)
         before, own = torch.get_rng_state(), {k: v.clone() for k, v in inputs.items()}
-        low, dtypes, paths = _run(module, call, own, watch_of, double=False)
+        seen, dtypes, paths = _run(module, call, own, watch_of, double=False)
         notes += _liberties(name, before, inputs, own)
-        high = low
+        again = seen
         if double:
             torch.manual_seed(seed)
-            high, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
-        if list(low) != list(high):
-            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(low) ^ set(high)}")
+            again, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+        if list(seen) != list(again):
+            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(seen) ^ set(again)}")
         for path, found in dtypes.items():
             casts.setdefault(path, set()).update(found)
         ran |= paths
@@ -319,8 +319,8 @@ def record(
             kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
             high = exact if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
             recording.add(f"{name}/=.in.{key}", value.shape, kind, exact, high.double())
-        for key, (shape, dtype, value) in low.items():
-            recording.add(f"{name}/{key}", shape, dtype, value.float().contiguous(), high[key][2].double())
+        for key, (shape, dtype, value) in seen.items():
+            recording.add(f"{name}/{key}", shape, dtype, value.float().contiguous(), again[key][2].double())
     idle = [p for p, m in module.named_modules() if p not in ran and any(True for _ in m.parameters(recurse=False))]
     recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
     recording.meta |= {"notes": notes} if notes else {}

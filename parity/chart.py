@@ -12,6 +12,7 @@ from parity.wording import sci
 
 WIDTH, HEIGHT = 1000.0, 220.0
 TITLES = 400  # more points than this are too close together to point at; the heat map has their numbers
+DOTS, EDGES = 200, 60  # more dots hide their lines, more block borders the curves
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def chart(
     return Chart(
         [{"name": c.name, "style": c.style, "line": _line(c, x, y), "dots": _dots(c, x, y)} for c in curves],
         [(100 * at / HEIGHT, text) for at, text in grid],
-        [x(i - 0.5) for i in edges],
+        [x(i - 0.5) for i in edges] if len(edges) <= EDGES else [],
         [x(i) for i in guilty],
         [(x(i - 0.5), WIDTH / len(labels), f"{label}\n{_values(curves, i)}") for i, label in enumerate(labels)]
         if len(labels) <= TITLES else [],
@@ -116,7 +117,9 @@ def _line(curve: Curve, x: Any, y: Any) -> str:
 
 
 def _dots(curve: Curve, x: Any, y: Any) -> str:
-    return "".join(f"M{x(i):.1f} {y(v):.1f}h0" for i, v in enumerate(curve.values) if v is not None)
+    """Dots at the values; of very many, at the exact zeros only, which no line reaches."""
+    many = len(curve.values) > DOTS
+    return "".join(f"M{x(i):.1f} {y(v):.1f}h0" for i, v in enumerate(curve.values) if v == 0 or (v and not many))
 
 
 def _values(curves: Sequence[Curve], i: int) -> str:

@@ -35,7 +35,7 @@ def document(outcome: Outcome, command: str) -> dict[str, Any]:
         command: what a user types to repeat it.
     """
     guilty = next((found for r in outcome.components if (found := _guilty(r))), None)
-    return _plain({
+    whole: dict[str, Any] = _plain({
         "schema": SCHEMA,
         "porter": VERSION,
         "passed": outcome.passed,
@@ -57,6 +57,7 @@ def document(outcome: Outcome, command: str) -> dict[str, Any]:
         "components": [_component(r) for r in outcome.components],
         "pipeline": _pipeline(outcome.pipeline) if outcome.pipeline else None,
     })  # fmt: skip
+    return whole
 
 
 def write(outcome: Outcome, command: str, folder: Path) -> tuple[Path, Path]:
@@ -158,7 +159,7 @@ def _judged(result: ComponentResult | PipelineResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same for JSON: what is not finite is None, and half a surrogate pair, which no file can hold, is spelt out."""
+    """The same for JSON: what is not finite is None, and half a surrogate pair, which no file holds, is spelt out."""
     if isinstance(value, Mapping):
         return {_plain(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -12,7 +12,8 @@ from parity.compare import DIFFERS, IDENTICAL, OVER, PRECISION, ROUNDING, SKIPPE
 
 LEVELS = 18  # 0 for an exact zero, 1 for 1e-16 and less, 17 for one and more: a colour for each decade
 _GRAVITY = {IDENTICAL: 0, ROUNDING: 1, PRECISION: 2, DIFFERS: 3, OVER: 3, SKIPPED: 4}
-_NUMBERED = re.compile(r"^(.*?(?:^|\.)\d+)\.")  # up to the first number that has modules below it
+# A block is what a module's path names up to its first number, or else up to the first name that ends in one.
+_NUMBERED = (re.compile(r"^(.*?(?:^|\.)\d+)\."), re.compile(r"^(.*?\d)\."))
 
 MODULES = (
     ("input", "what it receives: difference in float64, free-running"),
@@ -94,13 +95,12 @@ def module_groups(component: dict[str, Any]) -> list[Group]:
     for event in component["modules"]:
         events.setdefault((event["pass"], event["reference"], event["call"]), []).append(event)
     several = len({of for of, _, _ in events}) > 1
-    blocks = {found[1] for _, path, _ in events if (found := _NUMBERED.match(path))}
+    blocks = {_block(path) for _, path, _ in events}
     again = {(of, path) for of, path, call in events if call}
     guilty = component["guilty"] or {}
     rows = []
     for (of, path, call), found in events.items():
-        numbered = _NUMBERED.match(path)
-        block = numbered[1] if numbered else path if path in blocks else ""
+        block = _block(path) or (path if path in blocks else "")
         received, answered = ([e for e in found if e["kind"] == kind] for kind in ("in", "out"))
         free, resets = [e["free"] for e in answered], [e["reset"] for e in answered if e["reset"]]
         entered = [e["free"] for e in received]
@@ -135,8 +135,7 @@ def shade(level: int, dark: bool) -> tuple[str, str]:
     low, high = ((27, 33, 43), (122, 178, 255)) if dark else ((246, 248, 251), (10, 61, 125))
     part = level / (LEVELS - 1)
     mixed = tuple(round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
-    texts = {text: contrast(mixed, text) for text in ((0, 0, 0), (255, 255, 255))}
-    return _hex(mixed), _hex(max(texts, key=lambda text: texts[text]))
+    return _hex(mixed), _hex(max(((0, 0, 0), (255, 255, 255)), key=lambda text: contrast(mixed, text)))
 
 
 def contrast(one: Sequence[int], other: Sequence[int]) -> float:
@@ -152,6 +151,10 @@ def _luminance(color: Sequence[int]) -> float:
 
 def _hex(color: Sequence[int]) -> str:
     return "#" + "".join(f"{c:02x}" for c in color)
+
+
+def _block(path: str) -> str:
+    return next((found[1] for pattern in _NUMBERED if (found := pattern.match(path))), "")
 
 
 def _context(verdicts: Sequence[dict[str, Any]]) -> tuple[Cell, ...]:

@@ -30,14 +30,14 @@ def page(data: dict[str, Any], images: tuple[Tensor, Tensor] | None = None) -> s
         sections.append({**component, "groups": groups, "chart": module_chart(component, groups), "failing": failing})
     pipeline = data["pipeline"]
     if pipeline:
-        failing = [v for v in pipeline["stages"] if not v["passed"]]
+        failing = [v for v in (*pipeline["stages"], *pipeline.get("guards", ())) if not v["passed"]]
         pipeline = {**pipeline, "groups": stage_groups(pipeline), "chart": step_chart(pipeline), "failing": failing}
     found = environment().get_template("report.html.jinja").render(
         data=data, sections=sections, pipeline=pipeline, results=results(data), verdict=sentence(data),
         state=state(data), pictures=pictures(images), metrics=MODULES, stage_metrics=STAGES,
         size=(WIDTH, HEIGHT),
     )  # fmt: skip
-    return found + "\n"
+    return found.strip() + "\n"
 
 
 def environment() -> Environment:

@@ -20,7 +20,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 
 def to_junit(data: dict[str, Any]) -> bytes:
-    """The document as XML. What was not compared is an error; nothing is ever `skipped`, which a CI shows as no harm."""
+    """The document as XML. What was not compared is an error; nothing is `skipped`, which a CI shows as no harm."""
     root = ET.Element("testsuites", name="porter parity")
     _suite(root, "the whole", data, _whole(data))
     for result in results(data):
@@ -52,7 +52,7 @@ def _cases(result: dict[str, Any]) -> list[Case]:
         cases.append((f"output of {v['name']}", *_failure(v, None)))
     for event in result.get("modules", ()):
         cases.append((event["key"], *_failure(event["free"], event["reset"])))
-    for v in result.get("stages", ()):
+    for v in (*result.get("stages", ()), *result.get("guards", ())):
         cases.append((v["name"], *_failure(v, None)))
     return cases
 

@@ -28,8 +28,8 @@ def to_markdown(data: dict[str, Any]) -> str:
     remarks = [
         f"- {kind}, {text(result['title'])}: {text(said)}"
         for kind in ("warning", "note")
-        for result in data["components"]
-        for said in result[kind + "s"]
+        for result in results(data)
+        for said in result.get(kind + "s", ())
     ]
     lines += _folded(f"Warnings and notes ({len(remarks)})", remarks) if remarks else []
     lines += _folded("Environment and hashes", _bound(data))
@@ -88,7 +88,9 @@ def _faults(result: dict[str, Any]) -> list[str]:
 def _failing(result: dict[str, Any]) -> list[str]:
     """What does not pass: activations, outputs, stages."""
     found = [(e["key"], e["free"], e["reset"]) for e in result.get("modules", ())]
-    found += [(v["name"], v, None) for v in (*result.get("outputs", ()), *result.get("stages", ()))]
+    found += [
+        (v["name"], v, None) for v in (*result.get("outputs", ()), *result.get("stages", ()), *result.get("guards", ()))
+    ]
     bad = [(key, v, reset) for key, v, reset in found if not v["passed"]]
     if not bad:
         return []

@@ -1,6 +1,6 @@
 """The scoreboard of published reports: `python -m parity.scoreboard reports`, part of `make reports`.
 
-Reads every `parity.json` one folder below and writes `README.md` and `index.html`: one row a comparison, with its floor.
+Reads every `parity.json` one folder below and writes `README.md` and `index.html`: one row a comparison with its floor.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def page(documents: Mapping[str, dict[str, Any]]) -> str:
         for name, data in documents.items()
     ]  # fmt: skip
     passing = sum(r["state"] == "pass" for r in reports)
-    return environment().get_template("scoreboard.html.jinja").render(reports=reports, passing=passing) + "\n"
+    found = environment().get_template("scoreboard.html.jinja").render(reports=reports, passing=passing)
+    return found.strip() + "\n"
 
 
 def against(result: Mapping[str, Any]) -> str:

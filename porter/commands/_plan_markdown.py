@@ -59,8 +59,8 @@ def to_markdown(plan: PortPlan) -> str:
     if plan.risks:
         lines += ["", "### Risks", "", "| pitfall | where | value | what goes wrong |", "|--:|---|---|---|"]
         lines += [
-            f"| {risk.pitfall} | {code(f'{risk.component}.{risk.key}', cell=True)} | {code(str(risk.value)[:60], cell=True)} |"
-            f" {text(risk.text)} |"
+            f"| {risk.pitfall} | {code(f'{risk.component}.{risk.key}', cell=True)} |"
+            f" {code(str(risk.value)[:60], cell=True)} | {text(risk.text)} |"
             for risk in plan.risks
         ]
     if plan.warnings:

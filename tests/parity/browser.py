@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools pipe: pages as a phone and a desktop show them. No driver, no port, no network."""
+"""Headless Chromium over its DevTools pipe: pages as a phone and a desktop show them. No driver, no network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from typing import Any
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE, DESKTOP = (390, 844), (1440, 900)
 # Chromium expects commands on descriptor 3 and answers on 4, whatever numbers they have here.
-_START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+_START = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 class Page:
@@ -102,7 +104,8 @@ def chromium(profile: Path) -> Iterator[Page]:
     assert EXECUTABLE is not None
     here, theirs = os.pipe(), os.pipe()
     flags = ["--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
-             "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-background-networking"]  # fmt: skip
+             "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+             "--disable-background-networking"]  # fmt: skip
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []
     process = subprocess.Popen(
         [sys.executable, "-c", _START, str(theirs[0]), str(here[1]), EXECUTABLE, *flags],

@@ -71,7 +71,7 @@ class Verdict:
         return {k: _number(v, k) if isinstance(v, float) else v for k, v in data.items() if k not in left_out}
 
 
-_DETAILS = ("mean_abs", "noise_reference", "noise_candidate", "worst", "ratio", "scaled")
+_DETAILS = ("mean_abs", "worst", "ratio")
 
 
 def _number(value: float, name: str) -> float | None:

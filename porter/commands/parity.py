@@ -54,6 +54,10 @@ class Parity(WithParts):
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the report; default PORT/parity."
 )
+@click.option(
+    "--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write every comparison as JUnit XML to FILE."
+)
+@click.option("--markdown", is_flag=True, help="Print Markdown, made to paste into a pull request.")
 @output_options
 def command(
     port: Path,
@@ -66,6 +70,8 @@ def command(
     prompt: str | None,
     steps: int | None,
     out: Path | None,
+    junit: Path | None,
+    markdown: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -75,14 +81,18 @@ def command(
     Every converted component is compared with what the original code answered on the original weights, then native and
     diffusers implementations with each other, then the whole pipeline, step by step. Exit code 1 when anything differs.
     """
+    from parity import junit as junit_xml
     from parity.compare import GATE
+    from parity.document import document, write
+    from parity.markdown import to_markdown
     from parity.outcome import Options
-    from parity.report import document, write
     from parity.run import compare_port
     from porter.commands._render import console, notes, print_json
     from porter.core.errors import CheckFailed, MissingError, UsageError
     from porter.core.planned import is_plan, port_of
 
+    if markdown and as_json:
+        raise UsageError("--markdown and --json both want stdout", hint="one of them; parity.json is written anyway")
     if is_plan(port):
         port = port_of(port)
     if prompt and any("\ud800" <= letter <= "\udfff" for letter in prompt):
@@ -95,6 +105,10 @@ def command(
         raise UsageError(
             f"{out} lies among the port's own files", expected=f"{port}/parity, or a folder outside", hint="another -o"
         )
+    if junit is not None:
+        if _inside(junit, port):
+            raise UsageError(f"{junit} lies among the port's own files", hint="another --junit FILE")
+        junit_xml.usable(junit)
     if gate is not None and not 0 < gate < float("inf"):
         raise UsageError("--gate must be positive and finite", found=str(gate))
     options = Options(
@@ -107,7 +121,8 @@ def command(
         prompt=prompt,
         steps=steps,
     )
-    note = (lambda text: None) if quiet or as_json else (lambda text: notes().print(f"[dim]{text}[/dim]"))
+    bare = as_json or markdown
+    note = (lambda text: None) if quiet or bare else (lambda text: notes().print(f"[dim]{text}[/dim]"))
     outcome = compare_port(port, options, progress=note)
     repeat = (
         shlex.join(["porter", *sys.argv[1:]])
@@ -115,8 +130,11 @@ def command(
         else shlex.join(["porter", "parity", str(port)])
     )
     screen = console()
+    data = document(outcome, repeat)
     if as_json:
-        print_json(document(outcome, repeat))
+        print_json(data)
+    elif markdown:
+        click.echo(to_markdown(data), nl=False)
     elif not quiet:
         rows, rest = _table(outcome, screen.width)
         screen.print(rows)
@@ -124,10 +142,11 @@ def command(
             screen.print(rest, style="dim")
         for line in _remarks(outcome, verbose):
             screen.print(line, markup=False)
-    paths = write(
-        outcome, repeat, out or outcome.folder
-    )  # last: a folder that cannot be written costs the report, not the result
-    if not as_json:
+    # Last: a folder that cannot be written costs the report, not the result.
+    if junit is not None:
+        junit_xml.save(data, junit)
+    paths = write(outcome, repeat, out or outcome.folder)
+    if not bare:
         if not quiet:
             screen.print(f"report: {paths[1]}", markup=False)
         screen.print(outcome.conclusion(), markup=False, style="bold green" if outcome.holds else "bold red")
@@ -146,7 +165,7 @@ def _inside(out: Path, port: Path) -> bool:
 def _table(outcome: Any, width: int) -> tuple[Any, str]:
     """One line a comparison, and what the table leaves out; numbers are never cut."""
     from parity.pipeline import PipelineResult
-    from parity.report import ratio_text
+    from parity.wording import ratio_text
     from porter.commands._render import table
 
     names = ("component", "against", "verdict")

@@ -6,6 +6,7 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -28,7 +29,7 @@ class Page(HTMLParser):
         self.fetched: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [v or "" for k, v in attrs if k in ("src", "href")]
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("#")]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -58,7 +59,7 @@ def test_a_good_port_passes(own_port: Path, capsys: pytest.CaptureFixture[str]) 
     parser.feed(page)
     assert not parser.open and len(parser.fetched) == 3  # two pictures and their difference
     assert all(uri.startswith("data:image/png;base64,") for uri in parser.fetched)
-    assert page.count("<svg") == 5 and 'name="viewport"' in page and document["manifest_sha256"] in page
+    assert page.count('class="chart"') == 5 and 'name="viewport"' in page and document["manifest_sha256"] in page
 
 
 def test_a_port_with_the_swap_left_out_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +93,23 @@ def test_json_is_one_document(own_port: Path, tmp_path: Path, capsys: pytest.Cap
     assert not (own_port / "parity").exists()
 
 
+def test_markdown_and_junit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failing port: Markdown is all that stdout gets, and the JUnit file is there although the command fails."""
+    pattern = "final_layer.adaLN_modulation.1.{p:weight|bias}"
+    recipe = {"transformer": flux.TRANSFORMER.replace_rule(pattern, ops=())}
+    convert("builtin:tiny-flux", tmp_path / "port", component="transformer", recipe=recipe)
+    arguments = ["parity", str(tmp_path / "port"), "--against", "trace", "--junit", str(tmp_path / "parity.xml")]
+    assert main([*arguments, "--markdown"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("## Parity of `flux1`: FAIL\n") and captured.out.endswith("\n```\n")
+    assert "- candidate: `norm_out.linear`" in captured.out and "does not hold" in captured.err
+    root = ElementTree.parse(tmp_path / "parity.xml").getroot()
+    document = json.loads((tmp_path / "port" / "parity" / "partial" / "parity.json").read_text())
+    compared = sum(c["counts"]["compared"] for c in document["components"])
+    assert int(root.get("tests", 0)) == compared + len(document["components"]) + 2
+    assert int(root.get("failures", 0)) > 0 and root.get("errors") == "0"
+
+
 def test_a_partial_run_does_not_touch_the_verdict(own_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["parity", str(own_port), "--component", "transformer", "--against", "diffusers", "-q"]) == 0
     out = capsys.readouterr().out
@@ -113,6 +131,10 @@ def test_the_gate_is_a_fence_and_no_more(own_port: Path) -> None:
         (["PORT", "--against", "original"], 2, "--reference-repo"),
         (["PORT", "--against", "nothing"], 2, "nothing"),
         (["PORT", "--gate", "0"], 2, "--gate must be positive"),
+        (["PORT", "--json", "--markdown"], 2, "both want stdout"),
+        (["PORT", "--junit", "PORT/manifest.json"], 2, "lies among the port's own files"),
+        (["PORT", "--junit", "/nonexistent/parity.xml"], 4, "no folder /nonexistent"),
+        (["PORT", "--junit", "/dev"], 2, "is a folder"),
         (["PORT", "--against", "original", "--reference-repo", "/dev/null"], 4, "not a checkout"),
         (["PORT", "--component", "vae", "-o", "/dev/null/report"], 5, "cannot be written"),
     ],
@@ -121,7 +143,7 @@ def test_bad_input(
     tiny_port: Path, arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tiny_port.rglob("*"))
-    assert main(["parity", *(str(tiny_port) if a == "PORT" else a for a in arguments)]) == code
+    assert main(["parity", *(a.replace("PORT", str(tiny_port)) for a in arguments)]) == code
     captured = capsys.readouterr()
     assert text in captured.err and "Traceback" not in captured.err
     assert sorted(tiny_port.rglob("*")) == before

@@ -27,6 +27,7 @@ class Options:
     seed: int = 0
     prompt: str | None = None
     steps: int | None = None
+    dtype: str = "float32"
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Outcome:
 
     @property
     def partial(self) -> bool:
-        """Whether the user asked for less than everything."""
-        return bool(self.options.components or self.options.against)
+        """Whether the user asked for less than everything, or for another dtype than the verdict's."""
+        return bool(self.options.components or self.options.against) or self.options.dtype != Options.dtype
 
     @property
     def folder(self) -> Path:

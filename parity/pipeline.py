@@ -7,7 +7,6 @@ alone: as asked, for another prompt, and in float64; in low precision the refere
 from __future__ import annotations
 
 import gc
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,26 +18,23 @@ from torch import Tensor
 
 from parity import pipeline_guards as guards
 from parity.case import PipelineCase, PipelineSide
-from parity.compare import DIFFERS, GATE, IDENTICAL, PASSING, SKIPPED, Verdict, judge, skipped, worst
-from parity.draws import Drawn, OtherDraws, compare_draws
+from parity.compare import GATE, PASSING, SKIPPED, Verdict, worst
+from parity.draws import Drawn, OtherDraws
 from parity.images import Metrics, frames, measure
-from parity.precision import judge_low
-from parity.recorder import Event
+from parity.pipeline_judge import Runs, judge_stages
 from parity.schedule import Growth, growth
-from parity.stages import Request, Run, run_side
-from parity.trace import Value
+from parity.stages import Request, run_side
 from porter.core.errors import CheckFailed
 
 STEP, PIPELINE = "step", "pipeline"
-IMAGE = "image"
-_OWN_WAY = "set_timesteps"  # how a side asks its scheduler is its own affair; what comes of it, is not
 
 
 @dataclass
 class PipelineResult:
-    """Verdicts of all stages in order; `images` are both sides' pictures, (3, H, W) in [0, 1], the worst frame of a video.
+    """Verdicts of all stages in order, and the pictures.
 
     Attributes:
+        images: both sides' pictures (3, H, W) in [0, 1]; of a video, the worst frame.
         level: `step`, or `pipeline`: the stages around the loop only.
         dtype: what both sides ran in; float32 is judged in float64, lower ones by each side's error to the truth.
         guards: what keeps agreement on nothing from counting: pictures that show something, prompts that matter.
@@ -53,7 +49,7 @@ class PipelineResult:
     images: tuple[Tensor, Tensor] | None = None
     metrics: Metrics | None = None
     to_truth: tuple[Metrics, Metrics] | None = None
-    draws: tuple[list[Drawn], list[Drawn]] = ((), ())  # type: ignore[assignment]
+    draws: tuple[list[Drawn], list[Drawn]] = field(default_factory=lambda: ([], []))
     growth: Growth | None = None
     missing: int = 0  # stages that only one side has
     notes: list[str] = field(default_factory=list)
@@ -112,16 +108,6 @@ class PipelineResult:
         }
 
 
-@dataclass
-class _Runs:
-    """One side: as asked, for the other prompt, and the truth (float64, or None where it cannot run)."""
-
-    first: Run
-    second: Run
-    truth: Run | None
-    why: str = ""
-
-
 def compare_pipelines(
     case: PipelineCase,
     port: Path,
@@ -149,7 +135,9 @@ def compare_pipelines(
     reference, candidate = runs
     result.notes += [why for side in runs if (why := side.why)]
     result.draws = reference.first.draws, candidate.first.draws
-    _judge_stages(result, case, reference, candidate, gate)
+    found = judge_stages(case, reference, candidate, dtype, gate)
+    result.stages, result.missing = found.stages, found.missing
+    result.notes += found.notes
     _judge_images(result, reference, candidate)
     steps = [v for v in result.stages if re.fullmatch(r"step \d+ latents", v.name) and v.status != SKIPPED]
     result.growth = growth(steps)
@@ -166,7 +154,7 @@ def _run(
     dtype: torch.dtype,
     truth: bool,
     steps: bool,
-) -> _Runs:
+) -> Runs:
     """All runs of one side, then it is gone from memory."""
     side = load(port, dtype)
     first = run_side(side, request, steps=steps)
@@ -175,7 +163,7 @@ def _run(
     except Exception as error:
         text = f"its second request ended in {type(error).__name__}: {error}"
         raise RuntimeError(text) from error
-    runs = _Runs(first, second, None)
+    runs = Runs(first, second, None)
     if not truth:
         return runs
     if dtype != torch.float32:
@@ -192,80 +180,7 @@ def _run(
     return runs
 
 
-def _judge_stages(
-    result: PipelineResult, case: PipelineCase, reference: _Runs, candidate: _Runs, gate: float
-) -> None:
-    low = result.dtype != "float32"
-    theirs, ours = _stages(reference.first), _stages(candidate.first)
-    draws = compare_draws(reference.first.draws, candidate.first.draws, getattr(torch, result.dtype))
-    truths = [_stages(side.truth) if side.truth else None for side in (reference, candidate)]
-    single = None
-    if not low and None in truths:
-        single = math.nan if case.baseline is None else case.baseline
-    for name, value in theirs.items():
-        other = ours.get(name)
-        if name == "latents":
-            result.stages.append(_steps(reference.first.schedule.steps, candidate.first.schedule.steps))
-        if name in draws:
-            result.stages.append(draws[name])
-        elif other is None and name.startswith(_OWN_WAY):
-            result.notes.append(f"{name}: on the reference's side only")
-        elif other is None or other.shape != value.shape:
-            found = "never seen" if other is None else f"shape {tuple(other.shape)}, reference {tuple(value.shape)}"
-            result.stages.append(skipped(name, f"on the candidate's side: {found}"))
-            result.missing += other is None
-        elif low:
-            assert truths[0] is not None  # a reference without any truth did not run
-            result.stages.append(judge_low(name, truths[0].get(name, value), value, other))
-        else:
-            highs = [value if truths[0] is None else truths[0][name], other if truths[1] is None else truths[1][name]]
-            if any(h.shape != value.shape for h in highs):
-                result.stages.append(skipped(name, "another shape in float64"))
-                continue
-            event = Event(name, tuple(value.shape), str(value.dtype), value.numel())
-            pair = Value(event, value.float().reshape(-1), highs[0].double().reshape(-1))
-            casts = "" if value.dtype == other.dtype else f"{value.dtype} there, {other.dtype} here"
-            own = other.float().reshape(-1), highs[1].double().reshape(-1)
-            result.stages.append(judge(name, pair, *own, gate=gate, casts=casts, single=single))
-    result.missing += sum(v.status == SKIPPED for v in draws.values() if v.name in theirs)
-    only = [draws[n] for n in draws if n not in theirs] + _only_here(theirs, ours, case.own)
-    result.missing += len(only)
-    result.stages[-1:-1] = only
-
-
-def _stages(run: Run) -> dict[str, Tensor]:
-    return run.seen | {IMAGE: run.image}
-
-
-def _steps(theirs: int, ours: int) -> Verdict:
-    gap = float(abs(theirs - ours))
-    note = f"{theirs} steps there, {ours} here" if gap else ""
-    return Verdict("steps", DIFFERS if gap else IDENTICAL, gap, gap, gap, 0, 0, theirs, 1, 1, 1, note=note)
-
-
-def _only_here(theirs: dict[str, Tensor], ours: dict[str, Tensor], own: tuple[str, ...]) -> list[Verdict]:
-    """Steps and inputs that only the candidate has: what the reference computes without cannot be the same."""
-    known = {_base(name) for name in theirs}
-    found: dict[str, Verdict] = {}
-    for name in ours:
-        base = _base(name)
-        if name in theirs or " -> " in name or "scheduler " in name:
-            continue
-        if re.fullmatch(r"step \d+ latents", name):
-            found[name] = skipped(name, "on the reference's side: never seen")
-        elif base not in known and not name.startswith(("draw ", _OWN_WAY)):
-            argument = base.rpartition(" ")[2].partition(".")[0]
-            if argument not in own:
-                found.setdefault(base, skipped(name, f"the reference's gets no {argument}; `own` of the case allows it"))
-    return list(found.values())
-
-
-def _base(name: str) -> str:
-    """`step 3 denoiser#1 timestep` -> `denoiser timestep`."""
-    return re.sub(r"#\d+ ", " ", re.sub(r"^step \d+ ", "", name))
-
-
-def _judge_images(result: PipelineResult, reference: _Runs, candidate: _Runs) -> None:
+def _judge_images(result: PipelineResult, reference: Runs, candidate: Runs) -> None:
     a, b = reference.first.image, candidate.first.image
     at = 0
     if a.shape == b.shape:

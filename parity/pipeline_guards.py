@@ -42,7 +42,8 @@ def check(
 
 
 def _holds(name: str, largest: float = 0.0, elements: int = 0, note: str = "") -> Verdict:
-    return Verdict(name, ROUNDING if largest else IDENTICAL, largest, largest, elements=elements, of=elements, note=note)
+    status = ROUNDING if largest else IDENTICAL
+    return Verdict(name, status, largest, largest, elements=elements, of=elements, note=note)
 
 
 def _before_decoding(run: Run) -> Tensor | None:

@@ -28,7 +28,8 @@ def judge_low(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) ->
     note = f"error to the truth {ours:.1e}, the reference's own {theirs:.1e} (root mean square)"
     if not finite:
         counts = {"truth": t, "reference": r, "candidate": c}
-        lacking = [f"{n} ({int((~x.isfinite()).sum())} values)" for n, x in counts.items() if not bool(x.isfinite().all())]
+        bad = {n: int((~x.isfinite()).sum()) for n, x in counts.items()}
+        lacking = [f"{n} ({count} values)" for n, count in bad.items() if count]
         status, note = DIFFERS, f"NaN or inf in the {' and the '.join(lacking)}"
     elif float(gap.max()) == 0:
         status = IDENTICAL

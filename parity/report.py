@@ -135,6 +135,7 @@ def _pipeline(result: PipelineResult) -> dict[str, Any]:
         "headline": headline.to_json() if headline else None,
         "counts": result.counts,
         "pixels_changed": result.pixels_changed,
+        **result.details(),
         "stages": [v.to_json(brief=True) for v in result.stages],
     }
 

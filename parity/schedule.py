@@ -215,7 +215,7 @@ def growth(steps: Sequence[Verdict]) -> Growth | None:
     known = [e if math.isfinite(e) else 1.0 for e in errors]
     logs = np.log(np.maximum(known, SMALLEST))
     rises = np.diff(logs)
-    jump = int(rises.argmax()) + 1 if len(rises) and rises.max() > math.log(JUMP) and known[rises.argmax() + 1] else None
+    jump = int(rises.argmax()) + 1 if len(rises) and rises.max() > math.log(JUMP) else None
     tail = logs[jump or 0 :]
     slope, fit = _line(tail)
     factor = math.exp(slope)

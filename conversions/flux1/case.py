@@ -230,7 +230,7 @@ def diffusers_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
         from diffusers import FluxPipeline
         from diffusers.image_processor import VaeImageProcessor
 
-        pipe: Any = FluxPipeline.from_pretrained(port, low_cpu_mem_usage=False, use_safetensors=True).to(dtype)
+        pipe: Any = FluxPipeline.from_pretrained(port, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
 
     def run(prompt: str, seed: int, steps: int, guidance: float) -> Tensor:

@@ -6,6 +6,7 @@ code between them is at fault: the module that made the differing tensor is name
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -108,8 +109,10 @@ def locate(
     blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
     failing = [t for t in taps if not t.free.passed]
     if not failing:
-        if any(not v.passed for v in outputs):
-            return Guilty(step, f"{name}(…)", "", f"every module of {name} matches, its output does not")
+        bad = [v for v in outputs if not v.passed]
+        if bad:
+            text = bad[0].note or f"max|Δ| {bad[0].max_abs:.1e}, floor {bad[0].floor:.1e}"
+            return Guilty(step, f"{name}(…)", "", f"every module of {name} matches, its output does not: {text}")
         return None
     first = failing[0]
     bad_blocks = [
@@ -122,6 +125,7 @@ def locate(
     if first.free.status == SKIPPED:
         return Guilty(*_names(alignment, first.module), f"not compared: {first.free.note}", within, others)
     size = f"max|Δ| {first.free.max_abs:.1e}, in float64 {first.free.max_abs64:.1e}, floor {first.free.floor:.1e}"
+    size = size if math.isfinite(first.free.max_abs) else first.free.note
     if first.kind == "out":
         inputs = [t for t in taps if t.module == first.module and t.kind == "in"]
         also = "its inputs match" if inputs and all(t.free.passed for t in inputs) else "first output that differs"

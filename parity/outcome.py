@@ -17,7 +17,16 @@ PIPELINE = "pipeline"
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare. `components` and `against` empty: everything there is, `original` only with a checkout."""
+    """What to compare, and how.
+
+    Attributes:
+        components, against: empty for everything there is; `original` only with a checkout. `against` may also hold
+            `trace:FILE` and `module:function`.
+        level: how deep: `component`, `block`, `module`, or `pipeline`, `step` of pipelines; empty for all.
+        dtype: the candidate's; a lossy one is judged by the float64 truth.
+        inputs: of live references: `random`, `captured` (by a run of the pipeline), or a safetensors file.
+        time_limit: seconds for a reference in a process of its own.
+    """
 
     components: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
@@ -27,7 +36,12 @@ class Options:
     seed: int = 0
     prompt: str | None = None
     steps: int | None = None
-    level: str = "module"
+    level: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+    inputs: str = "random"
+    reference_python: str | None = None
+    time_limit: float = 1800.0
 
 
 @dataclass
@@ -60,7 +74,14 @@ class Outcome:
     @property
     def partial(self) -> bool:
         """Whether the user asked for less than everything."""
-        return bool(self.options.components or self.options.against)
+        asked = self.options
+        plain = (asked.level, asked.dtype, asked.device, asked.inputs) == ("", "float32", "cpu", "random")
+        return bool(asked.components or asked.against) or not plain
+
+    @property
+    def lossy(self) -> str:
+        """The dtype of a lossy run; empty for float32."""
+        return "" if self.options.dtype == "float32" else self.options.dtype
 
     @property
     def folder(self) -> Path:

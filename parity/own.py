@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -78,7 +77,7 @@ def compare_case(
     if edit:
         edit(module)
     candidate = Candidate(
-        result.candidate, lambda folder: module, guarded(case.candidate.passes, trace), case.blocks,
+        result.candidate, lambda folder: module, case.candidate.passes, case.blocks,
         Rearranged(trace, case.layout),
     )  # fmt: skip
     compare_component(
@@ -86,11 +85,6 @@ def compare_case(
     )
     result.notes += trace.meta.get("notes", [])
     return result
-
-
-def guarded(passes: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
-    """The candidate's call for every recorded pass: `forward~mask` is called as `forward`."""
-    return {name: passes[name.partition("~")[0]] for name in trace.passes if name.partition("~")[0] in passes}
 
 
 def reference_state(case: Case, trace: Trace) -> State:
@@ -155,7 +149,7 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
     seeded(seed)
     try:
         module = case.candidate.build(dict(case.config)).float().eval()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         result.reason = f"the candidate does not build: {type(error).__name__}: {error}"
         return None
     result.candidate = case.candidate.name or type(module).__qualname__
@@ -188,8 +182,8 @@ def run_case(case: Case, options: Options, trace: Trace | None = None, case_file
     Raises:
         BadInputError: see `compare_case`.
     """
-    trace = trace or recorded(case, options.seed, options.level)
-    result = compare_case(case, seed=options.seed, gate=options.gate, level=options.level, trace=trace)
+    trace = trace or recorded(case, options.seed, options.level or "module")
+    result = compare_case(case, seed=options.seed, gate=options.gate, level=options.level or "module", trace=trace)
     facts = {
         "weights": {case.name: {trace.meta["source"]["file"]: trace.meta["source"]["sha256"]}},
         "recipes": {},

@@ -1,6 +1,6 @@
 """The reference side of a case: built, filled, called and recorded.
 
-With `case.py`, `recorder.py`, `drawn.py` and `shims.py` beside it this file runs in the reference's own interpreter,
+With `case.py`, `recorder.py`, `drawn.py` and `shims*.py` beside it this file runs in the reference's own interpreter,
 which needs torch, safetensors and numpy only:
 
     python -m parity.reference CASE.py -o trace.safetensors
@@ -12,10 +12,11 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import random
+import platform
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 
 from parity.case import Case, Named
 from parity.drawn import draw
-from parity.recorder import Recording, Watch, attributes, file_sha256, record
+from parity.recorder import Recording, Watch, attributes, file_sha256, record, seeded
 
 LEVELS = ("component", "block", "module")
+MARK = "parity.reference: "  # before the one message that a failed recording ends with
 PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
 
 
@@ -64,14 +66,6 @@ def load_case(name: str) -> Case:
     return found[chosen]
 
 
-def seeded(seed: int) -> None:
-    """The same global random numbers for every run."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
 def built(case: Case, seed: int) -> nn.Module:
     """The reference's module, in float32 and for inference, before its weights are filled.
 
@@ -81,7 +75,7 @@ def built(case: Case, seed: int) -> nn.Module:
     seeded(seed)
     try:
         module = case.reference.build(dict(case.config))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
@@ -105,7 +99,10 @@ def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
             else tensor.clone()
             for name, tensor in own.items()
         }
-    given = load_file(case.weights)
+    try:
+        given = load_file(case.weights)
+    except Exception as error:  # safetensors' own, OSError and more
+        raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
     free = {name for name in own if kept and kept.fullmatch(name)}
     if odd := sorted((own.keys() ^ given.keys()) - free):
         missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
@@ -244,17 +241,42 @@ def record_reference(
     double = case.reference.float64
     try:
         recording = record(module, passes, watched, meta, seed=seed, double=double)
-    except Exception as error:
-        raise CaseError(f"the reference does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        recording, double = (
+            _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
+            False,
+        )
+    for name in passes:
+        if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
+            raise CaseError(
+                f"the reference's pass {name!r} returns nothing that can be compared: no floating-point tensor"
+            )
     for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
         call = case.reference.passes[name.partition(PERTURBED)[0]]
         try:
             recording.extend(record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double))
-        except Exception as error:  # not every input takes another value
+        except (Exception, SystemExit) as error:  # not every input takes another value
             recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
         if case.weights is None and (not tensor.is_floating_point() or (case.keep and re.fullmatch(case.keep, name))):
             recording.tensors[f"state/{name}"] = tensor.contiguous()
+    return recording
+
+
+def _single(error: BaseException, case: Case, again: Callable[[], Recording]) -> Recording:
+    """A recording in float32 alone, after one in both precisions failed; the failure is noted.
+
+    Raises:
+        CaseError: that fails too, or nothing else was tried before.
+    """
+    try:
+        if not case.reference.float64:
+            raise error
+        recording = again()
+    except (Exception, SystemExit) as last:
+        raise CaseError(f"the reference does not run: {type(last).__name__}: {last}") from last
+    why = f"the reference does not run in float64 ({type(error).__name__}: {error})"
+    recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     return recording
 
 
@@ -277,12 +299,25 @@ def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
     return given
 
 
+def commit_of(repo: Path | None) -> str:
+    """The commit of a checkout, empty where git does not say; nothing is written to it."""
+    if repo is None:
+        return ""
+    command = ["git", "--no-optional-locks", "-C", str(repo), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Record a case's reference; exit code 6 with one line where it cannot be."""
     parser = argparse.ArgumentParser(prog="python -m parity.reference", description="Record a case's reference.")
     parser.add_argument("case", help="FILE.py or FILE.py:NAME")
     parser.add_argument("--reference-repo", type=Path, help="checkout of the original code, put on sys.path")
-    parser.add_argument("--shims", action="store_true", help="CPU equivalents of flash_attn, xformers and apex")
+    parser.add_argument(
+        "--shims", nargs="?", const="", help="CPU equivalents of flash_attn, xformers and apex; or of these, by commas"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--level", choices=LEVELS, default="module")
     parser.add_argument("--inside", default="", help="record what lies in this module of the reference only")
@@ -290,23 +325,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.reference_repo is not None:
         sys.path.insert(0, str(options.reference_repo.absolute()))
-    used: Iterable[str] = ()
+    path = Path(options.case.partition(".py:")[0].removesuffix(".py") + ".py")
+    sys.path.append(str(path.absolute().parent))  # for what the case imports while it builds
+    used: Callable[[], Sequence[str]] = list
     try:
-        if options.shims:
+        if options.shims is not None:
             from parity import shims
 
-            used = shims.install()
+            shims.install([name for name in options.shims.split(",") if name] or None)
+            used = shims.used
         case = load_case(options.case)
         recording = record_reference(case, options.seed, options.level, inside=options.inside)
-    except CaseError as error:
-        print(error, file=sys.stderr)
+    except (CaseError, ValueError) as error:
+        print(f"{MARK}{error}", file=sys.stderr)
         return 6
-    path = Path(options.case.partition(".py:")[0].removesuffix(".py") + ".py")
     recording.meta |= {
         "command": " ".join(["python -m parity.reference", *(sys.argv[1:] if argv is None else argv)]),
         "case": {"file": path.name, "sha256": file_sha256(path)},
-        "shims": sorted(used),
+        "shims": list(used()),
+        "python": platform.python_version(),
     }
+    recording.meta["reference"]["commit"] = commit_of(options.reference_repo)
+    if used():
+        note = f"CPU stand-ins ran in place of {', '.join(used())}"
+        recording.meta["notes"] = [*recording.meta.get("notes", []), note]
     recording.save(options.out)
     return 0
 

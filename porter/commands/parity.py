@@ -5,14 +5,24 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from porter.commands._options import output_options
+from porter.commands._parts import WithParts
 
 
-@click.command(name="parity")
+class Parity(WithParts):
+    """`porter parity PORT`, `porter parity record`, `porter parity compare`."""
+
+    parts: ClassVar[dict[str, str]] = {
+        "record": "Record what a reference computes, or write out what does so elsewhere.",
+        "compare": "Compare two recorded traces, reference first.",
+    }
+
+
+@click.command(name="parity", cls=Parity)
 @click.argument("port", metavar="PORT", type=click.Path(path_type=Path))
 @click.option("--component", "components", multiple=True, metavar="C", help="Only this component (may be repeated).")
 @click.option(

@@ -206,27 +206,39 @@ class PipelineSide:
     """A loaded pipeline.
 
     Attributes:
-        stages: stage name -> module that is called as a module in every run, so that hooks see it.
+        stages: stage name -> module that is called as a module in every run, so that hooks see it. Names that start
+            with `denoiser` are called once a step or more, `decoder` gets the latents after the last.
         weights: all modules with weights, to be run in float64 by the arbiter.
         scheduler: the scheduler whose `step` is called once a step.
-        run: (prompt, seed, steps, guidance) -> image (B, 3, H, W) in [0, 1].
+        run: (prompt, seed, steps, guidance) -> image (B, 3, H, W) or video (B, F, 3, H, W) in [0, 1].
+        save: such an image -> the levels its own code writes to a file, uint8 (frames, 3, H, W).
     """
 
     stages: Mapping[str, nn.Module]
     weights: tuple[nn.Module, ...]
     scheduler: Any
     run: Callable[[str, int, int, float], Tensor]
+    save: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class PipelineCase:
-    """The whole pipeline, `candidate` against `reference`, each: port folder -> loaded side, float32 on the CPU."""
+    """The whole pipeline, `candidate` against `reference`, each: (port folder, dtype) -> loaded side on the CPU.
 
-    reference: Callable[[Path], PipelineSide]
-    candidate: Callable[[Path], PipelineSide]
+    Attributes:
+        other_prompt: what both sides must paint something else for.
+        own: inputs of its denoiser that the candidate alone has by design, such as tables computed ahead.
+        baseline: the largest scaled difference of a correct port in float32, where float64 cannot run.
+    """
+
+    reference: Callable[[Path, torch.dtype], PipelineSide]
+    candidate: Callable[[Path, torch.dtype], PipelineSide]
     prompt: str
     steps: int
     guidance: float
+    other_prompt: str = "a small blue triangle on a black background"
+    own: tuple[str, ...] = ()
+    baseline: float | None = None
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ def _pipeline(result: PipelineResult) -> dict[str, Any]:
         "request": vars(result.request),
         **_judged(result),
         "pixels_changed": result.pixels_changed,
+        **result.details(),
         "stages": [v.to_json(brief=True) for v in result.stages],
     }
 

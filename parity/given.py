@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from parity.case import PipelineCase
-from parity.pipeline import Request
 from parity.recorder import bind
+from parity.stages import Request
 from porter.core.errors import CheckpointError, MissingError, UsageError
 
 
@@ -24,7 +24,7 @@ def captured_inputs(case: PipelineCase, port: Path, component: str, request: Req
     Raises:
         UsageError: the pipeline never called it, or it received no tensors.
     """
-    side = case.reference(port)
+    side = case.reference(port, torch.float32)
     stage = "denoiser" if component in ("transformer", "unet") else component
     module = side.stages.get(stage)
     if module is None:

@@ -19,9 +19,10 @@ from parity.component import ComponentResult, compare_component
 from parity.facts import facts
 from parity.given import captured_inputs, inputs_from_file
 from parity.outcome import PIPELINE, Options, Outcome
-from parity.pipeline import Request, compare_pipelines
+from parity.pipeline import compare_pipelines
 from parity.recorder import Watch, record
 from parity.reference import LEVELS
+from parity.stages import Request
 from parity.trace import Trace
 from parity.truths import applicable, origin, truths
 from porter.core.errors import BadInputError, UsageError
@@ -116,7 +117,9 @@ def run_parity(
         request = Request(
             p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
         )
-        outcome.pipeline = compare_pipelines(p, port.path, request, gate=options.gate)
+        outcome.pipeline = compare_pipelines(
+            p, port.path, request, gate=options.gate, dtype=options.dtype, level=options.level or "step"
+        )
     converted = [name for name, record in port.manifest["components"].items() if record["action"] == "convert"]
     outcome.unproven = [name for name in converted if name not in proven]
     outcome.facts = facts(port, cases)

@@ -52,6 +52,13 @@ class Parity(WithParts):
 @click.option("--prompt", default=None, help="Prompt of the pipeline comparison.")
 @click.option("--steps", "--num-inference-steps", type=click.IntRange(min=1), default=None, help="Its denoising steps.")
 @click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the pipelines run in; below float32, each side's error to the reference's float64 run decides.",
+)
+@click.option(
     "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the report; default PORT/parity."
 )
 @click.option(
@@ -69,6 +76,7 @@ def command(
     seed: int | None,
     prompt: str | None,
     steps: int | None,
+    dtype: str,
     out: Path | None,
     junit: Path | None,
     markdown: bool,
@@ -120,6 +128,7 @@ def command(
         seed=0 if seed is None else seed,
         prompt=prompt,
         steps=steps,
+        dtype=dtype,
     )
     bare = as_json or markdown
     note = (lambda text: None) if quiet or bare else (lambda text: notes().print(f"[dim]{text}[/dim]"))

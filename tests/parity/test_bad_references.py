@@ -106,7 +106,7 @@ RAISING = {
 def test_a_reference_that_raises(tmp_path: Path, name: str) -> None:
     """And one that ends the process, which must not end ours, least of all as if all were well."""
     code, says = RAISING[name]
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (also CaseError, which load_case raises)
+    with pytest.raises(Exception) as caught:
         compared(tmp_path, code if "def Reference" in code else SAME + code)
     assert says in str(caught.value)
 
@@ -202,7 +202,11 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_in_common(tmp_path: Path, name: str) -> None:
     path = Path(write_case(tmp_path, SAME))
-    code = path.read_text().replace("case = Case(", f"{NOTHING[name]}\ngiven = dict(").replace('**globals().get("more", {}),', "")
+    code = (
+        path.read_text()
+        .replace("case = Case(", f"{NOTHING[name]}\ngiven = dict(")
+        .replace('**globals().get("more", {}),', "")
+    )
     path.write_text(code + "case = Case(**{**given, **more})\n")
     result = compare_case(load_case(str(path)))
     assert why(result)

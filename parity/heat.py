@@ -25,6 +25,7 @@ MODULES = (
     ("scaled", "difference in float32 over max(1, the largest value)"),
     ("1 − cos", "one less the cosine of both answers; printed, never decisive"),
 )
+BEFORE = "before the steps"
 STAGES = (MODULES[1], MODULES[2], *MODULES[4:])
 
 
@@ -121,12 +122,13 @@ def module_groups(component: dict[str, Any]) -> list[Group]:
 
 def stage_groups(pipeline: dict[str, Any]) -> list[Group]:
     """A pipeline result's stages in order, each step a group."""
-    rows = []
+    rows: list[Row] = []
     for stage in pipeline["stages"]:
         step = re.match(r"(step \d+) (.+)", stage["name"])
         cells = (_cell([stage], "max_abs"), _cell([stage], "max_abs64"), *_context([stage]))
         name = step[2] if step else stage["name"]
-        rows.append(Row(step[1] if step else "", name, stage["status"], stage["passed"], cells))
+        around = "after the steps" if rows and rows[-1].group != BEFORE else BEFORE
+        rows.append(Row(step[1] if step else around, name, stage["status"], stage["passed"], cells))
     return _grouped(rows)
 
 

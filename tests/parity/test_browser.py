@@ -44,7 +44,8 @@ CONTRAST = """(() => {
 # Texts that reach out of the window, although nothing around them scrolls.
 OUTSIDE = """[...document.querySelectorAll('main *')].filter(e => {
     const box = e.getBoundingClientRect();
-    return e.checkVisibility() && !e.closest('svg, thead') && box.width && (box.right > innerWidth + 1 || box.left < -1);
+    const out = box.right > innerWidth + 1 || box.left < -1;
+    return out && box.width && e.checkVisibility() && !e.closest('svg, thead');
   }).map(e => e.outerHTML.slice(0, 90))"""
 
 

@@ -214,7 +214,7 @@ def test_the_heat_map_has_every_call_in_order(good: Outcome) -> None:
         blocks = [group.name for group in heat.module_groups(component)]
         assert len(blocks) > 5 and any(name.endswith(".1") for name in blocks)
     stages = heat.stage_groups(document(good, "")["pipeline"])
-    assert [g.name for g in stages] == ["", "step 0", "step 1", ""]
+    assert [g.name for g in stages] == [heat.BEFORE, "step 0", "step 1", "after the steps"]
     assert sum(len(g.rows) for g in stages) == len(document(good, "")["pipeline"]["stages"])
 
 

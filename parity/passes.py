@@ -105,6 +105,8 @@ class Pass:
     def _compare(self, path: str, call: int, run: Any, args: Any, kwargs: Any) -> Any:
         """A block as the model runs, and on the reference's inputs; the latter's answer is what is remembered."""
         where, at, side = f"{path}#{call}", f"{self.blocks[path]}#{call}", self.candidate
+        if at not in self.calls:
+            raise RuntimeError(f"it runs {where}, where the reference does not run {at}")
         module = side.module.get_submodule(path)
         own = arguments(module, args, kwargs)
         with side.aside():
@@ -139,7 +141,7 @@ class Pass:
             where, at = f"{path}#{call}", f"{self.blocks[path] if ours else path}#{call}"
             module = side.module.get_submodule(path)
             own = arguments(module, args, kwargs)
-            if at == self.calls[0]:
+            if at == self.calls[0]:  # nothing of its inputs came through a block
                 kept.update(side.keep(where, "in", own))
             if ours and not high:
                 with side.aside():

@@ -20,7 +20,7 @@ from parity.align import Alignment
 from parity.blockwise import Maps, Side
 from parity.case import Candidate, Case
 from parity.case import Side as Declared
-from parity.compare import GATE
+from parity.compare import GATE, skipped
 from parity.component import ComponentResult
 from parity.hollow import Jobs, Streamed, hollow
 from parity.locate import Guilty, Tap
@@ -33,7 +33,7 @@ from parity.reference import CaseError, blocks_of, inputs_of, leaves_and_parents
 from parity.shelf import Shelf
 from parity.trace import split_key
 from porter.core.checkpoint import spec
-from porter.core.errors import BadInputError, RecipeError
+from porter.core.errors import BadInputError, RecipeError, ResourceError
 from porter.core.recipe import compile_recipe
 
 Shapes = dict[str, tuple[int, ...]]
@@ -93,19 +93,26 @@ def compare_scaled(
             run = passes[what] = Pass(*sides, maps, pairs, inputs, gate, say)
             try:
                 run.record()
-            except Exception as error:
+            except ResourceError:
+                raise
+            except Exception as error:  # whatever a project's code raises
                 raise BadInputError(f"the reference does not run: {type(error).__name__}: {error}") from error
+            if result.reason:
+                continue
             try:
                 run.compare()
-            except RuntimeError as error:
+            except ResourceError:
+                raise
+            except Exception as error:
                 result.reason = f"{what}: the candidate did not run: {type(error).__name__}: {error}"
-                break
     for what, run in passes.items() if not result.reason else ():
         _fill(result, what, run, case)
     settings = differing_settings(attributes(reference), candidate, alignment)
     result.guilty = result.guilty and result.guilty.because(settings)
     result.notes += [f"{path}: {text}" for path, text in settings.items()]
     ran = {path for run in passes.values() for path in run.candidate.ran}
+    called = {at.partition("#")[0] for run in passes.values() for at in run.calls}
+    result.unwatched = [path for path in pairs.values() if path not in called]
     result.unused = [p for p, m in candidate.named_modules() if m._parameters and p not in ran]
     return Scaled(result, _figures(passes, shapes, theirs, ours, shelf))
 
@@ -117,8 +124,9 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
         path = where.partition("/")[2].partition("#")[0]
         if path == "=":
             result.outputs += [run.free[key], *([run.exact[key]] if key in run.exact else [])]
-        elif key in run.free:
-            result.taps.append(Tap(f"{what}/{key}", path, kind, run.free[key], run.reset.get(key)))
+        elif path in run.blocks.values():
+            absent = skipped(key, "the candidate's block never ran")
+            result.taps.append(Tap(f"{what}/{key}", path, kind, run.free.get(key, absent), run.reset.get(key, absent)))
         elif key in run.exact:
             result.taps.append(Tap(f"{what}/{key}", path, kind, run.exact[key]))
     failing = [tap for tap in result.taps if not (tap.reset or tap.free).passed]

@@ -114,7 +114,7 @@ class Place:
         where, kind, name = split_key(key)
         module, _, call = where.partition("/")[2].partition("#")
         prefix = f"{where}.in."
-        shapes = {k.removeprefix(prefix): e.shape for k, e in trace.events.items() if k.startswith(prefix)}
+        shapes = {k.removeprefix(prefix): trace.events[k].shape for k in trace.beside(where, "in")}
         return cls(module, int(call or 0), kind, name, position, shapes)
 
 
@@ -199,7 +199,7 @@ def scatter(
         flat = found.reshape(-1).long()
         if flat.numel() != len(set(flat.tolist())):
             return "its layout is not a rearrangement"
-        buffer[flat] = value.reshape(-1).to(buffer.dtype)
+        buffer[flat] = value.reshape(-1).to(buffer)
     return {name: buffer[starts[name] : starts[name] + own[name].numel()].reshape(own[name].shape) for name in names}
 
 

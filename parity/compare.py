@@ -23,6 +23,7 @@ PASSING = frozenset({IDENTICAL, ROUNDING})
 GATE = 1e-3  # the fence that users ask for, on max|delta| scaled by max(1, max|reference|)
 FALL = 1000.0  # a rounding difference shrinks this much in float64 (measured: 1e6); real ones by 0.93 to 1.02
 NOISIER = 10.0  # with disagreeing cast traces: one side this much noisier than the other has lost precision
+LOSSES = 2.0  # how many times the reference's own loss a candidate may lose in a lossy dtype
 BASELINES = 3.0  # how many times its baseline a family may differ where float64 cannot run
 ROUND_OFF_64 = 1e-12  # scaled difference that float64 summation orders leave by themselves
 
@@ -152,6 +153,37 @@ def judge(
         worst=_unravel(position, reference.event.shape),
         note=note,
     )
+
+
+def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positions: Tensor | None = None) -> Verdict:
+    """Compare a candidate's run in a lossy `dtype` with the float64 truth, by what the reference itself loses in it.
+
+    Both sides' losses are distances from the truth; they are never compared with each other's values.
+    """
+    if low.numel() != reference.high.numel():
+        return skipped(name, f"candidate has {low.numel()} elements, reference {reference.high.numel()}")
+    known = reference.event.losses.get(dtype)
+    if known is None:
+        return skipped(name, f"the reference was not run in {dtype}: record it with --dtype {dtype}")
+    if not low.numel():
+        return skipped(name, "empty tensor")
+    delta = (low.double() - reference.high).abs()
+    largest, mean = float(delta.max()), float(delta.square().mean().sqrt())
+    peak = float(reference.high.abs().max())
+    step = torch.finfo(getattr(torch, dtype)).eps
+    fits = mean <= max(LOSSES * known[1], step * peak / 4) and largest <= max(2 * LOSSES * known[0], step * peak)
+    at = int(delta.argmax())
+    if not math.isfinite(largest) or not math.isfinite(peak):
+        status, note = DIFFERS, _not_finite(reference.high, low.double())
+    elif fits:
+        status, note = (ROUNDING if largest else IDENTICAL), ""
+    else:
+        status, note = PRECISION, f"loses {mean:.1e} (rms) in {dtype}, the reference {known[1]:.1e}"
+    return Verdict(
+        name, status, max_abs=largest, mean_abs=float(delta.mean()), noise_reference=known[0], noise_candidate=largest,
+        peak=peak, elements=low.numel(), of=torch.Size(reference.event.shape).numel(),
+        worst=_unravel(int(positions[at]) if positions is not None else at, reference.event.shape), note=note,
+    )  # fmt: skip
 
 
 def _not_finite(reference: Tensor, candidate: Tensor) -> str:

@@ -30,12 +30,6 @@ class Isolation:
         self.trace, self.name, self.candidate, self.alignment = trace, name, candidate, alignment
         self.given: set[tuple[str, int]] = set()
         self.unfit: dict[str, str] = {}
-        self._keys: dict[tuple[str, int, str], list[str]] = {}
-        for path, calls in trace.modules(name).items():
-            for call in range(calls):
-                for kind in ("in", "out"):
-                    prefix = f"{name}/{path}#{call}.{kind}."
-                    self._keys[path, call, kind] = [k for k in trace.events if k.startswith(prefix)]
         self.holders: dict[str, list[tuple[str, Part]]] = {}  # candidate leaf -> reference leaves whose rows it has
         for path in trace.modules(name):
             whole = all(self._whole(path, 0, kind) for kind in ("in", "out"))
@@ -44,13 +38,13 @@ class Isolation:
                     self.holders.setdefault(part.candidate, []).append((path, part))
 
     def _whole(self, path: str, call: int, kind: str) -> bool:
-        keys = self._keys.get((path, call, kind), [])
+        keys = self.trace.keys(self.name, path, call, kind)
         return len(keys) == 1 and self.trace.value(keys[0]).complete
 
     def _value(self, path: str, call: int, kind: str) -> tuple[Place, Tensor] | None:
         if not self._whole(path, call, kind):
             return None
-        (key,) = self._keys[path, call, kind]
+        (key,) = self.trace.keys(self.name, path, call, kind)
         double = torch.get_default_dtype() == torch.float64
         return Place.of(self.trace, key), self.trace.value(key).tensor(double)
 

@@ -59,6 +59,36 @@ class Guilty:
         return place + (f" ({' or '.join(cause)})" if cause else "")
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A leaf, or the step before it, that differs although the reference's values surround it.
+
+    `step` tells the code before the module from the module itself.
+    """
+
+    candidate: str
+    reference: str
+    call: int
+    step: bool
+    verdict: Verdict
+    rule: str = ""
+
+    def __str__(self) -> str:
+        return f"{'the code before ' if self.step else ''}{self.candidate} ↔ {self.reference}, call {self.call}"
+
+
+def faults(taps: Sequence[Tap], alignment: Alignment) -> list[Fault]:
+    """Every leaf and every step that fails by itself, in order of execution; not what others hand on to it."""
+    found = []
+    for tap in taps:
+        if tap.reset is None or tap.reset.passed or tap.module not in alignment.parts:
+            continue
+        ours, theirs, rule = _names(alignment, tap.module)
+        call = int(split_key(tap.key)[0].rpartition("#")[2])
+        found.append(Fault(ours, theirs, call, tap.kind == "in", tap.reset, "" if tap.kind == "in" else rule))
+    return found
+
+
 def locate(
     trace: Trace,
     name: str,

@@ -27,13 +27,14 @@ class Options:
     seed: int = 0
     prompt: str | None = None
     steps: int | None = None
+    level: str = "module"
 
 
 @dataclass
 class Outcome:
-    """All results of a run."""
+    """All results of a run, of a port or, without one, of a case."""
 
-    port: Port
+    port: Port | None
     family: str
     options: Options
     components: list[ComponentResult] = field(default_factory=list)
@@ -64,6 +65,8 @@ class Outcome:
     @property
     def folder(self) -> Path:
         """Where the report belongs; a partial one is no verdict on the port and stands apart."""
+        if self.port is None:
+            return Path(f"parity-{self.family}")
         return self.port.path / PARITY.parent / ("partial" if self.partial else "")
 
     def conclusion(self) -> str:

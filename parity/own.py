@@ -21,15 +21,19 @@ from parity.case import Candidate, Case
 from parity.compare import GATE
 from parity.component import ComponentResult, compare_component
 from parity.drawn import draw
+from parity.facts import environment
 from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
+from parity.outcome import Options, Outcome, reason_of
+from parity.recorder import file_sha256
 from parity.reference import CaseError, record_reference, seeded, state_sha256
 from parity.trace import Trace
 from porter.core.checkpoint import spec
-from porter.core.errors import BadInputError, CheckFailed
+from porter.core.errors import BadInputError
 from porter.core.execute import apply
 from porter.core.family import resolve
+from porter.core.port import code_sha256
 from porter.core.recipe import Recipe, compile_recipe
 from porter.core.userrecipe import read_recipes
 
@@ -58,10 +62,7 @@ def compare_case(
     Raises:
         BadInputError: the case cannot be used: its reference does not run, its conversion does not take the state.
     """
-    try:
-        trace = trace or Trace.of(record_reference(case, seed, level))
-    except CaseError as error:
-        raise BadInputError(str(error), hint="docs/parity.md, Writing a case") from error
+    trace = trace or recorded(case, seed, level)
     gc.collect()
     result = ComponentResult(
         case.name, "reference", case.candidate.name or "candidate", trace.meta["reference"]["name"]
@@ -80,7 +81,9 @@ def compare_case(
         result.candidate, lambda folder: module, guarded(case.candidate.passes, trace), case.blocks,
         Rearranged(trace, case.layout),
     )  # fmt: skip
-    compare_component(module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps)
+    compare_component(
+        module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps, baseline=case.baseline
+    )
     result.notes += trace.meta.get("notes", [])
     return result
 
@@ -180,18 +183,54 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
     return module
 
 
+def run_case(case: Case, options: Options, trace: Trace | None = None, case_file: Path | None = None) -> Outcome:
+    """A case compared as `porter parity` does it -> its Outcome, ready for a report.
+
+    Raises:
+        BadInputError: see `compare_case`.
+    """
+    trace = trace or recorded(case, options.seed, options.level)
+    result = compare_case(case, seed=options.seed, gate=options.gate, level=options.level, trace=trace)
+    facts = {
+        "weights": {case.name: {trace.meta["source"]["file"]: trace.meta["source"]["sha256"]}},
+        "recipes": {},
+        "traces": {
+            case.name: {k: trace.meta.get(k) for k in ("reference", "source", "command", "seed", "torch", "shims")}
+        },
+        "code": {"parity": code_sha256("parity")} | ({case_file.name: file_sha256(case_file)} if case_file else {}),
+        "environment": environment(),
+    }
+    return Outcome(None, case.name, options, components=[result], facts=facts)
+
+
+def recorded(case: Case, seed: int, level: str) -> Trace:
+    """The reference's trace, recorded in this process.
+
+    Raises:
+        BadInputError: the case cannot be used.
+    """
+    try:
+        return Trace.of(record_reference(case, seed, level))
+    except CaseError as error:
+        raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
+
+
+def verdict_text(result: ComponentResult) -> str:
+    """What a failing test says."""
+    lines = [
+        f"{result.component}: {result.status}: {reason_of(result)}",
+        *(f"  {fault}" for fault in result.faults[:10]),
+    ]
+    return "\n".join(lines)
+
+
 def assert_parity(case: Case, *, seed: int = 0, gate: float = GATE, level: str = "module") -> ComponentResult:
     """Fail a test unless the candidate computes what the reference computes -> the comparison.
 
     Raises:
         AssertionError: what differs, where and by how much.
     """
-    from parity.outcome import reason_of
-
     result = compare_case(case, seed=seed, gate=gate, level=level)
     if not result.passed:
-        raise AssertionError(f"{case.name}: {result.status}: {reason_of(result)}")
+        raise AssertionError(verdict_text(result))
     return result
-
-
-__all__ = ["CheckFailed", "assert_parity", "compare_case"]

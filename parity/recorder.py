@@ -80,6 +80,19 @@ def float64(*modules: nn.Module) -> Iterator[None]:
                 tensor.data = data
 
 
+@contextmanager
+def lossy(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold `module` in a lossy dtype inside the block; parameters and buffers are restored exactly."""
+    tensors = [(t, t.data) for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    try:
+        for tensor, data in tensors:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in tensors:
+            tensor.data = data
+
+
 class Dtypes(TorchFunctionMode):
     """Notes which floating-point dtypes are computed while each watched module runs: the cast trace."""
 
@@ -120,11 +133,15 @@ class Event:
     stored: str = ""
     noise: float = 0.0
     peak: float = 0.0
+    losses: dict[str, list[float]] = dataclasses.field(
+        default_factory=dict
+    )  # dtype -> largest, rms distance to float64
 
     def row(self) -> list[Any]:
         """What the trace's metadata keeps; `Event(*row)` reads it."""
         numbers = [float(f"{x:.3g}") for x in (self.noise, self.peak)]
-        return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers]
+        losses = [self.losses] if self.losses else []
+        return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers, *losses]
 
 
 def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -229,15 +246,21 @@ class Recording:
     events: list[Event] = dataclasses.field(default_factory=list)
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def add(self, key: str, shape: torch.Size, dtype: str, low: Tensor, high: Tensor) -> None:
-        """Store flat samples `low` (float32) and `high` (float64); a tensor equal to an earlier one refers to it."""
+    def add(
+        self, key: str, shape: torch.Size, dtype: str, low: Tensor, high: Tensor, losses: Mapping[str, Tensor] = {}
+    ) -> None:
+        """Store flat samples `low` (float32) and `high` (float64); a tensor equal to an earlier one refers to it.
+
+        Of the runs in lossy dtypes, `losses`, only the distance from `high` is kept.
+        """
         delta = (high - low.double()).float()
         digest = hashlib.sha256(low.numpy().tobytes() + delta.numpy().tobytes()).hexdigest()
         stored = self._by_digest.setdefault(digest, key)
         if stored == key:
             self.tensors[key], self.tensors[key + "|delta"] = low, delta
         noise, peak = (float(t.abs().max()) if t.numel() else 0.0 for t in (delta, low))
-        self.events.append(Event(key, tuple(shape), dtype, low.numel(), stored, noise, peak))
+        lost = {name: _distance(values.double(), high) for name, values in losses.items()}
+        self.events.append(Event(key, tuple(shape), dtype, low.numel(), stored, noise, peak, lost))
 
     def __post_init__(self) -> None:
         self._by_digest: dict[str, str] = {}
@@ -278,6 +301,7 @@ def record(
     *,
     seed: int = 0,
     double: bool = True,
+    dtypes: Sequence[str] = (),
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
 
@@ -289,6 +313,7 @@ def record(
         watches: the first whose pattern matches a module's path decides; modules that none matches are not recorded.
         meta: written into the trace: where the module and its weights came from.
         seed: of torch's global generator before each run.
+        dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
         double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
     """
 
@@ -303,15 +328,20 @@ def record(
     for name, (call, inputs) in passes.items():
         torch.manual_seed(seed)
         before, own = torch.get_rng_state(), {k: v.clone() for k, v in inputs.items()}
-        low, dtypes, paths = _run(module, call, own, watch_of, double=False)
+        seen, computed, paths = _run(module, call, own, watch_of, double=False)
         notes += _liberties(name, before, inputs, own)
-        high = low
+        again = seen
         if double:
             torch.manual_seed(seed)
-            high, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
-        if list(low) != list(high):
-            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(low) ^ set(high)}")
-        for path, found in dtypes.items():
+            again, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+        rough = {}
+        for dtype in dtypes:
+            torch.manual_seed(seed)
+            with lossy(module, getattr(torch, dtype)):
+                rough[dtype], _, _ = _run(module, call, inputs, watch_of, double=False, dtype=dtype)
+        if list(seen) != list(again):
+            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(seen) ^ set(again)}")
+        for path, found in computed.items():
             casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
@@ -319,8 +349,15 @@ def record(
             kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
             high = exact if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
             recording.add(f"{name}/=.in.{key}", value.shape, kind, exact, high.double())
-        for key, (shape, dtype, value) in low.items():
-            recording.add(f"{name}/{key}", shape, dtype, value.float().contiguous(), high[key][2].double())
+        for key, (shape, dtype, value) in seen.items():
+            recording.add(
+                f"{name}/{key}",
+                shape,
+                dtype,
+                value.float().contiguous(),
+                again[key][2].double(),
+                {d: run[key][2] for d, run in rough.items()},
+            )
     idle = [p for p, m in module.named_modules() if p not in ran and any(True for _ in m.parameters(recurse=False))]
     recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
     recording.meta |= {"notes": notes} if notes else {}
@@ -363,6 +400,7 @@ def _run(
     watch_of: Callable[[str], Watch | None],
     *,
     double: bool,
+    dtype: str = "float32",
 ) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
     """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
     seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
@@ -378,7 +416,8 @@ def _run(
             keep(key, tensor, watch.elements)
 
     dtypes = Dtypes()
-    values = {k: v.double() if double and v.is_floating_point() else v for k, v in inputs.items()}
+    kind = torch.float64 if double else getattr(torch, dtype)
+    values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
         if double:
             stack.enter_context(float64(module))
@@ -391,6 +430,14 @@ def _run(
     for key, value in tensors_of(out):
         keep(f"=.out.{key}", value, None)
     return seen, {path: sorted(found) for path, found in dtypes.seen.items()}, ran
+
+
+def _distance(values: Tensor, truth: Tensor) -> list[float]:
+    """Largest and root mean square distance, to three digits."""
+    if not values.numel():
+        return [0.0, 0.0]
+    gap = (values - truth).abs()
+    return [float(f"{float(x):.3g}") for x in (gap.max(), gap.square().mean().sqrt())]
 
 
 def _grouped(casts: Mapping[str, set[str]]) -> dict[str, list[str]]:

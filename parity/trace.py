@@ -40,6 +40,10 @@ class Trace:
     def __init__(self, meta: Mapping[str, Any], events: list[Event], tensors: Mapping[str, Tensor]) -> None:
         self.meta, self._tensors = dict(meta), tensors
         self.events = {e.key: e for e in events}
+        self._calls: dict[str, list[str]] = {}
+        for key in self.events:
+            where, kind, _ = split_key(key)
+            self._calls.setdefault(f"{where}.{kind}", []).append(key)
 
     @classmethod
     def of(cls, recording: Recording) -> Trace:
@@ -74,6 +78,14 @@ class Trace:
     def passes(self) -> list[str]:
         """Names of the recorded passes, in order."""
         return list(dict.fromkeys(key.partition("/")[0] for key in self.events))
+
+    def keys(self, name: str, path: str, call: int, kind: str) -> list[str]:
+        """Events of one call of a module (`in` or `out`) in pass `name`, in order."""
+        return self._calls.get(f"{name}/{path}#{call}.{kind}", [])
+
+    def beside(self, where: str, kind: str) -> list[str]:
+        """Events of one place, as `split_key` names it."""
+        return self._calls.get(f"{where}.{kind}", [])
 
     def value(self, key: str) -> Value:
         """The tensor of an event."""

@@ -109,7 +109,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
     Raises:
         BadInputError: it is none of these, or does not take this state.
     """
-    recipe = _recipe(case)
+    recipe = recipe_of(case)
     if recipe is not None:
         header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
         plan = compile_recipe(recipe, dict(case.config), header)
@@ -130,7 +130,8 @@ def conversion_of(case: Case, state: State) -> Conversion:
     return Conversion(lambda own: function(dict(own)), aligned(found, case.modules), dropped)
 
 
-def _recipe(case: Case) -> Recipe | None:
+def recipe_of(case: Case) -> Recipe | None:
+    """The recipe that a case's `convert` is or names; None where it is a function, or nothing."""
     if isinstance(case.convert, Recipe):
         return case.convert
     if not isinstance(case.convert, str):

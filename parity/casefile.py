@@ -76,7 +76,9 @@ def _port_state(case: Case, folder: Path, options: Options) -> dict[str, Tensor]
     names = list(options.components) or [case.name]
     if len(names) != 1 or names[0] not in port.components:
         raise UsageError(
-            f"the port has no {names[0]}", expected=" | ".join(port.components), hint="--component, or name= in the case"
+            f"the port has no {names[0]}",
+            expected=" | ".join(port.components),
+            hint="--component, or name= in the case",
         )
     state: dict[str, Tensor] = {}
     for file in sorted(port.component_dir(names[0]).glob("*.safetensors")):

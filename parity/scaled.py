@@ -256,4 +256,3 @@ def _figures(
         "weights made, bytes": theirs.drawn + ours.drawn,
         "activations on disk, bytes": shelf.bytes,
     }
-

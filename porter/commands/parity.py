@@ -37,11 +37,13 @@ class Parity(WithParts):
     "--against",
     multiple=True,
     metavar="REFERENCE",
-    help="Only this reference (may be repeated): trace (the recorded original), diffusers (on the port), original (live), "
-    "trace FILE (one of your own), module:function or file.py:function (returns the reference's module).",
+    help="Only this reference (may be repeated): trace (the recorded original), diffusers (on the port), original "
+    "(live), trace FILE (one of your own), module:function or file.py:function (returns the reference's module).",
 )
 @click.option(
-    "--case", metavar="FILE[:NAME]", help="Compare what this file declares; without PORT, on drawn weights. docs/parity.md"
+    "--case",
+    metavar="FILE[:NAME]",
+    help="Compare what this file declares; without PORT, on drawn weights. docs/parity.md",
 )
 @click.option(
     "--reference-repo",

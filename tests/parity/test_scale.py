@@ -285,7 +285,9 @@ def test_drawn_weights() -> None:
     tensor = drawn(name, shape, 3)
     assert torch.equal(tensor, drawn(name, shape, 3)) and tensor.dtype == torch.float32
     assert not torch.equal(tensor, drawn(name, shape, 4)) and not torch.equal(tensor, drawn("b.weight", shape, 3))
-    assert float(tensor.std()) == pytest.approx(1000**-0.5, rel=0.02) and float(tensor.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(tensor.std()) == pytest.approx(1000**-0.5, rel=0.02) and float(tensor.mean()) == pytest.approx(
+        0, abs=1e-3
+    )
     assert spread("a.bias", (9,)) == (0.0, 0.1) and float(drawn("a.bias", (999,), 0).abs().max()) <= 0.1
     vector = drawn("norm.weight", (999,), 0)
     assert 0.75 <= float(vector.min()) < 0.8 and 1.2 < float(vector.max()) <= 1.25

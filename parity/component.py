@@ -10,21 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from parity.align import Alignment
 from parity.arbiter import cast_disagreement
-from parity.capture import Capture, capture
 from parity.case import Candidate
 from parity.compare import GATE, PASSING, SKIPPED, Verdict, skipped, worst
-from parity.events import Judge, Pair, events, settle
+from parity.events import Judge, Runner, events, settle
 from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
-from parity.recorder import seeded
 from parity.trace import Trace
 
 
@@ -110,22 +108,14 @@ def compare_component(
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     ran: set[str] = set()
-    seed, double = int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True))
-    if double and not dtype and trace.passes and plain(trace.passes[0]) in candidate.passes:
-        double = _runs_in_float64(module, candidate.passes[plain(trace.passes[0])], trace, seed, device, result)
+    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
         isolation = Isolation(trace, name, candidate, alignment)
         if plain(name) not in candidate.passes:
             result.reason = f"the candidate has no call for the pass {plain(name)!r}"
             return result
-        call, inputs = candidate.passes[plain(name)], trace.inputs(name)
-
-        def run(call: Any = call, inputs: Any = inputs, double: bool = double, **kind: Any) -> Pair:
-            low = _run(module, call, inputs, seed=seed, double=False, dtype=dtype, device=device, **kind)
-            high = double and not dtype
-            return Pair(low, _run(module, call, inputs, seed=seed, double=True, device=device, **kind) if high else low)
-
+        run = partial(runner.pair, candidate.passes[plain(name)], trace.inputs(name))
         try:
             free = run()
             settle(trace, name, candidate, alignment, free)
@@ -137,7 +127,7 @@ def compare_component(
             return result
         ran |= free.low.ran
         pairs = {p: c for p in trace.modules(name) if (c := alignment.counterpart(p))}
-        single = None if double else baseline or math.nan
+        single = None if runner.double else baseline or math.nan
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
         judge = Judge(trace, candidate, alignment, gate, casts, single, dtype)
         forced = [f.path for f in forcing.values() if not f.unfit]
@@ -163,6 +153,7 @@ def compare_component(
         found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step)
         result.guilty = result.guilty or (found and found.because(settings))
     result.outputs += effects(trace)
+    result.notes += runner.notes
     result.notes += [f"{path}: {text}" for path, text in settings.items()]
     result.notes = list(dict.fromkeys(result.notes))
     own = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
@@ -181,29 +172,6 @@ def compare_component(
 def plain(name: str) -> str:
     """The pass as the case names it: `forward~mask` and `forward@3` are calls of `forward`."""
     return name.partition("~")[0].partition("@")[0]
-
-
-def _run(module: nn.Module, call: Any, inputs: Mapping[str, Tensor], *, seed: int, **kind: Any) -> Capture:
-    """One run with inputs of its own and the same global random numbers as every other."""
-    seeded(seed)
-    return capture(module, call, {name: tensor.clone() for name, tensor in inputs.items()}, **kind)
-
-
-def _runs_in_float64(
-    module: nn.Module, call: Any, trace: Trace, seed: int, device: str, result: ComponentResult
-) -> bool:
-    """Whether the candidate, which runs in float32, does so in float64; that it does not is noted."""
-    inputs = trace.inputs(trace.passes[0])
-    try:
-        _run(module, call, inputs, seed=seed, double=True, device=device)
-    except (Exception, SystemExit) as error:
-        try:
-            _run(module, call, inputs, seed=seed, double=False, device=device)
-        except (Exception, SystemExit):  # it runs in neither, which is another matter
-            return True
-        result.notes.append(f"the candidate does not run in float64 ({type(error).__name__}: {error})")
-        return False
-    return True
 
 
 def effects(trace: Trace) -> list[Verdict]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from parity.align import Alignment, Place, read
-from parity.capture import Capture
-from parity.case import Candidate
+from parity.capture import Capture, capture
+from parity.case import Candidate, Named
 from parity.compare import GATE, Verdict, judge, judge_lossy, skipped
-from parity.recorder import sample_indices
+from parity.recorder import sample_indices, seeded
 from parity.trace import Trace, split_key
 
 
@@ -20,6 +23,43 @@ class Pair:
 
     low: Capture
     high: Capture
+
+
+@dataclass
+class Runner:
+    """Runs a candidate, in both precisions, as often as asked.
+
+    Attributes:
+        double: whether it runs in float64; the first run finds out.
+        dtype: a lossy one to run in instead.
+    """
+
+    module: nn.Module
+    seed: int
+    double: bool
+    dtype: str = ""
+    device: str = "cpu"
+    notes: list[str] = field(default_factory=list)
+
+    def pair(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Pair:
+        """One run in float32 and one in float64, with the same global random numbers and inputs of their own.
+
+        float32 goes first, as it did with the reference: tables that a model keeps from its first call are of that run.
+        """
+        low = self._one(call, inputs, double=False, dtype=self.dtype, **kind)
+        if self.dtype or not self.double:
+            return Pair(low, low)
+        try:
+            return Pair(low, self._one(call, inputs, double=True, **kind))
+        except Exception as error:
+            self.double = False
+            self.notes.append(f"the candidate does not run in float64 ({type(error).__name__}: {error})")
+            return Pair(low, low)
+
+    def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
+        seeded(self.seed)
+        given = {name: tensor.clone() for name, tensor in inputs.items()}
+        return capture(self.module, call, given, device=self.device, **kind)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,12 @@ def state(data: dict[str, Any]) -> State:
     return "pass" if data["passed"] else "holds" if data["holds"] else "fail"
 
 
+def judged(data: dict[str, Any]) -> str:
+    """How the numbers came about: `float32, judged in float64, cpu`."""
+    how = "judged in float64" if data["dtype"] == "float32" else "judged by the distance from the float64 truth"
+    return f"{data['dtype']}, {how}, {data['device']}"
+
+
 def sentence(data: dict[str, Any]) -> str:
     """The verdict in one sentence."""
     found = results(data)

@@ -28,7 +28,7 @@ from parity.document import document, write
 from parity.html import page, pictures
 from parity.markdown import ROWS, to_markdown
 from parity.outcome import Options, Outcome
-from parity.own import compare_case
+from parity.own import run_case
 from parity.run import run_parity
 from parity.wording import sentence
 from porter.core.convert import convert
@@ -83,7 +83,7 @@ class Chain(nn.Module):
 def own(
     names: list[str], eps: dict[str, float], spoil: Callable[[Tensor], Tensor] | None = None, name: str = "m"
 ) -> Outcome:
-    """A comparison of one's own, without a port."""
+    """A comparison of one's own, without a port; its case file is this one."""
 
     def inputs(config: Any, draw: Draw) -> dict[str, Tensor]:
         return {"x": draw("x", 2, 5, 6)}
@@ -91,7 +91,7 @@ def own(
     case = Case(
         Side(lambda _: Chain(names, {})), Side(lambda _: Chain(names, eps, spoil), name=name), inputs, name=name
     )
-    return Outcome(None, name, Options(), components=[compare_case(case)])
+    return run_case(case, Options(), case_file=Path(__file__))
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +163,10 @@ def test_files_are_whole_and_the_page_is_one_file(name: str, request: pytest.Fix
     for value in (sentence(data), COMMAND.replace("\ud800", "\\ud800"), *(c["title"] for c in data["components"])):
         assert html.escape(value, quote=True).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in text
     shas = [sha for files in data["weights"].values() for sha in files.values()]
-    shas += [t["sha256"] for t in data["traces"].values()] + list(data["code"].values())
+    shas += [t["sha256"] for t in data["traces"].values() if "sha256" in t] + list(data["code"].values())
     shas += [r["digest"] for r in data["recipes"].values() if r]
-    assert all(sha in text for sha in shas) and bool(shas) == (outcome.port is not None)
+    shas += [data["manifest_sha256"]] if outcome.port else [data["case"]["sha256"]]
+    assert len(shas) > 3 and all(sha in text for sha in shas)
     assert all(f">{version}<" in text for version in data["environment"].values())
 
 
@@ -239,6 +240,32 @@ def test_two_faults_stand_alone() -> None:
     text, lines = page(data), to_markdown(data)
     assert "2 modules or steps fail by themselves" in text and "fails by itself" in text
     assert "2 modules or steps fail by themselves" in lines and "blocks.6.0 ↔ blocks.6.0, call 0" in lines
+
+
+def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:
+    data = document(good, "")
+    pipeline = data["pipeline"]
+    assert pipeline["metrics"]["psnr"] is None and pipeline["metrics"]["ssim"] == 1 and pipeline["guards"]
+    text = page(data, good.pipeline.images if good.pipeline else None)
+    assert "equal pictures" in text and all(html.escape(g["name"]) in text for g in pipeline["guards"])
+    requests = f"{len(pipeline['draws'][0])} requests of the reference, {len(pipeline['draws'][1])} of the candidate"
+    assert requests in text and pipeline["draws"][0][0]["function"] in text
+    root = ET.fromstring(junit.to_junit(data))
+    names = [c.get("name") for c in root[-1].iter("testcase")]
+    assert names == ["verdict", *(v["name"] for v in pipeline["stages"] + pipeline["guards"])]
+    changed = {**pipeline["metrics"], "max_abs": 0.01, "psnr": 41.234, "ssim": 0.99876}
+    text = page({**data, "pipeline": {**pipeline, "metrics": changed, "pixels_changed": 12}})
+    assert "PSNR 41.2 dB, SSIM 0.9988" in text
+
+
+def test_a_run_in_low_precision_says_so(tiny_port: Path) -> None:
+    outcome = compare(tiny_port, components=("transformer",), against=("diffusers",), dtype="bfloat16")
+    data = document(outcome, "")
+    SCHEMA.validate(data)
+    assert data["dtype"] == "bfloat16" and data["partial"]
+    text, lines = page(data), to_markdown(data)
+    assert "bfloat16, judged by the distance from the float64 truth, cpu" in text and "candidate in bfloat16" in text
+    assert "float32, free-running" not in text and "judged by the distance from the float64 truth" in lines
 
 
 def test_levels_are_decades() -> None:

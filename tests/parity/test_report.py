@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import html
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ from xml.etree import ElementTree as ET
 import jsonschema
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor, nn
 
 import conversions.flux1.recipe as flux
@@ -144,6 +144,8 @@ def test_numbers_that_are_not_finite_are_null(nans: Outcome) -> None:
     data = document(nans, "")
     output = data["components"][0]["outputs"][0]
     assert output["status"] == "differs" and output["max_abs"] is None and "NaN" in output["note"]
+    loads = document(Outcome(None, "m", Options(), facts={"environment": {"load": [torch.inf, 1.0]}}), "")
+    assert loads["environment"]["load"] == [None, 1.0]
     assert "NaN" in page(data) and ">–<" in page(data) and " | – | " in to_markdown(data)
 
 
@@ -161,12 +163,12 @@ def test_files_are_whole_and_the_page_is_one_file(name: str, request: pytest.Fix
     assert "url(" not in text and "@import" not in text
     assert '"Content-Security-Policy" content="default-src \'none\'' in text
     for value in (sentence(data), COMMAND.replace("\ud800", "\\ud800"), *(c["title"] for c in data["components"])):
-        assert html.escape(value, quote=True).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in text
+        assert str(escape(value)) in text
     shas = [sha for files in data["weights"].values() for sha in files.values()]
     shas += [t["sha256"] for t in data["traces"].values() if "sha256" in t] + list(data["code"].values())
     shas += [r["digest"] for r in data["recipes"].values() if r]
     shas += [data["manifest_sha256"]] if outcome.port else [data["case"]["sha256"]]
-    assert len(shas) > 3 and all(sha in text for sha in shas)
+    assert len(shas) > 2 and all(sha in text for sha in shas)
     assert all(f">{version}<" in text for version in data["environment"].values())
 
 
@@ -247,7 +249,7 @@ def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:
     pipeline = data["pipeline"]
     assert pipeline["metrics"]["psnr"] is None and pipeline["metrics"]["ssim"] == 1 and pipeline["guards"]
     text = page(data, good.pipeline.images if good.pipeline else None)
-    assert "equal pictures" in text and all(html.escape(g["name"]) in text for g in pipeline["guards"])
+    assert "equal pictures" in text and all(str(escape(g["name"])) in text for g in pipeline["guards"])
     requests = f"{len(pipeline['draws'][0])} requests of the reference, {len(pipeline['draws'][1])} of the candidate"
     assert requests in text and pipeline["draws"][0][0]["function"] in text
     root = ET.fromstring(junit.to_junit(data))

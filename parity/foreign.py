@@ -54,6 +54,8 @@ def record_elsewhere(
     shims: Sequence[str] | None = None,
     limit: float = LIMIT,
     out: Path | None = None,
+    weights: Path | None = None,
+    dtype: str = "float32",
 ) -> Trace:
     """Record the reference of a case in another process -> its trace.
 
@@ -65,6 +67,8 @@ def record_elsewhere(
         shims: packages to stand in for (see `parity.shims.install`); empty for the usual ones, None for none.
         limit: seconds until the process and all it started are killed.
         out: where the trace stays; None keeps none.
+        weights: the reference's, in place of the case's.
+        dtype: a lossy one to run in too.
 
     Raises:
         MissingError: no such case, interpreter or checkout, or a module that it lacks.
@@ -76,6 +80,8 @@ def record_elsewhere(
         raise MissingError(f"no such case file: {file}", expected="CASE.py or CASE.py:NAME", hint="docs/parity.md")
     arguments = ["parity.reference", case_name, "--seed", str(seed), "--level", level]
     arguments += ["--inside", inside] if inside else []
+    arguments += ["--weights", str(weights.absolute())] if weights is not None else []
+    arguments += ["--dtype", dtype] if dtype != "float32" else []
     if repo is not None:
         if not repo.is_dir():
             raise MissingError(

@@ -42,6 +42,7 @@ class Options:
     inputs: str = "random"
     reference_python: str | None = None
     time_limit: float = 1800.0
+    shims: tuple[str, ...] | None = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,7 @@ from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.recorder import file_sha256
-from parity.recorder import seeded
+from parity.recorder import file_sha256, seeded
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from porter.core.checkpoint import spec
@@ -51,18 +50,21 @@ class Conversion:
 
 def compare_case(
     case: Case, *, seed: int = 0, gate: float = GATE, level: str = "module", trace: Trace | None = None,
-    edit: Callable[[nn.Module], object] | None = None,
+    edit: Callable[[nn.Module], object] | None = None, dtype: str = "float32", device: str = "cpu",
+    own: Mapping[str, Tensor] | None = None,
 ) -> ComponentResult:  # fmt: skip
     """Compare a case's candidate with its reference.
 
     Args:
         trace: the reference's, where it was recorded elsewhere; by default it runs here.
         edit: changes the candidate after it was filled, for planted faults.
+        level, dtype, device: see `compare_component`.
+        own: the candidate's weights, where they are not made by the case's conversion but come from a port.
 
     Raises:
         BadInputError: the case cannot be used: its reference does not run, its conversion does not take the state.
     """
-    trace = trace or recorded(case, seed, level)
+    trace = trace or recorded(case, seed, level, dtype)
     gc.collect()
     result = ComponentResult(
         case.name, "reference", case.candidate.name or "candidate", trace.meta["reference"]["name"]
@@ -72,6 +74,8 @@ def compare_case(
         result.reason = "the trace is of other weights than this case's: record it again"
         return result
     conversion = conversion_of(case, state)
+    if own is not None:
+        conversion = replace(conversion, state=lambda _: own)
     module = filled(case, conversion, state, seed, result)
     if module is None:
         return result
@@ -82,9 +86,12 @@ def compare_case(
         Rearranged(trace, case.layout),
     )  # fmt: skip
     compare_component(
-        module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps, baseline=case.baseline
-    )
+        module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps,
+        baseline=case.baseline, level=level, dtype="" if dtype == "float32" else dtype, device=device,
+    )  # fmt: skip
     result.notes += trace.meta.get("notes", [])
+    if skipped := trace.meta.get("skipped"):
+        result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")
     return result
 
 
@@ -109,7 +116,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
     Raises:
         BadInputError: it is none of these, or does not take this state.
     """
-    recipe = _recipe(case)
+    recipe = recipe_of(case)
     if recipe is not None:
         header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
         plan = compile_recipe(recipe, dict(case.config), header)
@@ -130,7 +137,8 @@ def conversion_of(case: Case, state: State) -> Conversion:
     return Conversion(lambda own: function(dict(own)), aligned(found, case.modules), dropped)
 
 
-def _recipe(case: Case) -> Recipe | None:
+def recipe_of(case: Case) -> Recipe | None:
+    """The recipe that a case's `convert` is or names; None where it is a function, or nothing."""
     if isinstance(case.convert, Recipe):
         return case.convert
     if not isinstance(case.convert, str):
@@ -177,14 +185,21 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
     return module
 
 
-def run_case(case: Case, options: Options, trace: Trace | None = None, case_file: Path | None = None) -> Outcome:
+def run_case(
+    case: Case, options: Options, trace: Trace | None = None, case_file: Path | None = None,
+    own: Mapping[str, Tensor] | None = None,
+) -> Outcome:  # fmt: skip
     """A case compared as `porter parity` does it -> its Outcome, ready for a report.
 
     Raises:
         BadInputError: see `compare_case`.
     """
-    trace = trace or recorded(case, options.seed, options.level or "module")
-    result = compare_case(case, seed=options.seed, gate=options.gate, level=options.level or "module", trace=trace)
+    level = options.level or "module"
+    trace = trace or recorded(case, options.seed, level, options.dtype)
+    result = compare_case(
+        case, seed=options.seed, gate=options.gate, level=level, trace=trace, dtype=options.dtype,
+        device=options.device, own=own,
+    )  # fmt: skip
     facts = {
         "weights": {case.name: {trace.meta["source"]["file"]: trace.meta["source"]["sha256"]}},
         "recipes": {},
@@ -198,14 +213,14 @@ def run_case(case: Case, options: Options, trace: Trace | None = None, case_file
     return Outcome(None, case.name, options, components=[result], facts=facts)
 
 
-def recorded(case: Case, seed: int, level: str) -> Trace:
+def recorded(case: Case, seed: int, level: str, dtype: str = "float32") -> Trace:
     """The reference's trace, recorded in this process.
 
     Raises:
         BadInputError: the case cannot be used.
     """
     try:
-        return Trace.of(record_reference(case, seed, level))
+        return Trace.of(record_reference(case, seed, level, dtype=dtype))
     except CaseError as error:
         raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
 

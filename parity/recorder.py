@@ -277,6 +277,7 @@ class Recording:
                 low,
                 low.double() + other.tensors[event.stored + "|delta"].double(),
             )
+            self.events[-1].losses = event.losses
         for key in ("notes", "draws"):
             if other.meta.get(key):
                 self.meta[key] = sorted({*self.meta.get(key, []), *other.meta[key]})

@@ -9,6 +9,7 @@ which needs torch, safetensors and numpy only:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -202,9 +203,14 @@ def guard_passes(case: Case, given: Mapping[str, Named], seed: int) -> dict[str,
 
 
 def record_reference(
-    case: Case, seed: int, level: str = "module", *, inside: str = "", guards: bool = True
+    case: Case, seed: int, level: str = "module", *, inside: str = "", guards: bool = True, dtype: str = "float32"
 ) -> Recording:
     """Build, fill and run the reference of a case -> its Recording.
+
+    Args:
+        level: what to record, see `watches`; `inside` narrows `module` to one block.
+        guards: whether to run it again with each input changed.
+        dtype: a lossy one to run in too; how far that is from float64 is kept.
 
     Raises:
         CaseError: the reference does not build, does not take its weights, or does not run.
@@ -236,11 +242,13 @@ def record_reference(
         "leaves": leaves,
         "attributes": attributes(module),
         "level": level,
+        "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }
+    lossy = [dtype] if dtype != "float32" else []
     watched = watches(case, module, level, inside)
     double = case.reference.float64
     try:
-        recording = record(module, passes, watched, meta, seed=seed, double=double)
+        recording = record(module, passes, watched, meta, seed=seed, double=double, dtypes=lossy)
     except (Exception, SystemExit) as error:
         recording, double = (
             _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
@@ -254,7 +262,8 @@ def record_reference(
     for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
         call = case.reference.passes[name.partition(PERTURBED)[0]]
         try:
-            recording.extend(record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double))
+            changed = record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double, dtypes=lossy)
+            recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
             recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
@@ -321,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--level", choices=LEVELS, default="module")
     parser.add_argument("--inside", default="", help="record what lies in this module of the reference only")
+    parser.add_argument("--weights", type=Path, help="the reference's weights, in place of the case's")
+    parser.add_argument("--dtype", default="float32", help="run in this lossy dtype too")
     parser.add_argument("-o", "--out", required=True, type=Path)
     options = parser.parse_args(argv)
     if options.reference_repo is not None:
@@ -335,7 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shims.install([name for name in options.shims.split(",") if name] or None)
             used = shims.used
         case = load_case(options.case)
-        recording = record_reference(case, options.seed, options.level, inside=options.inside)
+        case = dataclasses.replace(case, weights=options.weights) if options.weights else case
+        recording = record_reference(case, options.seed, options.level, inside=options.inside, dtype=options.dtype)
     except (CaseError, ValueError) as error:
         print(f"{MARK}{error}", file=sys.stderr)
         return 6

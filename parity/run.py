@@ -67,6 +67,16 @@ def run_parity(
     for name in options.components:
         if name not in known:
             raise UsageError(f"unknown component {name!r}", expected=" | ".join(known), hint="porter parity PORT")
+    for text in options.against:
+        if text not in ("trace", "diffusers", "original") and ":" not in text:
+            raise UsageError(
+                f"unknown reference {text!r}", expected="trace | diffusers | original | trace FILE | module:function",
+                hint="porter parity PORT",
+            )  # fmt: skip
+    if options.source is not None and options.source.is_file() and not any(":" in t for t in options.against):
+        raise UsageError(
+            f"--source {options.source} is a file", expected="the folder of the original files", hint="--source DIR"
+        )
     wanted = options.against or ("trace", "diffusers", *(("original",) if options.reference_repo else ()))
     _fits_together(options, wanted)
     if "original" in wanted and options.reference_repo is None:

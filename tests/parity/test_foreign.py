@@ -301,7 +301,9 @@ def test_a_trace_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(BadInputError) as caught:
             record_elsewhere(case)
         assert says in str(caught.value), code
-        assert isinstance(caught.value, CheckpointError) == (("trace" in says and "without" not in says) or "99" in says)
+        assert isinstance(caught.value, CheckpointError) == (
+            ("trace" in says and "without" not in says) or "99" in says
+        )
 
 
 def test_the_trace_s_place(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from parity.chart import HEIGHT, WIDTH, module_chart, step_chart
 from parity.heat import LEVELS, MODULES, STAGES, module_groups, named, shade, stage_groups
 from parity.images import difference
-from parity.wording import judged, ratio_text, results, sci, sentence, short, state
+from parity.wording import judged, likeness, ratio_text, results, sci, sentence, short, state
+from porter.core.units import several
 
 BADGES = {"pass": "PASS", "holds": "HOLDS, NO VERDICT", "fail": "FAIL"}
 
@@ -54,7 +55,15 @@ def environment() -> Environment:
     env = Environment(
         loader=PackageLoader("parity"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"sci": sci, "short": short, "ratio": ratio_text, "count": lambda v: f"{v:,}", "judged": judged}
+    env.filters |= {
+        "sci": sci,
+        "short": short,
+        "ratio": ratio_text,
+        "count": lambda v: f"{v:,}",
+        "judged": judged,
+        "likeness": likeness,
+        "several": several,
+    }
     env.globals |= {
         "badges": BADGES,
         "shades": [[shade(level, dark) for level in range(LEVELS)] for dark in (False, True)],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from parity.wording import judged, ratio_text, results, sci, sentence, state
+from parity.wording import judged, likeness, ratio_text, results, sci, sentence, state
 from porter.core.markdown import block, code, text
+from porter.core.units import several
 
 ROWS = 40  # of what fails; a comment on a pull request has room for 65,536 characters
 BADGES = {"pass": "PASS", "holds": "holds, no verdict", "fail": "FAIL"}
@@ -16,6 +17,10 @@ def to_markdown(data: dict[str, Any]) -> str:
     """The document as one Markdown text."""
     lines = [f"## Parity of {code(data['family'])}: {BADGES[state(data)]}", "", text(sentence(data)), ""]
     lines += _comparisons(data)
+    pipeline = data["pipeline"]
+    if pipeline and pipeline["metrics"]:
+        pixels = several(pipeline["pixels_changed"], "pixel")
+        lines += [f"Pictures: {likeness(pipeline['metrics'])}; {pixels} changed in 8 bits.", ""]
     lines += _guilty(data["guilty"]) if data["guilty"] else []
     lines += _list("Changed after conversion", [code(name) for name in data["changed"]])
     lines += _list("Not compared with the original", [code(name) for name in data["unproven"]])
@@ -127,7 +132,9 @@ def _bound(data: dict[str, Any]) -> list[str]:
     for name, trace in data["traces"].items():
         commit, shims = trace["reference"].get("commit"), ", ".join(trace.get("shims") or ())
         at = (f" at {commit}" if commit else "") + (f", with stand-ins for {shims}" if shims else "")
-        hashes.append((f"reference trace of {name}, {trace['reference']['name']}{at}", trace.get("sha256") or "not kept"))
+        hashes.append(
+            (f"reference trace of {name}, {trace['reference']['name']}{at}", trace.get("sha256") or "not kept")
+        )
     hashes += [(f"code of {name}", sha) for name, sha in data["code"].items()]
     return [f"- porter {text(data['porter'])}, {text(data['created'])}", *lines,
             *(f"- {text(name)}: {code(sha)}" for name, sha in hashes)]  # fmt: skip

@@ -34,6 +34,7 @@ from parity.wording import sentence
 from porter.core.convert import convert
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
 from porter.core.port import Port
+from porter.core.units import several
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "parity.schema.json").read_text()))
@@ -98,7 +99,7 @@ def own(
 def hostile() -> Outcome:
     """Names of modules, of the case and of its side that try to be markup, with a fault in one of them."""
     strange = HOSTILE.replace(".", "").replace("\ud800", "")
-    return own([strange, "1"], {strange: 1e-2}, name=HOSTILE)
+    return own([strange, "1"], {strange: 1e-2, "1": 1e-2}, name=HOSTILE)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,8 @@ def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:
     assert pipeline["metrics"]["psnr"] is None and pipeline["metrics"]["ssim"] == 1 and pipeline["guards"]
     text = page(data, good.pipeline.images if good.pipeline else None)
     assert "equal pictures" in text and all(str(escape(g["name"])) in text for g in pipeline["guards"])
-    requests = f"{len(pipeline['draws'][0])} requests of the reference, {len(pipeline['draws'][1])} of the candidate"
+    first, second = (len(side) for side in pipeline["draws"])
+    requests = f"{several(first, 'request')} of the reference, {second} of the candidate"
     assert requests in text and pipeline["draws"][0][0]["function"] in text
     root = ET.fromstring(junit.to_junit(data))
     names = [c.get("name") for c in root[-1].iter("testcase")]
@@ -258,6 +260,7 @@ def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:
     changed = {**pipeline["metrics"], "max_abs": 0.01, "psnr": 41.234, "ssim": 0.99876}
     text = page({**data, "pipeline": {**pipeline, "metrics": changed, "pixels_changed": 12}})
     assert "PSNR 41.2 dB, SSIM 0.9988" in text
+    assert "Pictures: equal pictures; 0 pixels changed in 8 bits." in to_markdown(data)
 
 
 def test_a_run_in_low_precision_says_so(tiny_port: Path) -> None:

@@ -38,13 +38,13 @@ class Chart:
     summary: str
 
 
-def module_chart(component: dict[str, Any], groups: Sequence[Group]) -> Chart | None:
-    """Answers of a component's modules in order of execution; None where none was compared."""
+def module_chart(component: dict[str, Any], groups: Sequence[Group], dtype: str = "float32") -> Chart | None:
+    """Answers of a component's modules in order of execution, run in `dtype`; None where none was compared."""
     events = [e for e in component["modules"] if e["kind"] == "out"]
     if not events:
         return None
     free = [e["free"] for e in events]
-    curves = _free(free)
+    curves = _free(free, dtype)
     if any(e["reset"] for e in events):
         reset = [e["reset"]["max_abs64"] if e["reset"] else None for e in events]
         curves.insert(2, Curve("float64, input reset to the reference's", "reset", reset))
@@ -56,10 +56,10 @@ def module_chart(component: dict[str, Any], groups: Sequence[Group]) -> Chart | 
     return chart([e["reference"] for e in events], curves, edges=starts, guilty=guilty)
 
 
-def step_chart(pipeline: dict[str, Any]) -> Chart | None:
-    """Latents after every step of a pipeline; None where there was no step."""
+def step_chart(pipeline: dict[str, Any], dtype: str = "float32") -> Chart | None:
+    """Latents after every step of a pipeline run in `dtype`; None where there was no step."""
     steps = [v for v in pipeline["stages"] if v["name"].startswith("step ") and v["name"].endswith(" latents")]
-    return chart([v["name"].removesuffix(" latents") for v in steps], _free(steps)) if steps else None
+    return chart([v["name"].removesuffix(" latents") for v in steps], _free(steps, dtype)) if steps else None
 
 
 def chart(
@@ -96,7 +96,12 @@ def chart(
     )  # fmt: skip
 
 
-def _free(verdicts: Sequence[dict[str, Any]]) -> list[Curve]:
+def _free(verdicts: Sequence[dict[str, Any]], dtype: str) -> list[Curve]:
+    if dtype != "float32":
+        return [
+            Curve(f"candidate in {dtype}, distance from the truth", "free", [v["noise_candidate"] for v in verdicts]),
+            Curve(f"reference in {dtype}, distance from the truth", "floor", [v["noise_reference"] for v in verdicts]),
+        ]
     return [
         Curve("float32, free-running", "free", [v["max_abs"] for v in verdicts]),
         Curve("float64, free-running", "double", [v["max_abs64"] for v in verdicts]),

@@ -132,6 +132,11 @@ def stage_groups(pipeline: dict[str, Any]) -> list[Group]:
     return _grouped(rows)
 
 
+def named(metrics: Sequence[tuple[str, str]], dtype: str) -> list[tuple[str, str]]:
+    """Metrics with their explanations, of a run in `dtype`."""
+    return [(name.replace("float32", dtype), about.replace("float32", dtype)) for name, about in metrics]
+
+
 def shade(level: int, dark: bool) -> tuple[str, str]:
     """Background and text colour of a level, both `#rrggbb`: pale to strong, with whichever text contrasts more."""
     low, high = ((27, 33, 43), (122, 178, 255)) if dark else ((246, 248, 251), (10, 61, 125))

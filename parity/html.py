@@ -11,8 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from parity.chart import HEIGHT, WIDTH, module_chart, step_chart
-from parity.heat import LEVELS, MODULES, STAGES, module_groups, shade, stage_groups
-from parity.wording import ratio_text, results, sci, sentence, short, state
+from parity.heat import LEVELS, MODULES, STAGES, module_groups, named, shade, stage_groups
+from parity.images import difference
+from parity.wording import judged, likeness, ratio_text, results, sci, sentence, short, state
+from porter.core.units import several
 
 BADGES = {"pass": "PASS", "holds": "HOLDS, NO VERDICT", "fail": "FAIL"}
 
@@ -27,14 +29,22 @@ def page(data: dict[str, Any], images: tuple[Tensor, Tensor] | None = None) -> s
     for component in data["components"]:
         groups = module_groups(component)
         failing = [e for e in component["modules"] if not e["free"]["passed"]]
-        sections.append({**component, "groups": groups, "chart": module_chart(component, groups), "failing": failing})
+        sections.append(
+            {**component, "groups": groups, "chart": module_chart(component, groups, data["dtype"]), "failing": failing}
+        )
     pipeline = data["pipeline"]
     if pipeline:
-        failing = [v for v in (*pipeline["stages"], *pipeline.get("guards", ())) if not v["passed"]]
-        pipeline = {**pipeline, "groups": stage_groups(pipeline), "chart": step_chart(pipeline), "failing": failing}
+        failing = [v for v in (*pipeline["stages"], *pipeline["guards"]) if not v["passed"]]
+        pipeline = {
+            **pipeline,
+            "groups": stage_groups(pipeline),
+            "chart": step_chart(pipeline, data["dtype"]),
+            "failing": failing,
+        }
     found = environment().get_template("report.html.jinja").render(
         data=data, sections=sections, pipeline=pipeline, results=results(data), verdict=sentence(data),
-        state=state(data), pictures=pictures(images), metrics=MODULES, stage_metrics=STAGES,
+        state=state(data), pictures=pictures(images), metrics=named(MODULES, data["dtype"]),
+        stage_metrics=named(STAGES, data["dtype"]),
         size=(WIDTH, HEIGHT),
     )  # fmt: skip
     return found.strip() + "\n"
@@ -45,7 +55,15 @@ def environment() -> Environment:
     env = Environment(
         loader=PackageLoader("parity"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"sci": sci, "short": short, "ratio": ratio_text, "count": lambda v: f"{v:,}"}
+    env.filters |= {
+        "sci": sci,
+        "short": short,
+        "ratio": ratio_text,
+        "count": lambda v: f"{v:,}",
+        "judged": judged,
+        "likeness": likeness,
+        "several": several,
+    }
     env.globals |= {
         "badges": BADGES,
         "shades": [[shade(level, dark) for level in range(LEVELS)] for dark in (False, True)],
@@ -60,10 +78,9 @@ def pictures(images: tuple[Tensor, Tensor] | None) -> list[dict[str, str]]:
     reference, candidate = (image.float().nan_to_num().clamp(0, 1) for image in images)
     found = [_picture("reference", reference), _picture("candidate", candidate)]
     if reference.shape == candidate.shape:
-        gap = (reference - candidate).abs()
-        largest = float(gap.max())
+        gap, largest = difference(reference, candidate)
         caption = f"difference; white is {sci(largest)}" if largest else "difference: none, every pixel is equal"
-        found.append(_picture(caption, gap / largest if largest else gap))
+        found.append(_picture(caption, gap))
     return found
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from parity.wording import ratio_text, results, sci, sentence, state
+from parity.wording import judged, likeness, ratio_text, results, sci, sentence, state
 from porter.core.markdown import block, code, text
+from porter.core.units import several
 
 ROWS = 40  # of what fails; a comment on a pull request has room for 65,536 characters
 BADGES = {"pass": "PASS", "holds": "holds, no verdict", "fail": "FAIL"}
@@ -16,6 +17,10 @@ def to_markdown(data: dict[str, Any]) -> str:
     """The document as one Markdown text."""
     lines = [f"## Parity of {code(data['family'])}: {BADGES[state(data)]}", "", text(sentence(data)), ""]
     lines += _comparisons(data)
+    pipeline = data["pipeline"]
+    if pipeline and pipeline["metrics"]:
+        pixels = several(pipeline["pixels_changed"], "pixel")
+        lines += [f"Pictures: {likeness(pipeline['metrics'])}; {pixels} changed in 8 bits.", ""]
     lines += _guilty(data["guilty"]) if data["guilty"] else []
     lines += _list("Changed after conversion", [code(name) for name in data["changed"]])
     lines += _list("Not compared with the original", [code(name) for name in data["unproven"]])
@@ -47,7 +52,7 @@ def _comparisons(data: dict[str, Any]) -> list[str]:
         left = [f"{counts[key]:,}" for key in ("compared", "skipped", "missing")]
         rows.append([text(result["title"]), f"{mark} {result['status']}", *numbers, *left])
     note = (
-        f"{text(data['dtype'])}, {text(data['device'])}, gate {data['gate']:g}, seed {data['seed']}. The floor is what "
+        f"{text(judged(data))}, gate {data['gate']:g}, seed {data['seed']}. The floor is what "
         "the noisier side itself loses to float32. Anything skipped or missing is not a pass."
     )
     return [*_table(head, rows, left=2), "", note, ""]
@@ -125,9 +130,11 @@ def _bound(data: dict[str, Any]) -> list[str]:
     hashes += [(name, sha) for files in data["weights"].values() for name, sha in files.items()]
     hashes += [(f"recipe of {name}: {r['name']}", r["digest"]) for name, r in data["recipes"].items() if r]
     for name, trace in data["traces"].items():
-        commit = trace["reference"].get("commit")
-        at = f" at {commit}" if commit else ""
-        hashes.append((f"reference trace of {name}, {trace['reference']['name']}{at}", trace["sha256"]))
+        commit, shims = trace["reference"].get("commit"), ", ".join(trace.get("shims") or ())
+        at = (f" at {commit}" if commit else "") + (f", with stand-ins for {shims}" if shims else "")
+        hashes.append(
+            (f"reference trace of {name}, {trace['reference']['name']}{at}", trace.get("sha256") or "not kept")
+        )
     hashes += [(f"code of {name}", sha) for name, sha in data["code"].items()]
     return [f"- porter {text(data['porter'])}, {text(data['created'])}", *lines,
             *(f"- {text(name)}: {code(sha)}" for name, sha in hashes)]  # fmt: skip

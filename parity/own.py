@@ -206,7 +206,8 @@ def run_case(
         "traces": {
             case.name: {k: trace.meta.get(k) for k in ("reference", "source", "command", "seed", "torch", "shims")}
         },
-        "code": {"parity": code_sha256("parity")} | ({case_file.name: file_sha256(case_file)} if case_file else {}),
+        "case": {"file": case_file.name, "sha256": file_sha256(case_file)} if case_file else None,
+        "code": {"parity": code_sha256("parity")},
         "environment": environment(),
     }
     return Outcome(None, case.name, options, components=[result], facts=facts)

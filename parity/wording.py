@@ -24,6 +24,14 @@ def ratio_text(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.2f}" if value < 1000 else f"{value:.0f}"
 
 
+def likeness(metrics: dict[str, Any]) -> str:
+    """How alike two pictures are: `PSNR 41.2 dB, SSIM 0.9988`."""
+    if metrics["max_abs"] == 0:
+        return "equal pictures"
+    psnr = "–" if metrics["psnr"] is None else f"{metrics['psnr']:.1f} dB"
+    return f"PSNR {psnr}, SSIM {'–' if metrics['ssim'] is None else format(metrics['ssim'], '.4f')}"
+
+
 def results(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Every comparison of a document, the pipeline's last."""
     return [*data["components"], *([data["pipeline"]] if data["pipeline"] else [])]
@@ -32,6 +40,12 @@ def results(data: dict[str, Any]) -> list[dict[str, Any]]:
 def state(data: dict[str, Any]) -> State:
     """Whether a document is a pass, holds as far as it goes, or fails."""
     return "pass" if data["passed"] else "holds" if data["holds"] else "fail"
+
+
+def judged(data: dict[str, Any]) -> str:
+    """How the numbers came about: `float32, judged in float64, cpu`."""
+    how = "judged in float64" if data["dtype"] == "float32" else "judged by the distance from the float64 truth"
+    return f"{data['dtype']}, {how}, {data['device']}"
 
 
 def sentence(data: dict[str, Any]) -> str:

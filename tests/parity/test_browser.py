@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from conversions.flux1.case import CASES
 from parity.case import Case, Draw, Side
 from parity.document import write
-from parity.outcome import Options, Outcome
-from parity.own import compare_case
+from parity.outcome import Options
+from parity.own import run_case
 from parity.run import run_parity
 from parity.scoreboard import page as scoreboard
 from parity.scoreboard import read
@@ -76,7 +76,7 @@ def reports(tiny_port: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"x": draw("x", 2, 5, 6)}
 
     case = Case(Side(lambda _: Stack(1e-5)), Side(lambda _: Stack(1e-2)), inputs, name="stack")
-    outcome = Outcome(None, "stack", Options(), components=[compare_case(case)])
+    outcome = run_case(case, Options())
     write(outcome, f"porter parity --case {LONG}/{LONG}.py", folder / "bad")
     (folder / "index.html").write_text(scoreboard(read(folder)))
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import html
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ from xml.etree import ElementTree as ET
 import jsonschema
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor, nn
 
 import conversions.flux1.recipe as flux
@@ -28,12 +28,13 @@ from parity.document import document, write
 from parity.html import page, pictures
 from parity.markdown import ROWS, to_markdown
 from parity.outcome import Options, Outcome
-from parity.own import compare_case
+from parity.own import run_case
 from parity.run import run_parity
 from parity.wording import sentence
 from porter.core.convert import convert
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
 from porter.core.port import Port
+from porter.core.units import several
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "parity.schema.json").read_text()))
@@ -83,7 +84,7 @@ class Chain(nn.Module):
 def own(
     names: list[str], eps: dict[str, float], spoil: Callable[[Tensor], Tensor] | None = None, name: str = "m"
 ) -> Outcome:
-    """A comparison of one's own, without a port."""
+    """A comparison of one's own, without a port; its case file is this one."""
 
     def inputs(config: Any, draw: Draw) -> dict[str, Tensor]:
         return {"x": draw("x", 2, 5, 6)}
@@ -91,14 +92,14 @@ def own(
     case = Case(
         Side(lambda _: Chain(names, {})), Side(lambda _: Chain(names, eps, spoil), name=name), inputs, name=name
     )
-    return Outcome(None, name, Options(), components=[compare_case(case)])
+    return run_case(case, Options(), case_file=Path(__file__))
 
 
 @pytest.fixture(scope="module")
 def hostile() -> Outcome:
     """Names of modules, of the case and of its side that try to be markup, with a fault in one of them."""
     strange = HOSTILE.replace(".", "").replace("\ud800", "")
-    return own([strange, "1"], {strange: 1e-2}, name=HOSTILE)
+    return own([strange, "1"], {strange: 1e-2, "1": 1e-2}, name=HOSTILE)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,8 @@ def test_numbers_that_are_not_finite_are_null(nans: Outcome) -> None:
     data = document(nans, "")
     output = data["components"][0]["outputs"][0]
     assert output["status"] == "differs" and output["max_abs"] is None and "NaN" in output["note"]
+    loads = document(Outcome(None, "m", Options(), facts={"environment": {"load": [torch.inf, 1.0]}}), "")
+    assert loads["environment"]["load"] == [None, 1.0]
     assert "NaN" in page(data) and ">–<" in page(data) and " | – | " in to_markdown(data)
 
 
@@ -161,11 +164,12 @@ def test_files_are_whole_and_the_page_is_one_file(name: str, request: pytest.Fix
     assert "url(" not in text and "@import" not in text
     assert '"Content-Security-Policy" content="default-src \'none\'' in text
     for value in (sentence(data), COMMAND.replace("\ud800", "\\ud800"), *(c["title"] for c in data["components"])):
-        assert html.escape(value, quote=True).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in text
+        assert str(escape(value)) in text
     shas = [sha for files in data["weights"].values() for sha in files.values()]
-    shas += [t["sha256"] for t in data["traces"].values()] + list(data["code"].values())
+    shas += [t["sha256"] for t in data["traces"].values() if "sha256" in t] + list(data["code"].values())
     shas += [r["digest"] for r in data["recipes"].values() if r]
-    assert all(sha in text for sha in shas) and bool(shas) == (outcome.port is not None)
+    shas += [data["manifest_sha256"]] if outcome.port else [data["case"]["sha256"]]
+    assert len(shas) > 2 and all(sha in text for sha in shas)
     assert all(f">{version}<" in text for version in data["environment"].values())
 
 
@@ -239,6 +243,34 @@ def test_two_faults_stand_alone() -> None:
     text, lines = page(data), to_markdown(data)
     assert "2 modules or steps fail by themselves" in text and "fails by itself" in text
     assert "2 modules or steps fail by themselves" in lines and "blocks.6.0 ↔ blocks.6.0, call 0" in lines
+
+
+def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:
+    data = document(good, "")
+    pipeline = data["pipeline"]
+    assert pipeline["metrics"]["psnr"] is None and pipeline["metrics"]["ssim"] == 1 and pipeline["guards"]
+    text = page(data, good.pipeline.images if good.pipeline else None)
+    assert "equal pictures" in text and all(str(escape(g["name"])) in text for g in pipeline["guards"])
+    first, second = (len(side) for side in pipeline["draws"])
+    requests = f"{several(first, 'request')} of the reference, {second} of the candidate"
+    assert requests in text and pipeline["draws"][0][0]["function"] in text
+    root = ET.fromstring(junit.to_junit(data))
+    names = [c.get("name") for c in root[-1].iter("testcase")]
+    assert names == ["verdict", *(v["name"] for v in pipeline["stages"] + pipeline["guards"])]
+    changed = {**pipeline["metrics"], "max_abs": 0.01, "psnr": 41.234, "ssim": 0.99876}
+    text = page({**data, "pipeline": {**pipeline, "metrics": changed, "pixels_changed": 12}})
+    assert "PSNR 41.2 dB, SSIM 0.9988" in text
+    assert "Pictures: equal pictures; 0 pixels changed in 8 bits." in to_markdown(data)
+
+
+def test_a_run_in_low_precision_says_so(tiny_port: Path) -> None:
+    outcome = compare(tiny_port, components=("transformer",), against=("diffusers",), dtype="bfloat16")
+    data = document(outcome, "")
+    SCHEMA.validate(data)
+    assert data["dtype"] == "bfloat16" and data["partial"]
+    text, lines = page(data), to_markdown(data)
+    assert "bfloat16, judged by the distance from the float64 truth, cpu" in text and "candidate in bfloat16" in text
+    assert "float32, free-running" not in text and "judged by the distance from the float64 truth" in lines
 
 
 def test_levels_are_decades() -> None:

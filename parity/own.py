@@ -26,8 +26,8 @@ from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.recorder import file_sha256
-from parity.reference import CaseError, record_reference, seeded, state_sha256
+from parity.recorder import file_sha256, seeded
+from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError

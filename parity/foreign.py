@@ -221,11 +221,11 @@ def _run(command: list[str], environment: dict[str, str], limit: float) -> _Done
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
-    except OSError as error:
+    except OSError as refused:
         raise MissingError(
-            f"{command[0]} cannot be started", found=error.strerror, expected="a Python with torch, safetensors and numpy",
-            hint="--reference-python <environment>/bin/python",
-        ) from error  # fmt: skip
+            f"{command[0]} cannot be started", found=refused.strerror,
+            expected="a Python with torch, safetensors and numpy", hint="--reference-python <environment>/bin/python",
+        ) from refused  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     output, error = _Tail(process.stdout), _Tail(process.stderr)
     code: int | None = None

@@ -46,8 +46,8 @@ def load_case(name: str) -> Case:
     """
     file, _, wanted = name.partition(".py:")
     path = Path(file if not wanted else f"{file}.py").absolute()
-    if not path.is_file():
-        raise CaseError(f"no such case file: {path}")
+    if not path.is_file() or path.suffix != ".py":
+        raise CaseError(f"no such case file: {path}; a case is FILE.py or FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(f"parity_case_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -20,7 +20,7 @@ from parity import foreign
 from parity.foreign import KIT, record_elsewhere, run_recorder
 from parity.reference import load_case, record_reference
 from parity.trace import Trace
-from porter.core.errors import BadInputError, CheckpointError, MissingError, PorterError, ResourceError, UsageError
+from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
 from tests.parity.cases import write_case
 
 OURS = re.compile(
@@ -94,8 +94,8 @@ def test_the_kit_is_complete_and_self_contained(bare_python: str, tmp_path: Path
 def test_the_kit_speaks_an_older_python() -> None:
     """Syntax and names of Python 3.9, as far as ruff knows them."""
     files = [str(Path(parity.__file__).parent / name) for name in KIT]
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version", "py39", "--select", "F", *files]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version", "py39", "--select", "F"]
+    done = subprocess.run([*command, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -107,7 +107,8 @@ def checkout(folder: Path) -> Path:
     (package / "model.py").write_text(
         "import torch\nfrom torch import nn\nfrom flash_attn import flash_attn_func\n\n"
         "class Net(nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.qkv, self.out = nn.Linear(4, 24), nn.Linear(8, 4)\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.qkv, self.out = nn.Linear(4, 24), nn.Linear(8, 4)\n"
         "    def forward(self, x):\n"
         "        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(-3)\n"
         "        return self.out(flash_attn_func(q, k, v, causal=True).flatten(-2))\n"
@@ -201,7 +202,7 @@ CRASHES = {
         "ValueError: first",
     ),
     "exits with words": ("def call(m, i): sys.exit('no weights here')", BadInputError, "no weights here"),
-    "exits as if well": ("def call(m, i): sys.exit(0)", BadInputError, "without a trace"),
+    "exits as if well": ("def call(m, i): os._exit(0)", BadInputError, "without a trace"),
     "segfault": ("def call(m, i): os.kill(os.getpid(), signal.SIGSEGV)", BadInputError, "crashed: Segmentation fault"),
     "killed": ("def call(m, i): os.kill(os.getpid(), signal.SIGKILL)", ResourceError, "want of memory"),
     "out of memory": ("def call(m, i): return torch.empty(1 << 50)", ResourceError, "ran out of memory"),
@@ -281,13 +282,16 @@ Reference = Net
 """
     trace = record_elsewhere(write_case(tmp_path, code))
     assert trace.events and capfd.readouterr() == ("", "")
-    text = error_of(BadInputError, write_case(tmp_path, code.replace("return m(**i)", "sys.exit(2)")))
+    text = error_of(BadInputError, write_case(tmp_path, code.replace("return m(**i)", "os._exit(2)")))
     assert len(text) < 10_000 and "\x1b" not in text and "bytes of output" in text and capfd.readouterr() == ("", "")
 
 
 def test_a_trace_that_is_none(tmp_path: Path) -> None:
     """Cut short, of another kind, empty: what the process leaves is checked before it is believed."""
-    patch = "import parity.recorder as r\nsave = r.Recording.save\ndef cut(self, path):\n    {}\nr.Recording.save = cut\nReference = Net"
+    patch = (
+        "import parity.recorder as r\nsave = r.Recording.save\ndef cut(self, path):\n    {}\nr.Recording.save = cut\n"
+    )
+    patch += "Reference = Net"
     cuts = {
         "save(self, path); os.truncate(path, path.stat().st_size // 2)": "is not a readable trace",
         "save(self, path); os.truncate(path, 0)": "is not a readable trace",
@@ -301,9 +305,6 @@ def test_a_trace_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(BadInputError) as caught:
             record_elsewhere(case)
         assert says in str(caught.value), code
-        assert isinstance(caught.value, CheckpointError) == (
-            ("trace" in says and "without" not in says) or "99" in says
-        )
 
 
 def test_the_trace_s_place(tmp_path: Path) -> None:

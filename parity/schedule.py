@@ -213,7 +213,8 @@ def growth(steps: Sequence[Verdict]) -> Growth | None:
     exact = any(not v.passed for v in steps) and all(math.isfinite(v.max_abs64) for v in steps)
     errors = [(v.max_abs64 if exact else v.max_abs) / max(1.0, v.peak) for v in steps]
     known = [e if math.isfinite(e) else 1.0 for e in errors]
-    logs = np.log(np.maximum(known, SMALLEST))
+    noise = [SMALLEST if exact or not v.floor > 0 else v.floor / max(1.0, v.peak) for v in steps]
+    logs = np.log(np.maximum(known, noise))
     rises = np.diff(logs)
     jump = int(rises.argmax()) + 1 if len(rises) and rises.max() > math.log(JUMP) else None
     tail = logs[jump or 0 :]

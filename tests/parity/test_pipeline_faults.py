@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conversions.flux1 import case as flux
 from conversions.flux1.pipeline import FluxPipelineConfig
-from parity import pipeline
-from parity.case import PipelineCase, PipelineSide
-from parity.compare import DIFFERS, PRECISION, SKIPPED
-from parity.pipeline import PipelineResult, compare_pipelines
-from parity.stages import Request
+from parity.case import PipelineSide
+from parity.compare import DIFFERS, SKIPPED
 from runtime.stages import DecodingStage, LatentPreparationStage, TextEncodingStage, TimestepPreparationStage
+from tests.parity.planted import CASE, PROMPT, compare, edited, noise, reference_runs_once
 
-PROMPT = "a red circle on a white background"
-assert flux.CASES.pipeline is not None
-CASE = flux.CASES.pipeline
-
-
-_run = pipeline._run
-_run_once = cache(_run)
-
-
-@pytest.fixture(autouse=True)
-def reference_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference that nothing was planted into answers the same request the same way: its runs are kept."""
-    monkeypatch.setattr(
-        pipeline, "_run", lambda load, *rest: (_run_once if load is CASE.reference else _run)(load, *rest)
-    )
-
-
-def compare(port: Path, case: PipelineCase = CASE, steps: int = 2, seed: int = 0, **options: Any) -> PipelineResult:
-    return compare_pipelines(case, port, Request(PROMPT, seed, steps, 3.5), **options)
-
-
-def edited(edit: Callable[[PipelineSide], PipelineSide | None], *, both: bool = False) -> PipelineCase:
-    """The case with an edit to its loaded candidate, or to both sides."""
-
-    def after(load: Callable[[Path, torch.dtype], PipelineSide]) -> Callable[[Path, torch.dtype], PipelineSide]:
-        def edited_side(port: Path, dtype: torch.dtype) -> PipelineSide:
-            side = load(port, dtype)
-            return edit(side) or side
-
-        return edited_side
-
-    return replace(
-        CASE,
-        candidate=after(CASE.candidate),
-        reference=after(CASE.reference) if both else CASE.reference,
-    )
-
+__all__ = ["reference_runs_once"]
+pytestmark = pytest.mark.usefixtures("reference_runs_once")
 
 # --- faults in the code of a stage: what is patched, and what must be said about which stage -------------------------
-
-
-def noise(draw: Callable[[tuple[int, ...], torch.Generator], Tensor]) -> Callable[..., Any]:
-    original = LatentPreparationStage.forward
-
-    def forward(self: Any, batch: Any, config: Any) -> Any:
-        raw = config.prepare_latent_shape(batch)
-        batch.latents = config.maybe_pack_latents(draw(raw, batch.generator[0]), batch)
-        return original(self, batch, config)
-
-    return forward
 
 
 def shifted_twice(self: Any, batch: Any, config: Any) -> Any:
@@ -258,80 +208,3 @@ def test_an_input_that_the_reference_does_not_get(tiny_port: Path) -> None:
     result = compare(tiny_port, replace(CASE, own=()))
     assert result.status == SKIPPED and result.counts["missing"] == 2
     assert {v.name for v in result.stages if not v.passed} == {f"step 0 denoiser rotary.{i}" for i in (0, 1)}
-
-
-# --- precision -------------------------------------------------------------------------------------------------------
-
-
-def faster(self: Any, timestep: Tensor) -> Tensor:
-    return timestep / 900
-
-
-def test_low_precision_is_judged_by_the_truth(tiny_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FluxPipelineConfig, "scale_timestep", faster)
-    result = compare(tiny_port, dtype="bfloat16")
-    assert result.status == PRECISION and result.first_failing is not None
-    assert result.first_failing.name == "step 0 denoiser timestep"
-    assert "error to the truth" in result.first_failing.note and "the reference's own" in result.first_failing.note
-    assert result.to_truth is not None and result.to_truth[0].psnr > result.to_truth[1].psnr
-
-
-def test_noise_in_another_dtype_than_the_runs_own(tiny_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the count is a multiple of 16, torch draws the same numbers in both dtypes, rounded; nowhere else."""
-    monkeypatch.setattr(LatentPreparationStage, "forward", noise(lambda s, g: torch.randn(s, generator=g)))
-    result = compare(tiny_port, dtype="bfloat16")
-    draw = next(v for v in result.stages if v.name == "draw 0")
-    assert result.passed and draw.status == "rounding" and "drawn in bfloat16 there, float32 here" in draw.note
-    skewed = noise(lambda s, g: torch.randn(2049, generator=g)[1:].reshape(s))
-    monkeypatch.setattr(LatentPreparationStage, "forward", skewed)
-    result = compare(tiny_port, dtype="bfloat16")
-    assert result.first_failing is not None and result.first_failing.name == "draw 0"
-
-
-def split_sums(side: PipelineSide) -> None:
-    """The same layers, summed in two halves: other rounding, no fault."""
-    for module in side.stages["denoiser"].modules():
-        if isinstance(module, nn.Linear):
-            module.forward = lambda x, m=module: halves(m, x)  # type: ignore[method-assign, misc]
-
-
-def halves(linear: nn.Linear, x: Tensor) -> Tensor:
-    at = linear.in_features // 2
-    out = x[..., :at] @ linear.weight[:, :at].T + x[..., at:] @ linear.weight[:, at:].T
-    return out if linear.bias is None else out + linear.bias
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_rounding_passes(tiny_port: Path, dtype: str) -> None:
-    result = compare(tiny_port, edited(split_sums), dtype=dtype, seed=1)
-    assert result.passed and result.status == "rounding" and result.counts["skipped"] == result.counts["missing"] == 0
-    assert result.growth is not None and result.growth.jump is None and max(result.growth.errors) > 0
-    assert (result.to_truth is not None) == (dtype == "bfloat16")
-
-
-def only_float32(side: PipelineSide) -> PipelineSide:
-    """A pipeline whose own code holds to float32."""
-
-    def run(*request: Any) -> Tensor:
-        image = side.run(*request)
-        if image.dtype == torch.float64:
-            raise RuntimeError("expected scalar type Float but found Double")
-        return image
-
-    return replace(side, run=run)
-
-
-def test_where_float64_cannot_run_the_baseline_decides(tiny_port: Path) -> None:
-    case = edited(only_float32)
-    result = compare(tiny_port, case)
-    assert result.status == SKIPPED and result.first_failing is not None
-    assert "the case gives no `baseline`" in result.first_failing.note
-    assert "cannot run in float64: expected scalar type Float but found Double" in result.notes[0]
-    assert compare(tiny_port, replace(case, baseline=1e-6)).passed
-
-
-def test_where_float64_cannot_run_float32_is_the_truth_of_lower_ones(tiny_port: Path) -> None:
-    result = compare(tiny_port, edited(only_float32, both=True), dtype="bfloat16")
-    assert result.passed and result.notes[0].endswith("its float32 run is the truth")
-    image = result.stages[-1]
-    assert image.name == "image" and image.noise_reference > 1e-4

@@ -24,7 +24,7 @@ from parity.images import Metrics, difference, frames, measure
 from parity.pipeline_judge import Runs, judge_stages
 from parity.schedule import Growth, growth
 from parity.stages import Request, run_side
-from porter.core.errors import CheckFailed
+from porter.core.errors import CheckFailed, UsageError
 
 STEP, PIPELINE = "step", "pipeline"
 
@@ -134,10 +134,19 @@ def compare_pipelines(
     Args:
         dtype: `float32`, `bfloat16` or `float16`, of both sides' weights.
         level: `step`, or `pipeline` for the stages around the loop only.
+
+    Raises:
+        UsageError: another dtype or level.
     """
+    for what, value, known in (("dtype", dtype, tuple(guards.STATE)), ("level", level, (STEP, PIPELINE))):
+        if value not in known:
+            raise UsageError(
+                f"pipelines have no {what} {value!r}", expected=" | ".join(known), hint="porter parity PORT"
+            )
     result = PipelineResult(request, level, dtype)
     runs = []
     for load, truth in ((case.reference, True), (case.candidate, dtype == "float32")):
+        gc.collect()  # the other side is gone, and so are its cycles
         try:
             runs.append(_run(load, port, request, case.other_prompt, getattr(torch, dtype), truth, level == STEP))
         except (RuntimeError, ValueError, TypeError, CheckFailed, OtherDraws) as error:
@@ -172,6 +181,8 @@ def _run(
     first = run_side(side, request, steps=steps)
     try:
         second = run_side(side, Request(other_prompt, request.seed, request.steps, request.guidance), steps=steps)
+    except MemoryError:
+        raise
     except Exception as error:
         text = f"its second request ended in {type(error).__name__}: {error}"
         raise RuntimeError(text) from error

@@ -15,6 +15,7 @@ from conversions.flux1.pipeline import FluxPipelineConfig
 from parity.case import PipelineSide
 from parity.compare import PRECISION, SKIPPED
 from porter.cli import main
+from porter.core.errors import UsageError
 from runtime.stages import LatentPreparationStage
 from tests.parity.planted import compare, edited, noise, reference_runs_once
 
@@ -106,3 +107,9 @@ def test_the_command_and_its_document(tiny_port: Path, tmp_path: Path, capsys: p
     assert [len(side) for side in document["draws"]] == [1, 1] and document["draws"][0][0]["dtype"] == "bfloat16"
     assert len(document["growth"]["errors"]) == 2 and all(v["passed"] for v in document["guards"])
     assert main([*command, "--dtype", "int8"]) == 2
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float64"}, {"level": "block"}])
+def test_other_dtypes_and_levels_are_refused(tiny_port: Path, option: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="pipelines have no"):
+        compare(tiny_port, **option)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parity.compare import DIFFERS, IDENTICAL, ROUNDING, Verdict, skipped
@@ -28,6 +28,8 @@ _METHODS = (
     *("bernoulli", "multinomial"),
 )
 _DRAWS = {getattr(torch, n): f"torch.{n}" for n in _FUNCTIONS} | {getattr(Tensor, n): f"Tensor.{n}" for n in _METHODS}
+_INIT = ("normal_", "uniform_", "kaiming_uniform_")
+_DRAWS |= {getattr(nn.init, n): f"nn.init.{n}" for n in _INIT}
 _NUMPY = (
     *("rand", "randn", "random", "random_sample", "normal", "standard_normal", "uniform", "randint", "choice"),
     *("permutation", "multivariate_normal", "beta", "gamma", "exponential", "poisson", "binomial"),
@@ -154,7 +156,7 @@ def watch_draws(
 
 
 def _numpy_state() -> tuple[bytes, int]:
-    state = np.random.get_state(legacy=False)["state"]  # type: ignore[call-overload]
+    state = np.random.get_state(legacy=False)["state"]
     return state["key"].tobytes(), state["pos"]
 
 

@@ -15,6 +15,7 @@ FLAT = 1e-3  # standard deviation of a picture in [0, 1] that shows nothing
 NOISE = 0.35  # correlation of neighbours: noise -0.25 to 0.12, noise over a gradient to 0.23, pictures 0.53 to 1
 NOISE_LATENT = 0.25  # the same in latents, whose neighbours share less: of pictures 0.39 to 0.82
 PERIODIC = 0.9  # share of the variance that one repeated tile explains
+TILE_GAIN = 0.01  # how much more a larger tile must explain to be the better one
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def repeated(planes: Tensor) -> tuple[int, float]:
         tile = cut.reshape(len(x), rows // period, period, columns // period, period).mean((1, 3))
         total = float((cut**2).mean())
         share = float((tile**2).mean()) / total if total else 0.0
-        best = max(best, (period, share), key=lambda found: found[1])
+        if share > best[1] + TILE_GAIN:
+            best = (period, share)
         period *= 2
     return best
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from parity.case import PipelineCase
 from parity.compare import DIFFERS, IDENTICAL, SKIPPED, Verdict, judge, skipped
-from parity.draws import compare_draws
+from parity.draws import compare_draws, on_grid
 from parity.precision import judge_low
 from parity.recorder import Event
 from parity.stages import Run
@@ -74,12 +74,21 @@ def judge_stages(case: PipelineCase, reference: Runs, candidate: Runs, dtype: st
             pair = Value(event, value.float().reshape(-1), highs[0].double().reshape(-1))
             casts = "" if value.dtype == other.dtype else f"{value.dtype} there, {other.dtype} here"
             own = other.float().reshape(-1), highs[1].double().reshape(-1)
-            result.stages.append(judge(name, pair, *own, gate=gate, casts=casts, single=single))
+            result.stages.append(_grid(judge(name, pair, *own, gate=gate, casts=casts, single=single), value, other))
     result.missing += sum(v.status == SKIPPED for v in draws.values() if v.name in theirs)
     only = [draws[n] for n in draws if n not in theirs] + _only_here(theirs, ours, case.own)
     result.missing += len(only)
     result.stages[-1:-1] = only
     return result
+
+
+def _grid(verdict: Verdict, theirs: Tensor, ours: Tensor) -> Verdict:
+    """A failing stage whose numbers, on one side only, all lie on a coarser dtype's grid says so."""
+    grids = on_grid(theirs), on_grid(ours)
+    if verdict.passed or grids[0] == grids[1]:
+        return verdict
+    side = f"the candidate's numbers all lie on {grids[1]}" if grids[1] else f"the reference's all lie on {grids[0]}"
+    return replace(verdict, note="; ".join(n for n in (verdict.note, f"{side}'s grid") if n))
 
 
 def _stages(run: Run) -> dict[str, Tensor]:

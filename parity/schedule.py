@@ -40,7 +40,11 @@ def numbers_of(value: Any) -> Tensor | None:
     """A number, a list of numbers, an array or a tensor as a tensor; None for anything else."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    if (
+        isinstance(value, (bool, str))
+        or value is None
+        or (isinstance(value, (list, tuple)) and any(v is None for v in value))
+    ):
         return None
     try:
         return torch.from_numpy(np.asarray(value, dtype=np.float64).copy())
@@ -79,10 +83,9 @@ def differing(reference: Mapping[str, Any], candidate: Mapping[str, Any], tolera
 
 def _alike(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape:
-            return False
-        gap = (a - b).abs()
-        return not a.numel() or float(gap.max()) <= tolerance * max(1.0, float(a.abs().max()))
+        if a.shape != b.shape or not a.numel():
+            return a.shape == b.shape
+        return torch.allclose(b, a, rtol=0, atol=tolerance * max(1.0, float(a.abs().max())), equal_nan=True)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(_alike(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, float) and isinstance(b, float):
@@ -213,7 +216,8 @@ def growth(steps: Sequence[Verdict]) -> Growth | None:
     exact = any(not v.passed for v in steps) and all(math.isfinite(v.max_abs64) for v in steps)
     errors = [(v.max_abs64 if exact else v.max_abs) / max(1.0, v.peak) for v in steps]
     known = [e if math.isfinite(e) else 1.0 for e in errors]
-    logs = np.log(np.maximum(known, SMALLEST))
+    noise = [SMALLEST if exact or not v.floor > 0 else v.floor / max(1.0, v.peak) for v in steps]
+    logs = np.log(np.maximum(known, noise))
     rises = np.diff(logs)
     jump = int(rises.argmax()) + 1 if len(rises) and rises.max() > math.log(JUMP) else None
     tail = logs[jump or 0 :]

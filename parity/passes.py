@@ -1,9 +1,9 @@
 """One pass of a model larger than memory, compared block after block.
 
 Both sides run once in float32: each block of the candidate as the model ran, and again on the reference's recorded
-inputs. Then a few blocks stand alone, in float32 and float64, while all others hand on what they answered before: the
-first, the middle and the last, and of each kind the one that differs most. What the weights outside of blocks compute,
-what reaches the first block, and what follows the last are compared there too.
+inputs. Then a few blocks stand alone, in float32 and float64: the first, the middle and the last, and of each kind the
+one that differs most. All blocks, on both sides, hand on what the reference answered. So whatever is computed outside
+of blocks stands alone too, and is compared: before the first, between two, behind the last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from parity.case import Named
 from parity.compare import BASELINES, DIFFERS, IDENTICAL, ROUNDING, SKIPPED, Verdict, judge, skipped
 from parity.hollow import Around
 from parity.recorder import Event, tensors_of
-from parity.shelf import digest
+from parity.shelf import digest, with_tensors
 from parity.trace import Value, split_key
 
 _EPS = 2.0**-23  # float32's
@@ -40,6 +40,8 @@ class Pass:
         alone: calls that stood alone, in float64 too.
         floors: kind of block -> its largest floor there, scaled.
         worst: kind of block -> the call that differs most, where float64 calls that rounding.
+        unread: module outside of blocks -> why it is not compared by itself.
+        unhanded: call -> why the candidate hands on its own answer where it hands on the reference's elsewhere.
         seconds: by step.
     """
 
@@ -60,6 +62,7 @@ class Pass:
     seconds: dict[str, float] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
+    unhanded: dict[str, str] = field(default_factory=dict)
     _used: dict[str, set[str]] = field(default_factory=dict)
     _unforced: dict[str, str] = field(default_factory=dict)
     _pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> hashes of both sides' tensors
@@ -103,7 +106,7 @@ class Pass:
         return out
 
     def _compare(self, path: str, call: int, run: Any, args: Any, kwargs: Any) -> Any:
-        """A block as the model runs, and on the reference's inputs; the latter's answer is what is remembered."""
+        """A block as the model runs, and on the reference's inputs; later it hands on the reference's answer."""
         where, at, side = f"{path}#{call}", f"{self.blocks[path]}#{call}", self.candidate
         if at not in self.calls:
             raise RuntimeError(f"it runs {where}, where the reference does not run {at}")
@@ -125,15 +128,22 @@ class Pass:
         with side.aside():
             inputs = {f"{where}.in.{name}": t for name, t in own.items()}
             self._look(self.free, at, "out", inputs | {f"{where}.out.{name}": t for name, t in tensors_of(out)})
-            answered = inputs | {f"{where}.out.{name}": t for name, t in tensors_of(answer)}
-            self._look(self.reset, at, "out", answered)
+            tensors = dict(tensors_of(answer))
+            self._look(self.reset, at, "out", inputs | {f"{where}.out.{name}": t for name, t in tensors.items()})
+            theirs = dict(Recorded(side.shelf, of_call(self.recorded, at, "out")))
+            places = {name: self._place(f"{at}.out.{name}") for name in theirs}
+            handed = self.maps.given_back(places, theirs, tensors, f"{where}.out.")
+            if isinstance(handed, str):
+                self.unhanded[at] = handed
+            else:
+                answer = with_tensors(answer, handed)
         side.remember(where, answer)
         worst = max((v.scaled for k, v in self.reset.items() if k.startswith(f"{at}.")), default=math.nan)
         self.say(f"{len(self._used) + len(self._unforced)} of {len(self.blocks)} blocks: {where}: {worst:.1e} (scaled)")
         return out
 
     def _standing(self, side: Side, kept: Slips, double: bool | None = None) -> Around:
-        """Chosen blocks run on the reference's inputs; the others hand on what they answered."""
+        """Chosen blocks run on the reference's inputs; all hand on what the reference answered."""
         ours = side is self.candidate
         high = not ours if double is None else double
 
@@ -153,9 +163,8 @@ class Pass:
                 given: Any = {name: recorded[name] for name in self._used[at]}
                 given = self.maps.forced(self.blocks[path], recorded, own) if ours else given
             args, kwargs = with_arguments(module, args, kwargs, given)
-            out = run(*args, **kwargs)
-            kept.update(side.keep(where, "out", out))
-            return out
+            kept.update(side.keep(where, "out", run(*args, **kwargs)))
+            return side.again(where, high)
 
         return around
 
@@ -242,9 +251,14 @@ class Pass:
 
     def _settle(self) -> None:
         """Verdicts for what did not run in float64: nothing of its kind differs more than what did."""
-        known = {self._pairs[key]: v for key, v in self.exact.items() if key in self._pairs}
-        outs = [v.scaled for k, v in self.reset.items() if ".out." in k and math.isfinite(v.scaled)]
-        carried = max([_EPS, *outs, *(v.scaled for v in self.exact.values() if math.isfinite(v.scaled))])
+        known = {self._pairs[k]: v for k, v in self.exact.items() if k in self._pairs and v.passed}
+        around = [v for k, v in self.exact.items() if k.rpartition(".out.")[0] not in self.alone and v.passed]
+        around += [v for at in self.unhanded for v in self._outs(self.reset, at)]
+        carried = max([_EPS, *(v.scaled for v in around if math.isfinite(v.scaled))])
+        for key, verdict in self.exact.items() if self.unhanded else ():
+            if key.rpartition(".out.")[0] not in self.alone and verdict.status == DIFFERS:
+                why = f"float32 alone: what it is made of differs by {carried:.1e} (scaled)"
+                self.exact[key] = settled(replace(verdict, status=SKIPPED), BASELINES * carried, why)
         for key, verdict in self.reset.items():
             at = key.rpartition(".out.")[0] or key.rpartition(".in.")[0]
             kind = self._kind(at)
@@ -254,7 +268,7 @@ class Pass:
                 self.reset[key] = self.exact[key]
             elif ".in." in key:
                 same = known.get(self._pairs.get(key, ("", "")))
-                why = f"float32 alone: what it comes from differs by {carried:.1e} (scaled)"
+                why = f"float32 alone: what it is made of differs by {carried:.1e} (scaled)"
                 self.reset[key] = replace(same, name=key) if same else settled(verdict, BASELINES * carried, why)
             elif kind in self.worst:
                 why = f"float32 alone: {self.worst[kind]} differs no less, and passes in float64"

@@ -102,7 +102,9 @@ def table(scaled: Scaled) -> list[str]:
     def line(name: str, v: Verdict) -> str:
         return f"{name:44}{v.status:>12}{v.max_abs:11.1e}{v.max_abs64:11.1e}{v.floor:11.1e}"
 
-    exact = [tap for tap in scaled.result.taps if tap.kind == "out" and tap.reset and math.isfinite(tap.reset.max_abs64)]
+    exact = [
+        tap for tap in scaled.result.taps if tap.kind == "out" and tap.reset and math.isfinite(tap.reset.max_abs64)
+    ]
     rows = [line(tap.key.partition("/")[2], tap.reset) for tap in exact if tap.reset]
     rows += [line("output" if math.isfinite(v.max_abs64) else "output, as it ran", v) for v in scaled.result.outputs]
     return [f"{'in float64':44}{'verdict':>12}{'max|Δ|':>11}{'float64':>11}{'floor':>11}", *rows]

@@ -86,10 +86,7 @@ def compare_scaled(
         shelf = Shelf(Path(spool))
         for what, inputs in _inputs(case, seed).items():
             calls = (case.reference.passes[what], case.candidate.passes[what])
-            sides = [
-                Side(streamed, call, watched, shelf, seed)
-                for streamed, call, watched in zip((theirs, ours), calls, (outside, matched), strict=True)
-            ]
+            sides = Side(theirs, calls[0], outside, shelf, seed), Side(ours, calls[1], matched, shelf, seed)
             run = passes[what] = Pass(*sides, maps, pairs, inputs, gate, say)
             try:
                 run.record()
@@ -140,7 +137,7 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
         size = ", ".join(f"{what} {number:.1e}" for what, number in numbers.items() if math.isfinite(number))
         why = f"its inputs are the reference's, its output is not: {size}" if first.kind == "out" else size
         why = why if size else verdict.note
-        others = dict.fromkeys(label(t.module) for t in failing if t.module != first.module and t.kind == "out")
+        others = dict.fromkeys(label(t.module) for t in failing if t.module != first.module)
         rule = run.maps.alignment.rule(first.module) if first.kind == "out" else ""
         result.guilty = Guilty(place, first.module, rule, why, "", tuple(others), code=first.kind == "out")
     elif any(not v.passed for v in result.outputs) and result.guilty is None:
@@ -148,9 +145,10 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
         result.guilty = Guilty(step, f"{what}(…)", "", f"every block of {what} matches, its output does not")
     floors = ", ".join(f"{kind} {floor:.1e}" for kind, floor in run.floors.items())
     result.notes.append(
-        f"{what}: float64 on {len(run.alone)} of {len(run.calls)} blocks, {', '.join(run.alone)}; in the others nothing "
-        f"differs more than in the worst (floors, scaled: {floors})"
+        f"{what}: float64 on {len(run.alone)} of {len(run.calls)} blocks, {', '.join(run.alone)}; nothing in the "
+        f"others differs more than in the worst of them (floors, scaled: {floors})"
     )
+    result.notes += [f"{what}: {at} hands on the candidate's own answer: {why}" for at, why in run.unhanded.items()]
     result.notes += [f"{what}: {path} is not compared by itself: {why}" for path, why in run.unread.items()]
 
 
@@ -256,4 +254,3 @@ def _figures(
         "weights made, bytes": theirs.drawn + ours.drawn,
         "activations on disk, bytes": shelf.bytes,
     }
-

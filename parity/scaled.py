@@ -120,12 +120,14 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
         where, kind, _ = split_key(f"{what}/{key}")
         path = where.partition("/")[2].partition("#")[0]
         if path == "=":
-            result.outputs += [run.free[key], *([run.exact[key]] if key in run.exact else [])]
+            result.outputs += [run.docket.free[key], *([run.docket.exact[key]] if key in run.docket.exact else [])]
         elif path in run.blocks.values():
             absent = skipped(key, "the candidate's block never ran")
-            result.taps.append(Tap(f"{what}/{key}", path, kind, run.free.get(key, absent), run.reset.get(key, absent)))
-        elif key in run.exact:
-            result.taps.append(Tap(f"{what}/{key}", path, kind, run.exact[key]))
+            result.taps.append(
+                Tap(f"{what}/{key}", path, kind, run.docket.free.get(key, absent), run.docket.reset.get(key, absent))
+            )
+        elif key in run.docket.exact:
+            result.taps.append(Tap(f"{what}/{key}", path, kind, run.docket.exact[key]))
     failing = [tap for tap in result.taps if not (tap.reset or tap.free).passed]
     label = run.maps.alignment.label
     if failing and result.guilty is None:
@@ -143,13 +145,15 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
     elif any(not v.passed for v in result.outputs) and result.guilty is None:
         step = case.steps.get(what, "the steps after its last module")
         result.guilty = Guilty(step, f"{what}(…)", "", f"every block of {what} matches, its output does not")
-    floors = ", ".join(f"{kind} {floor:.1e}" for kind, floor in run.floors.items())
+    floors = ", ".join(f"{kind} {floor:.1e}" for kind, floor in run.docket.floors.items())
     result.notes.append(
         f"{what}: float64 on {len(run.alone)} of {len(run.calls)} blocks, {', '.join(run.alone)}; nothing in the "
         f"others differs more than in the worst of them (floors, scaled: {floors})"
     )
-    result.notes += [f"{what}: {at} hands on the candidate's own answer: {why}" for at, why in run.unhanded.items()]
-    result.notes += [f"{what}: {path} is not compared by itself: {why}" for path, why in run.unread.items()]
+    result.notes += [
+        f"{what}: {at} hands on the candidate's own answer: {why}" for at, why in run.docket.unhanded.items()
+    ]
+    result.notes += [f"{what}: {path} is not compared by itself: {why}" for path, why in run.docket.unread.items()]
 
 
 def _built(side: Declared, case: Case, seed: int, role: str) -> nn.Module:
@@ -248,7 +252,7 @@ def _figures(
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "blocks": {what: len(run.calls) for what, run in passes.items()},
         "float64": {what: run.alone for what, run in passes.items()},
-        "floors": {what: run.floors for what, run in passes.items()},
+        "floors": {what: run.docket.floors for what, run in passes.items()},
         "seconds": {what: run.seconds for what, run in passes.items()},
         "weights at once, bytes": max(theirs.most, ours.most),
         "weights made, bytes": theirs.drawn + ours.drawn,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -421,3 +422,19 @@ class Faulty(Candidate):
 
 
 faulty = replace(TOY, candidate=Side(lambda c: Faulty()))
+
+
+@pytest.mark.reference
+@pytest.mark.skipif("PORTER_REFERENCES" not in os.environ, reason="PORTER_REFERENCES names no folder with checkouts")
+@pytest.mark.parametrize("candidate", ["native", "diffusers"])
+def test_the_original_code_block_after_block(candidate: str, tmp_path: Path) -> None:
+    original = flux("original", candidate, TINY, (7, 4, 3))
+    result = compare_scaled(original, tmp_path).result
+    assert result.passed and result.counts["skipped"] == 0, result.guilty
+
+    def edit(module: Any) -> None:
+        block = module.single_transformer_blocks[2]
+        block.act_mlp = nn.GELU()  # erf for tanh
+
+    guilty = compare_scaled(original, tmp_path, edit=edit).result.guilty
+    assert guilty and guilty.candidate == "single_transformer_blocks.2" and guilty.others == ()

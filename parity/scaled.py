@@ -24,7 +24,7 @@ from parity.compare import GATE, skipped
 from parity.component import ComponentResult
 from parity.hollow import Jobs, Streamed, hollow
 from parity.locate import Guilty, Tap
-from parity.ondemand import Converted, Source, drawing, header_of, reading, straight
+from parity.ondemand import Converted, Source, source_of, straight
 from parity.own import recipe_of
 from parity.passes import Pass
 from parity.preflight import differing_settings
@@ -64,7 +64,7 @@ def compare_scaled(
     """
     reference = _built(case.reference, case, seed, "reference")
     shapes = _floats(reference, case.keep)
-    source = _source(case, shapes, seed)
+    source = source_of(case.weights, shapes, seed, case.keep)
     candidate = _built(case.candidate, case, seed, "candidate")
     if edit:
         edit(candidate)
@@ -170,23 +170,16 @@ def _built(side: Declared, case: Case, seed: int, role: str) -> nn.Module:
 def _floats(module: nn.Module, keep: str) -> Shapes:
     """The state that is filled: floating point, and not what the class computes."""
     kept = re.compile(keep) if keep else None
-    state = {n: t for n, t in module.state_dict().items() if not (kept and kept.fullmatch(n))}
-    return {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
-
-
-def _source(case: Case, shapes: Shapes, seed: int) -> Source:
-    """The reference's weights by name."""
-    if case.weights is None:
-        return drawing(shapes, seed)
-    header = header_of(Path(case.weights))
-    odd = [n for n, shape in shapes.items() if n not in header or header[n].shape != shape]
-    odd += [n for n in header if n not in shapes and not re.fullmatch(case.keep or "(?!)", n)]
-    if odd:
-        raise BadInputError(
-            f"{case.weights} does not fill the reference, beginning with {odd[0]}",
-            expected=f"{len(shapes)} tensors of its shapes", found=f"{len(odd)} missing, left over or of other shapes",
-        )  # fmt: skip
-    return reading(header)
+    shapes: Shapes = {}
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not (kept and kept.fullmatch(name)):
+            shapes[name] = tuple(tensor.shape)
+        elif tensor.is_meta:  # a parameter, and those are built without memory
+            raise BadInputError(
+                f"{name} is to stay as {type(module).__name__} computes it, and is a parameter",
+                expected="a buffer, or a floating-point parameter that is filled", hint="leave it out of `keep`",
+            )  # fmt: skip
+    return shapes
 
 
 def _conversion(

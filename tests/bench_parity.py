@@ -95,7 +95,7 @@ def main() -> None:
         rows[name] = {"seconds": seconds, "cpu_seconds": busy, "ratio": round(ratio, 3), "cpu_ratio": round(work, 3)}
         print(f"{name:44}{statistics.median(seconds):8.2f} s{ratio:8.2f}x, processor time {work:.2f}x")
     document = {
-        "command": "make bench-parity",
+        "command": f"python -m tests.bench_parity --blocks {options.blocks} --runs {options.runs}",
         "what": f"{options.blocks} double, {options.blocks} single blocks, width 3072, 512 text and 256 image tokens",
         "most": MOST,
         "environment": {

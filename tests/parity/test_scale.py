@@ -388,6 +388,7 @@ def test_cases_that_cannot_be_compared_block_after_block(tmp_path: Path) -> None
         "a function converts whole states": (replace(TOY, convert=lambda state: state), BadInputError),
         "the candidate does not build": (replace(TOY, candidate=Side(_raises)), BadInputError),
         "do not fill the candidate": (replace(TOY, candidate=TOY.reference), RecipeError),
+        "table is to stay as Reference computes it": (replace(TOY, keep="table"), BadInputError),
         "one by one": (replace(TOY, blocks=(), skip=r"layers\.\d+"), BadInputError),
     }
     for words, (case, kind) in wrong.items():

@@ -161,6 +161,31 @@ class Maps:
         """The candidate's counterpart of a recorded tensor among its own `tensors` by key, or why there is none."""
         return read(Capture(dict(tensors)), self.alignment, self.candidate, place, shape)
 
+    def given_back(
+        self, places: Mapping[str, Place], answers: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: str
+    ) -> dict[str, Tensor] | str:
+        """The reference's `answers` in the tensors that the candidate answers with (`own`), or why they do not fit.
+
+        Numbers that name their place go through the argument map; where they arrive, an answer's elements are taken.
+        """
+        sizes = [tensor.numel() for tensor in own.values()]
+        ids = torch.arange(sum(sizes), dtype=torch.float64)
+        pieces = torch.split(ids, sizes)
+        named = {prefix + n: i.reshape(t.shape) for (n, t), i in zip(own.items(), pieces, strict=True)}
+        buffer = torch.cat([tensor.reshape(-1) for tensor in own.values()])
+        taken = torch.zeros(len(buffer), dtype=torch.int64)
+        for name, answer in answers.items():
+            found = self.read(places[name], tuple(answer.shape), named)
+            if isinstance(found, str):
+                return found
+            at = found.reshape(-1).long()
+            inside = torch.equal(at.double(), found.reshape(-1)) and bool(((at >= 0) & (at < len(buffer))).all())
+            taken = taken + torch.bincount(at, minlength=len(buffer)) if inside else taken
+            if not inside or int(taken.max()) > 1:
+                return "the argument map of its outputs is no rearrangement"
+            buffer[at] = answer.reshape(-1).to(buffer.dtype)
+        return {n: b.reshape(t.shape) for (n, t), b in zip(own.items(), torch.split(buffer, sizes), strict=True)}
+
     def holders(self, theirs: str) -> list[str]:
         """The candidate's modules that answer to a reference module; the outermost is `=`."""
         if theirs == "=":

@@ -25,7 +25,7 @@ def draw(name: str, shape: Shape, seed: int) -> np.ndarray:
 
 
 def spread(name: str, shape: Shape) -> tuple[float, float]:
-    """Middle and half width of a tensor's numbers: weights scaled by their fan-in, vectors around 1, biases around 0."""
+    """Middle and half width of a tensor's numbers: weights by their fan-in, vectors around 1, biases around 0."""
     if name.rpartition(".")[2].endswith("bias"):
         return 0.0, 0.1
     if len(shape) <= 1:

@@ -50,7 +50,7 @@ class Part:
 
 
 def parts_of(module: nn.Module, blocks: Sequence[str], names: Iterable[str]) -> list[Part]:
-    """The parts of `module` that hold the state tensors `names`, each of them in exactly one.
+    """The blocks of `module`, and the other parts that hold any of the state tensors `names`; each is in exactly one.
 
     What a module without a forward of its own holds (a list of parameters) belongs to the module around it.
     """
@@ -68,7 +68,7 @@ def parts_of(module: nn.Module, blocks: Sequence[str], names: Iterable[str]) -> 
             walk(prefix + name, below, owner)
 
     walk("", module, "")
-    return [Part(path, tuple(held)) for path, held in found.items() if held]
+    return [Part(path, tuple(held)) for path, held in found.items() if held or path in blocks]
 
 
 def _above(path: str) -> Iterator[str]:

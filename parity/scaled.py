@@ -24,7 +24,7 @@ from parity.compare import GATE, skipped
 from parity.component import ComponentResult
 from parity.hollow import Jobs, Streamed, hollow
 from parity.locate import Guilty, Tap
-from parity.ondemand import Converted, Source, drawing, header_of, reading, straight
+from parity.ondemand import Converted, Source, source_of, straight
 from parity.own import recipe_of
 from parity.passes import Pass
 from parity.preflight import differing_settings
@@ -64,7 +64,7 @@ def compare_scaled(
     """
     reference = _built(case.reference, case, seed, "reference")
     shapes = _floats(reference, case.keep)
-    source = _source(case, shapes, seed)
+    source = source_of(case.weights, shapes, seed, case.keep)
     candidate = _built(case.candidate, case, seed, "candidate")
     if edit:
         edit(candidate)
@@ -86,10 +86,7 @@ def compare_scaled(
         shelf = Shelf(Path(spool))
         for what, inputs in _inputs(case, seed).items():
             calls = (case.reference.passes[what], case.candidate.passes[what])
-            sides = [
-                Side(streamed, call, watched, shelf, seed)
-                for streamed, call, watched in zip((theirs, ours), calls, (outside, matched), strict=True)
-            ]
+            sides = Side(theirs, calls[0], outside, shelf, seed), Side(ours, calls[1], matched, shelf, seed)
             run = passes[what] = Pass(*sides, maps, pairs, inputs, gate, say)
             try:
                 run.record()
@@ -123,12 +120,14 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
         where, kind, _ = split_key(f"{what}/{key}")
         path = where.partition("/")[2].partition("#")[0]
         if path == "=":
-            result.outputs += [run.free[key], *([run.exact[key]] if key in run.exact else [])]
+            result.outputs += [run.docket.free[key], *([run.docket.exact[key]] if key in run.docket.exact else [])]
         elif path in run.blocks.values():
             absent = skipped(key, "the candidate's block never ran")
-            result.taps.append(Tap(f"{what}/{key}", path, kind, run.free.get(key, absent), run.reset.get(key, absent)))
-        elif key in run.exact:
-            result.taps.append(Tap(f"{what}/{key}", path, kind, run.exact[key]))
+            result.taps.append(
+                Tap(f"{what}/{key}", path, kind, run.docket.free.get(key, absent), run.docket.reset.get(key, absent))
+            )
+        elif key in run.docket.exact:
+            result.taps.append(Tap(f"{what}/{key}", path, kind, run.docket.exact[key]))
     failing = [tap for tap in result.taps if not (tap.reset or tap.free).passed]
     label = run.maps.alignment.label
     if failing and result.guilty is None:
@@ -140,18 +139,21 @@ def _fill(result: ComponentResult, what: str, run: Pass, case: Case) -> None:
         size = ", ".join(f"{what} {number:.1e}" for what, number in numbers.items() if math.isfinite(number))
         why = f"its inputs are the reference's, its output is not: {size}" if first.kind == "out" else size
         why = why if size else verdict.note
-        others = dict.fromkeys(label(t.module) for t in failing if t.module != first.module and t.kind == "out")
+        others = dict.fromkeys(label(t.module) for t in failing if t.module != first.module)
         rule = run.maps.alignment.rule(first.module) if first.kind == "out" else ""
         result.guilty = Guilty(place, first.module, rule, why, "", tuple(others), code=first.kind == "out")
     elif any(not v.passed for v in result.outputs) and result.guilty is None:
         step = case.steps.get(what, "the steps after its last module")
         result.guilty = Guilty(step, f"{what}(…)", "", f"every block of {what} matches, its output does not")
-    floors = ", ".join(f"{kind} {floor:.1e}" for kind, floor in run.floors.items())
+    floors = ", ".join(f"{kind} {floor:.1e}" for kind, floor in run.docket.floors.items())
     result.notes.append(
-        f"{what}: float64 on {len(run.alone)} of {len(run.calls)} blocks, {', '.join(run.alone)}; in the others nothing "
-        f"differs more than in the worst (floors, scaled: {floors})"
+        f"{what}: float64 on {len(run.alone)} of {len(run.calls)} blocks, {', '.join(run.alone)}; nothing in the "
+        f"others differs more than in the worst of them (floors, scaled: {floors})"
     )
-    result.notes += [f"{what}: {path} is not compared by itself: {why}" for path, why in run.unread.items()]
+    result.notes += [
+        f"{what}: {at} hands on the candidate's own answer: {why}" for at, why in run.docket.unhanded.items()
+    ]
+    result.notes += [f"{what}: {path} is not compared by itself: {why}" for path, why in run.docket.unread.items()]
 
 
 def _built(side: Declared, case: Case, seed: int, role: str) -> nn.Module:
@@ -168,23 +170,16 @@ def _built(side: Declared, case: Case, seed: int, role: str) -> nn.Module:
 def _floats(module: nn.Module, keep: str) -> Shapes:
     """The state that is filled: floating point, and not what the class computes."""
     kept = re.compile(keep) if keep else None
-    state = {n: t for n, t in module.state_dict().items() if not (kept and kept.fullmatch(n))}
-    return {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
-
-
-def _source(case: Case, shapes: Shapes, seed: int) -> Source:
-    """The reference's weights by name."""
-    if case.weights is None:
-        return drawing(shapes, seed)
-    header = header_of(Path(case.weights))
-    odd = [n for n, shape in shapes.items() if n not in header or header[n].shape != shape]
-    odd += [n for n in header if n not in shapes and not re.fullmatch(case.keep or "(?!)", n)]
-    if odd:
-        raise BadInputError(
-            f"{case.weights} does not fill the reference, beginning with {odd[0]}",
-            expected=f"{len(shapes)} tensors of its shapes", found=f"{len(odd)} missing, left over or of other shapes",
-        )  # fmt: skip
-    return reading(header)
+    shapes: Shapes = {}
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not (kept and kept.fullmatch(name)):
+            shapes[name] = tuple(tensor.shape)
+        elif tensor.is_meta:  # a parameter, and those are built without memory
+            raise BadInputError(
+                f"{name} is to stay as {type(module).__name__} computes it, and is a parameter",
+                expected="a buffer, or a floating-point parameter that is filled", hint="leave it out of `keep`",
+            )  # fmt: skip
+    return shapes
 
 
 def _conversion(
@@ -250,7 +245,7 @@ def _figures(
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "blocks": {what: len(run.calls) for what, run in passes.items()},
         "float64": {what: run.alone for what, run in passes.items()},
-        "floors": {what: run.floors for what, run in passes.items()},
+        "floors": {what: run.docket.floors for what, run in passes.items()},
         "seconds": {what: run.seconds for what, run in passes.items()},
         "weights at once, bytes": max(theirs.most, ours.most),
         "weights made, bytes": theirs.drawn + ours.drawn,

@@ -99,7 +99,7 @@ def inputs(text: int, rows: int, columns: int) -> Callable[[Mapping[str, Any], D
 def case(
     reference: str, candidate: str, config: Mapping[str, Any] = DEV, tokens: tuple[int, int, int] = (512, 16, 16)
 ) -> Case:
-    """Two of `original`, `native` and `diffusers` on the same weights. `tokens`: of text, rows and columns of patches."""
+    """Two of `original`, `native` and `diffusers` on the same weights. `tokens`: of text, rows, columns of patches."""
     sides = {
         "original": Side(build_original, name="flux.model:Flux"),
         "native": Side(build_native, NATIVE.passes["forward"], "native"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -159,10 +160,6 @@ def test_float64_decides_about_the_first_the_middle_the_last_and_the_worst(tmp_p
     assert {v.status for v in scaled.result.outputs} <= {ROUNDING, IDENTICAL}
 
 
-def _eps(module: Any) -> None:
-    module.blocks[4].norm.eps = 1.02e-5
-
-
 @pytest.mark.parametrize("block", [0, 1, 4, 5])
 def test_a_fault_is_found_in_its_block(block: int, tmp_path: Path) -> None:
     def edit(module: Any) -> None:
@@ -225,7 +222,38 @@ def test_what_was_left_out_is_no_pass(tmp_path: Path) -> None:
             return self.end(y)
 
     idle = compare_scaled(replace(TOY, candidate=Side(lambda c: Idle())), tmp_path).result
-    assert not idle.passed and "blocks.5" in idle.unused
+    assert not idle.passed and "blocks.5.out" in idle.unused and idle.counts["skipped"] > 0
+
+
+class Twice(Two):
+    def forward(self, hidden: Tensor, temb: Tensor) -> tuple[Tensor]:
+        return (2 * super().forward(hidden, temb)[0],)
+
+
+class Doubled(Candidate):
+    """Blocks answer twice what the reference's do, and whoever takes it halves it: no rearrangement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Twice() for _ in range(DEPTH))
+        self.between = lambda index, x: x / 2 if index else x
+        self.end.register_forward_pre_hook(lambda m, args: (args[0] / 2,))
+
+
+def test_answers_that_are_no_rearrangement_are_handed_on_as_they_are(tmp_path: Path) -> None:
+    halve = replace(MAP, outputs=lambda own, shapes: {"0": own["0"] / 2})
+    halved = replace(TOY, candidate=Side(lambda c: Doubled()), blocks=(halve,))
+    result = compare_scaled(halved, tmp_path).result
+    assert len([note for note in result.notes if "hands on the candidate's own answer" in note]) == DEPTH
+    assert result.passed, result.guilty
+
+    def wrong(module: Any) -> None:
+        module.end.register_forward_hook(lambda m, args, out: out * 1.0001)
+
+    guilty = compare_scaled(halved, tmp_path, edit=wrong).result.guilty
+    assert guilty and guilty.reference == "end"
+    plain = compare_scaled(TOY, tmp_path).result
+    assert not [note for note in plain.notes if "own answer" in note]
 
 
 def test_one_block_of_weights_at_a_time() -> None:
@@ -346,7 +374,7 @@ def test_activations_are_removed_whatever_happens(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
     def edit(module: Any) -> None:
-        module.blocks[2].forward = _raises
+        module.blocks[2].norm.register_forward_hook(_raises)
 
     broken = compare_scaled(TOY, tmp_path, edit=edit).result
     assert broken.status == SKIPPED and "ValueError: out of range" in broken.reason
@@ -360,6 +388,7 @@ def test_cases_that_cannot_be_compared_block_after_block(tmp_path: Path) -> None
         "a function converts whole states": (replace(TOY, convert=lambda state: state), BadInputError),
         "the candidate does not build": (replace(TOY, candidate=Side(_raises)), BadInputError),
         "do not fill the candidate": (replace(TOY, candidate=TOY.reference), RecipeError),
+        "table is to stay as Reference computes it": (replace(TOY, keep="table"), BadInputError),
         "one by one": (replace(TOY, blocks=(), skip=r"layers\.\d+"), BadInputError),
     }
     for words, (case, kind) in wrong.items():
@@ -382,7 +411,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data["figures"]["blocks"] == {"forward": 7} and data["counts"]["skipped"] == 0
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["parity-scale.json"]
     assert main([f"{case}:faulty", "-o", str(tmp_path / "out")]) == 1
-    assert "FAIL first guilty module: end ↔ end" in capsys.readouterr().out
+    assert "FAIL first guilty module: the steps after its last module" in capsys.readouterr().out
     for words in ([f"{case}:nothing"], [str(tmp_path / "none.py")], [f"{case}:good", "--gate", "0"]):
         with pytest.raises(PorterError):
             main(words)
@@ -390,8 +419,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 class Faulty(Candidate):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.end.forward = lambda x: 1.001 * F.linear(x, self.end.weight, self.end.bias)  # type: ignore[method-assign]
-        return super().forward(x, t)
+        return super().forward(x, t) * 1.00001
 
 
 faulty = replace(TOY, candidate=Side(lambda c: Faulty()))
+
+
+@pytest.mark.reference
+@pytest.mark.skipif("PORTER_REFERENCES" not in os.environ, reason="PORTER_REFERENCES names no folder with checkouts")
+@pytest.mark.parametrize("candidate", ["native", "diffusers"])
+def test_the_original_code_block_after_block(candidate: str, tmp_path: Path) -> None:
+    original = flux("original", candidate, TINY, (7, 4, 3))
+    result = compare_scaled(original, tmp_path).result
+    assert result.passed and result.counts["skipped"] == 0, result.guilty
+
+    def edit(module: Any) -> None:
+        block = module.single_transformer_blocks[2]
+        block.act_mlp = nn.GELU()  # erf for tanh
+
+    guilty = compare_scaled(original, tmp_path, edit=edit).result.guilty
+    assert guilty and guilty.candidate == "single_transformer_blocks.2" and guilty.others == ()

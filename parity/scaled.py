@@ -28,8 +28,8 @@ from parity.ondemand import Converted, Source, source_of, straight
 from parity.own import recipe_of
 from parity.passes import Pass
 from parity.preflight import differing_settings
-from parity.recorder import attributes
-from parity.reference import CaseError, blocks_of, inputs_of, leaves_and_parents, seeded
+from parity.recorder import attributes, seeded
+from parity.reference import CaseError, blocks_of, inputs_of, leaves_and_parents
 from parity.shelf import Shelf
 from parity.trace import split_key
 from porter.core.checkpoint import spec

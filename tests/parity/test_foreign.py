@@ -132,8 +132,11 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_a_checkout_is_read_and_never_written(bare_python: str, tmp_path: Path) -> None:
+def test_a_checkout_is_read_and_never_written(
+    bare_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPU-only imports are stood in for on request, and the trace says which were called."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     repo, case = checkout(tmp_path), write_case(tmp_path, THEIRS)
     before = snapshot(repo)
     text = error_of(MissingError, case, repo=repo)

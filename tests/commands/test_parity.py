@@ -12,7 +12,7 @@ import pytest
 
 import conversions.flux1.recipe as flux
 from porter.cli import main
-from porter.commands import parity
+from porter.commands import _parity_view
 from porter.commands._render import console
 from porter.core.convert import convert
 from porter.core.port import Port
@@ -175,7 +175,7 @@ def test_a_narrow_table_drops_columns_and_cuts_no_number(
     counts = {"compared": 199, "skipped": skipped, "missing": 0}
     result = SimpleNamespace(component="text_encoder_2", candidate="diffusers", against="original", passed=False,
                              status="differs (precision)", headline=verdict, counts=counts)  # fmt: skip
-    rows, rest = parity._table(SimpleNamespace(results=[result]), width)
+    rows, rest = _parity_view.comparisons(SimpleNamespace(results=[result]), width)
     console().print(rows)
     shown = capsys.readouterr().out
     assert "2.4e-06" in shown and "199" in shown and "…" not in shown

@@ -89,6 +89,8 @@ def compare_case(
         module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps,
         baseline=case.baseline, level=level, dtype="" if dtype == "float32" else dtype, device=device,
     )  # fmt: skip
+    if level == "module" and not result.taps and not result.reason:
+        result.reason = "no module was compared: the case leaves all of them out, or nothing aligns them"
     result.notes += trace.meta.get("notes", [])
     if skipped := trace.meta.get("skipped"):
         result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,15 +24,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def assert_parity(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`assert_parity(case, seed=0, gate=1e-3, level="module")` -> the comparison; fails the test unless it passes."""
+    """`assert_parity(case, seed=0, gate=1e-3, level="module", …)` -> the comparison; fails the test unless it passes.
+
+    Options are those of `parity.outcome.Options`.
+    """
 
     def check(case: Any, **options: Any) -> Any:
-        from parity.own import compare_case, verdict_text
+        from parity.document import write
+        from parity.outcome import Options
+        from parity.own import run_case, verdict_text
 
-        result = compare_case(case, **options)
+        outcome = run_case(case, Options(**options))
+        (result,) = outcome.components
         where = request.config.getoption("--parity-report")
         if where:
-            raise NotImplementedError
+            name = re.sub(r"[^\w.-]+", "-", request.node.name)
+            write(outcome, f"pytest {request.node.nodeid}", Path(where) / name)
         if not result.passed:
             pytest.fail(verdict_text(result), pytrace=False)
         return result

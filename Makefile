@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-parity parity-scale reports train clean
+.PHONY: demo test test-slow selftest check bench bench-parity parity-scale reports train clean
 
 # Creates .venv with the pinned dependencies; again whenever the pins change.
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+selftest: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity/test_selftest.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +43,14 @@ def compare_case_file(
         raise UsageError("a case has no pipeline", expected="--level component | block | module", hint="leave it out")
     weights = options.source
     progress(f"{name}: the reference")
-    if traces:
-        trace = Trace.open(Path(traces[0]))
-    else:
-        trace = record_elsewhere(
-            name, python=options.reference_python, repo=options.reference_repo, seed=options.seed,
-            level=options.level or "module", shims=options.shims, limit=options.time_limit, weights=weights,
-            dtype=options.dtype,
+
+    def recorded(level: str, inside: str = "") -> Trace:
+        return record_elsewhere(
+            name, python=options.reference_python, repo=options.reference_repo, seed=options.seed, level=level,
+            inside=inside, shims=options.shims, limit=options.time_limit, weights=weights, dtype=options.dtype,
         )  # fmt: skip
+
+    trace = Trace.open(Path(traces[0])) if traces else recorded(options.level or "module")
     try:
         case = load_case(name)
     except CaseError as error:
@@ -57,7 +58,9 @@ def compare_case_file(
     case = replace(case, weights=weights) if weights is not None else case
     progress(f"{name}: the candidate")
     file = Path(name.partition(".py:")[0].removesuffix(".py") + ".py")
-    return run_case(case, options, trace, file, _port_state(case, port, options) if port is not None else None)
+    sys.path.append(str(file.absolute().parent))  # for what the case imports while it builds, as in the other process
+    own = _port_state(case, port, options) if port is not None else None
+    return run_case(case, options, trace, file, own, lambda block: recorded("module", block))
 
 
 def _port_state(case: Case, folder: Path, options: Options) -> dict[str, Tensor]:

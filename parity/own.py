@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -51,19 +52,26 @@ class Conversion:
 def compare_case(
     case: Case, *, seed: int = 0, gate: float = GATE, level: str = "module", trace: Trace | None = None,
     edit: Callable[[nn.Module], object] | None = None, dtype: str = "float32", device: str = "cpu",
-    own: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor] | None = None, inside: Callable[[str], Trace] | None = None,
 ) -> ComponentResult:  # fmt: skip
     """Compare a case's candidate with its reference.
 
     Args:
         trace: the reference's, where it was recorded elsewhere; by default it runs here.
         edit: changes the candidate after it was filled, for planted faults.
-        level, dtype, device: see `compare_component`.
+        level, dtype, device: see `compare_component`; at `block` the inside of blocks that differ is recorded too.
+        inside: records what lies in one block of the reference; by default here.
         own: the candidate's weights, where they are not made by the case's conversion but come from a port.
 
     Raises:
         BadInputError: the case cannot be used: its reference does not run, its conversion does not take the state.
     """
+    if level == "block":
+        return _blocks_first(
+            case, trace or recorded(case, seed, level, dtype),
+            inside or (lambda block: recorded(case, seed, "module", dtype, block)),
+            seed=seed, gate=gate, edit=edit, dtype=dtype, device=device, own=own,
+        )  # fmt: skip
     trace = trace or recorded(case, seed, level, dtype)
     gc.collect()
     result = ComponentResult(
@@ -95,6 +103,24 @@ def compare_case(
     if skipped := trace.meta.get("skipped"):
         result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")
     return result
+
+
+def _blocks_first(case: Case, trace: Trace, inside: Callable[[str], Trace], **how: Any) -> ComponentResult:
+    """Blocks, then the inside of those that differ or are cut differently, up to the first that has a fault."""
+    result = compare_case(case, trace=trace, level="outline", **how)
+    if result.passed or result.reason:
+        return result
+    open_blocks = dict.fromkeys(tap.module for tap in result.taps if not tap.free.passed)
+    found = None
+    for block in open_blocks:
+        found = compare_case(case, trace=inside(block), **how)
+        if found.faults or found.reason:
+            break
+    if found is None:
+        return result
+    names = ", ".join(list(open_blocks)[:3])
+    found.notes.append(f"{len(open_blocks)} blocks differ or are cut differently on the two sides: {names}")
+    return found
 
 
 def reference_state(case: Case, trace: Trace) -> State:
@@ -189,7 +215,7 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
 
 def run_case(
     case: Case, options: Options, trace: Trace | None = None, case_file: Path | None = None,
-    own: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor] | None = None, inside: Callable[[str], Trace] | None = None,
 ) -> Outcome:  # fmt: skip
     """A case compared as `porter parity` does it -> its Outcome, ready for a report.
 
@@ -200,7 +226,7 @@ def run_case(
     trace = trace or recorded(case, options.seed, level, options.dtype)
     result = compare_case(
         case, seed=options.seed, gate=options.gate, level=level, trace=trace, dtype=options.dtype,
-        device=options.device, own=own,
+        device=options.device, own=own, inside=inside,
     )  # fmt: skip
     facts = {
         "weights": {case.name: {trace.meta["source"]["file"]: trace.meta["source"]["sha256"]}},
@@ -215,14 +241,14 @@ def run_case(
     return Outcome(None, case.name, options, components=[result], facts=facts)
 
 
-def recorded(case: Case, seed: int, level: str, dtype: str = "float32") -> Trace:
+def recorded(case: Case, seed: int, level: str, dtype: str = "float32", inside: str = "") -> Trace:
     """The reference's trace, recorded in this process.
 
     Raises:
         BadInputError: the case cannot be used.
     """
     try:
-        return Trace.of(record_reference(case, seed, level, dtype=dtype))
+        return Trace.of(record_reference(case, seed, level, dtype=dtype, inside=inside))
     except CaseError as error:
         raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
 

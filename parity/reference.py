@@ -159,8 +159,15 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
         paths = [p for p in leaves if p.startswith(inside + ".")]
     declared = [p for p, _ in module.named_modules() if any(b.matches(p) for b in case.blocks)]
     skip = re.compile(case.skip) if case.skip else None
-    keep = [p for p in dict.fromkeys([*declared, *paths]) if not (skip and skip.fullmatch(p))]
-    return [Watch("|".join(p.replace(".", r"\.") for p in keep))] if keep else []
+    # Of a block that no argument map describes only the outputs can be compared, where both sides cut it alike.
+    whole = [*declared, *paths] if level != "block" or inside else declared
+    kinds = ((whole, True), ([p for p in paths if p not in whole], False))
+    found = []
+    for chosen, inputs in kinds:
+        keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
+        if keep:
+            found.append(Watch("|".join(p.replace(".", r"\.") for p in keep), inputs=inputs))
+    return found
 
 
 def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
@@ -241,7 +248,7 @@ def record_reference(
         "parents": parents,
         "leaves": leaves,
         "attributes": attributes(module),
-        "level": level,
+        "level": "inside" if inside else level,
         "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }
     lossy = [dtype] if dtype != "float32" else []

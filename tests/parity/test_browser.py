@@ -22,6 +22,7 @@ from tests.parity import browser
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(browser.EXECUTABLE is None, reason="no Chromium here: apt-get install -y chromium"),
 ]
 

@@ -130,6 +130,8 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
     }
+
+
 @pytest.mark.slow
 def test_a_checkout_is_read_and_never_written(
     bare_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -286,6 +288,8 @@ Reference = Net
     assert trace.events and capfd.readouterr() == ("", "")
     text = error_of(BadInputError, write_case(tmp_path, code.replace("return m(**i)", "os._exit(2)")))
     assert len(text) < 10_000 and "\x1b" not in text and "bytes of output" in text and capfd.readouterr() == ("", "")
+
+
 @pytest.mark.slow
 def test_a_trace_that_is_none(tmp_path: Path) -> None:
     """Cut short, of another kind, empty: what the process leaves is checked before it is believed."""

@@ -5,7 +5,7 @@
 Runs one forward of a few double and single blocks with 512 text and 256 image tokens plain, and traced at block level:
 what every block takes and answers is written to disk, as `parity.scale` does it (float32, dtypes noted), and as
 `parity.recorder` records it (kept in memory, then saved). In turn, with the weights in memory throughout, so that
-drawing them is not counted. Prints medians and writes reports/bench/parity.json.
+drawing them is not counted. Prints medians and writes reports/bench/parity-tracing.json.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench_parity")
     parser.add_argument("--blocks", type=int, default=2, help="double blocks, and as many single ones")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("reports/bench/parity.json"))
+    parser.add_argument("--out", type=Path, default=Path("reports/bench/parity-tracing.json"))
     options = parser.parse_args()
     flux = case("diffusers", "native", {**DEV, "num_layers": options.blocks, "num_single_layers": options.blocks})
     side, inputs = flux.candidate, flux.inputs_of(0)["forward"]

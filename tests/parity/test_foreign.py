@@ -190,6 +190,7 @@ def test_an_interpreter_without_torch(tmp_path: Path) -> None:
     assert "has no module torch" in text and "safetensors" in text and "--reference-python" in text
 
 
+@pytest.mark.slow
 def test_no_such_checkout_or_case(tmp_path: Path) -> None:
     assert "no such checkout" in error_of(MissingError, write_case(tmp_path), repo=tmp_path / "nowhere")
     assert "no such case file" in error_of(MissingError, str(tmp_path / "nowhere.py"))
@@ -247,6 +248,7 @@ Reference = Net
         pytest.fail("its child lives on")
 
 
+@pytest.mark.slow
 def test_a_worker_that_left_holds_nobody_up(tmp_path: Path) -> None:
     """A daemon in a session of its own keeps the pipe open; the trace is there, and so is the answer."""
     marker = tmp_path / "daemon"
@@ -312,6 +314,7 @@ def test_a_trace_that_is_none(tmp_path: Path) -> None:
         assert says in str(caught.value), code
 
 
+@pytest.mark.slow
 def test_the_trace_s_place(tmp_path: Path) -> None:
     case = write_case(tmp_path)
     assert "cannot write" in error_of(ResourceError, case, out=tmp_path / "no" / "such" / "trace.safetensors")

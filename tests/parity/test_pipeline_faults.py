@@ -90,6 +90,7 @@ FAULTS: dict[str, tuple[Any, Callable[..., Any], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found_at_its_stage(tiny_port: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     stage, forward, where, why = FAULTS[fault]
@@ -153,6 +154,7 @@ LOADED: dict[str, tuple[Callable[[PipelineSide], PipelineSide | None], str, str]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", LOADED)
 def test_a_fault_in_a_loaded_part(tiny_port: Path, fault: str) -> None:
     edit, where, why = LOADED[fault]

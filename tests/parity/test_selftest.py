@@ -198,7 +198,7 @@ def correct(run: int) -> ComponentResult:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("run", range(12))
+@pytest.mark.parametrize("run", range(6))
 def test_no_false_alarm(run: int) -> None:
     result = correct(run)
     assert result.passed, reason_of(result)

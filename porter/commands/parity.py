@@ -146,11 +146,11 @@ def command(
         port = port_of(port)
     if prompt and any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UsageError("the prompt is not UTF-8", found=ascii(prompt), hint="type it again in a UTF-8 terminal")
-    named = case is not None or any(":" in reference for reference in against)
-    if source is not None and reference_repo is None and not named:
+    loads = case is not None or any(":" in reference for reference in against)
+    if source is not None and reference_repo is None and not loads:
         raise UsageError("--source names the original files for the original code", hint="add --reference-repo DIR")
-    if source is not None and not (source.exists() if named else source.is_dir()):
-        kind = "file or folder" if named else "folder"
+    if source is not None and not (source.exists() if loads else source.is_dir()):
+        kind = "file or folder" if loads else "folder"
         raise MissingError(f"no such {kind}: {source}", hint="--source names the folder of the original files")
     for written, name in ((out, "-o"), (junit, "--junit")):
         if written is not None and port is not None and inside(written, port):

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench reports train clean
+.PHONY: demo test test-slow selftest check bench bench-parity parity-scale reports train clean
 
 # Creates .venv with the pinned dependencies; again whenever the pins change.
 $(STAMP): pyproject.toml constraints.txt
@@ -22,6 +22,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+selftest: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity/test_selftest.py
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +33,14 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench
+
+# What a trace costs beside the plain forward, at FLUX.1's width.
+bench-parity: $(STAMP)
+	$(BIN)/python -m tests.bench_parity
+
+# FLUX.1-dev at full size, 11.9 billion parameters, in 8 GiB: against the original code where PORTER_REFERENCES has it.
+parity-scale: $(STAMP)
+	$(BIN)/python -m parity.scale conversions/flux1/scale.py:$(if $(PORTER_REFERENCES),ORIGINAL_NATIVE,DIFFUSERS_NATIVE) -o build/parity-scale
 
 reports: $(STAMP)
 	rm -rf build/reports && mkdir -p build/reports

@@ -10,7 +10,9 @@ A family's `record.py` lists its `Original`s: how the original code is built, ca
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import parity.recorder as recorder
-from parity.drawn import draw, write_drawn
+from parity.drawn import draw
 from parity.recorder import Call, Watch, file_sha256, record
 from parity.trace import Trace
+from porter.core.checkpoint import TensorInfo, header_bytes
 from porter.core.errors import MissingError, PorterError, UsageError
 
 HERE = Path(__file__).parent
@@ -156,6 +159,22 @@ def record_original(original: Original, family: str, checkout: Path, seed: int) 
             "seed": seed,
         } | ({"note": original.note} if original.note else {})
         return record(module, passes, [watched], meta)
+
+
+def write_drawn(path: Path, shapes: Mapping[str, tuple[int, ...]], seed: int) -> str:
+    """Write a safetensors file of drawn float32 tensors -> its sha256."""
+    infos = [TensorInfo(name, "F32", tuple(shape), None, 0, 0) for name, shape in shapes.items()]
+    digest = hashlib.sha256()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as file:
+            for data in (header_bytes(infos, {}), *(draw(i.name, i.shape, seed).tobytes() for i in infos)):
+                digest.update(data)
+                file.write(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest.hexdigest()
 
 
 def write_weights(trace: Path, path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Place:
         where, kind, name = split_key(key)
         module, _, call = where.partition("/")[2].partition("#")
         prefix = f"{where}.in."
-        shapes = {k.removeprefix(prefix): e.shape for k, e in trace.events.items() if k.startswith(prefix)}
+        shapes = {k.removeprefix(prefix): trace.events[k].shape for k in trace.beside(where, "in")}
         return cls(module, int(call or 0), kind, name, position, shapes)
 
 
@@ -125,7 +125,10 @@ def read(
     path, call, kind, name = place.module, place.call, place.kind, place.name
     if path == "=":
         found = captured.tensors.get(f"=.{kind}.{name}")
-        return fit(found, shape) if found is not None else "the candidate returned no such output"
+        if found is None:
+            return "the candidate returned no such output"
+        # What the user gets is not bent: a case's `call` brings answers of other shapes together.
+        return found if tuple(found.shape) == shape else f"shape {tuple(found.shape)}, reference {shape}"
     block = next((b for b in candidate.blocks if b.matches(path)), None)
     if block or path not in alignment.parts:
         ours = alignment.counterpart(path)
@@ -139,29 +142,84 @@ def read(
             return fit(named[name], shape) if name in named else f"{ours} has no counterpart of {kind} {name}"
         tensors, at = list(own[kind].values()), place.position
         return fit(tensors[at], shape) if at < len(tensors) else f"{ours} has no {kind} {at}"
-    pieces: dict[int, Tensor] = {}
-    parts = alignment.parts[path]
-    for part in parts if kind == "out" else parts[:1]:
+    own_parts: dict[str, Tensor] = {}
+    for part in alignment.parts[path] if kind == "out" else alignment.parts[path][:1]:
         own_part = list(_named(captured, f"{part.candidate}#{call}.{kind}.").values())
         if not own_part:
             return f"{part.candidate} never ran (call {call})"
-        tensor = own_part[0]
-        if kind == "out" and part.target is not None:
-            tensor = tensor.narrow(_channels(tensor), part.target[0], part.target[1] - part.target[0])
+        own_parts[part.candidate] = own_part[0]
+    return gather(alignment, candidate, place, shape, own_parts)
+
+
+def gather(
+    alignment: Alignment, candidate: Candidate, place: Place, shape: tuple[int, ...], own: Mapping[str, Tensor]
+) -> Tensor | str:
+    """What the candidate's modules `own` (path -> tensor) hold of a reference leaf, in its `shape`, or why not."""
+    path, out = place.module, place.kind == "out"
+    pieces: dict[int, Tensor] = {}
+    for part in alignment.parts[path] if out else alignment.parts[path][:1]:
+        tensor = own[part.candidate]
+        if out and part.target is not None:
+            axis = channels(tensor)
+            if tensor.shape[axis] < part.target[1]:
+                return f"{part.candidate} answers with shape {tuple(tensor.shape)}, its weights have more rows"
+            tensor = tensor.narrow(axis, part.target[0], part.target[1] - part.target[0])
         first = part.source[0] if part.source else 0
         if first in pieces and not torch.equal(pieces[first], tensor):  # copies of the same weights
             return f"{part.candidate} answers otherwise than another copy of {path}"
         pieces[first] = tensor
     rows = [pieces[first] for first in sorted(pieces)]
-    whole = rows[0] if len(rows) == 1 else torch.cat(rows, _channels(rows[0]))
+    try:
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows, channels(rows[0]))
+    except RuntimeError as error:
+        return f"its parts do not fit together: {error}"
     return fit(candidate.layout(path, shape, whole), shape)
+
+
+def scatter(
+    alignment: Alignment, candidate: Candidate, place: Place, value: Tensor, own: Mapping[str, Tensor]
+) -> dict[str, Tensor] | str:
+    """The other way: a reference leaf's `value` put into the tensors of the candidate's modules, or why it cannot be.
+
+    Numbers that name their place go through `gather`; where they arrive, the value's elements are taken from.
+    """
+    names = list(dict.fromkeys(part.candidate for part in alignment.parts[place.module]))
+    names = names if place.kind == "out" else names[:1]
+    if any(name not in own for name in names):
+        return "a part of it never ran"
+    starts, at = {}, 0
+    for name in names:
+        starts[name], at = at, at + own[name].numel()
+    ids = {
+        name: torch.arange(starts[name], starts[name] + own[name].numel(), dtype=torch.float64).reshape(own[name].shape)
+        for name in names
+    }
+    buffer = torch.cat([own[name].reshape(-1) for name in names])
+    for chosen in _copies(alignment.parts[place.module]) if place.kind == "out" else [alignment.parts[place.module]]:
+        found = gather(Alignment({place.module: chosen}), candidate, place, tuple(value.shape), ids)
+        if isinstance(found, str):
+            return found
+        flat = found.reshape(-1).long()
+        if flat.numel() != len(set(flat.tolist())):
+            return "its layout is not a rearrangement"
+        buffer[flat] = value.reshape(-1).to(buffer)
+    return {name: buffer[starts[name] : starts[name] + own[name].numel()].reshape(own[name].shape) for name in names}
+
+
+def _copies(parts: tuple[Part, ...]) -> list[tuple[Part, ...]]:
+    """Parts with every copy of the same rows in one of the results."""
+    by: dict[tuple[int, int] | None, list[Part]] = {}
+    for part in parts:
+        by.setdefault(part.source, []).append(part)
+    most = max(len(same) for same in by.values())
+    return [tuple(same[min(i, len(same) - 1)] for same in by.values()) for i in range(most)]
 
 
 def _named(captured: Capture, prefix: str) -> Mapping[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
 
 
-def _channels(tensor: Tensor) -> int:
+def channels(tensor: Tensor) -> int:
     """Where a layer's output rows lie: axis 1 of a feature map (B, C, H, W), else the last."""
     return 1 if tensor.ndim == 4 else -1
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, bind, float64, listen, tensors_of
+from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -38,6 +38,9 @@ def capture(
     *,
     double: bool,
     forcing: Forcing | None = None,
+    isolation: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+    dtype: str = "",
+    device: str = "cpu",
 ) -> Capture:
     """Run `call(module, inputs)` and keep what every submodule received and returned.
 
@@ -45,6 +48,9 @@ def capture(
         inputs: named tensors; floating-point ones are cast to the run's precision.
         double: run in float64 under the arbiter.
         forcing: module path -> (call index, the module's own inputs) -> arguments to replace before it runs.
+        dtype: run in this lossy dtype instead of float32.
+        device: where the module is; what is kept comes to the CPU.
+        isolation: what gives the reference's values to leaves, after their own were kept (`Isolation.of`).
     """
     result = Capture()
     made: dict[int, tuple[Tensor, str]] = {}  # id -> the tensor itself (kept alive, so that ids stay unique), its maker
@@ -56,23 +62,32 @@ def capture(
                 result.producers[key] = maker[1]
         else:
             made.setdefault(id(tensor), (tensor, path))
-        result.tensors[key] = tensor.detach().clone()
+        result.tensors[key] = _kept(tensor)
 
     dtypes = Dtypes()
-    values = {k: v.double() if double and v.is_floating_point() else v for k, v in inputs.items()}
+    kind = torch.float64 if double else getattr(torch, dtype or "float32")
+    values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
         if double:
             stack.enter_context(float64(module))
+        if dtype:
+            stack.enter_context(lossy(module, kind))
         for path, forced in (forcing or {}).items():
             stack.enter_context(_forced(module.get_submodule(path), forced))
         result.ran = stack.enter_context(listen(module, lambda path: True, sink, None if double else dtypes))
+        if isolation is not None:
+            stack.enter_context(isolation(module))
         if not double:
             stack.enter_context(dtypes)
         out = call(module, values)
     for name, tensor in tensors_of(out):
-        result.tensors[f"=.out.{name}"] = tensor.detach().clone()
+        result.tensors[f"=.out.{name}"] = _kept(tensor)
     result.casts = {path: sorted(seen) for path, seen in dtypes.seen.items()}
     return result
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 @contextmanager

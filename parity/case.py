@@ -7,11 +7,13 @@ side, how blocks name their inputs and outputs, and where layouts of activations
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Named = Mapping[str, Tensor]
@@ -62,6 +64,102 @@ class Candidate:
     layout: Callable[[str, tuple[int, ...], Tensor], Tensor] = lambda path, shape, tensor: tensor
 
 
+class Draw:
+    """Random inputs, the same for a name and a seed whatever else is drawn: `draw("x", 1, 16, 8, 8)`."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Normal numbers of mean 0 and deviation 1, float32."""
+        return torch.randn(*shape, generator=self._generator(name))
+
+    def uniform(self, name: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Numbers between `low` and `high`, float32."""
+        return torch.rand(*shape, generator=self._generator(name)) * (high - low) + low
+
+    def integers(self, name: str, below: int, *shape: int) -> Tensor:
+        """Whole numbers from 0 to `below` - 1, int64."""
+        return torch.randint(below, shape, generator=self._generator(name))
+
+
+def keywords(module: nn.Module, inputs: Named) -> Any:
+    """Call a module with its inputs as keyword arguments."""
+    return module(**inputs)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation in a `Case`.
+
+    Attributes:
+        build: config -> module on the CPU; what its weights are does not matter, they are replaced.
+        call: (module, named inputs) -> whatever the module answers; or pass name -> such a function.
+        name: for the report; by default the module's class.
+        float64: whether it can run in float64. Where it cannot, `Case.baseline` decides.
+    """
+
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    call: Callable[[Any, Named], Any] | Mapping[str, Callable[[Any, Named], Any]] = keywords
+    name: str = ""
+    float64: bool = True
+
+    @property
+    def passes(self) -> Mapping[str, Callable[[Any, Named], Any]]:
+        """Its calls by the name of the pass."""
+        return self.call if isinstance(self.call, Mapping) else {"forward": self.call}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two implementations of one model, compared on the same weights.
+
+    Import what only one side needs inside its `build`: the other may run in another interpreter.
+
+    Attributes:
+        inputs: (config, draw) -> named inputs of the reference, which the candidate's `call` gets too; or, where `call`
+            names several passes, pass name -> such inputs.
+        convert: how the reference's state becomes the candidate's: a function (state -> state), a recipe, its file
+            (`"FILE"`, `"FILE:NAME"`, `"module:NAME"`), or None where both have the same names.
+        config: given to both sides' `build`.
+        weights: a safetensors file in the reference's names; without one, weights are drawn from a seed.
+        blocks: argument maps of block types that both sides name differently.
+        layout: (reference module path, reference shape, candidate's tensor) -> tensor in the reference's layout.
+        modules: reference module -> candidate module, where weights do not say so.
+        steps: what stands outside of all modules, for the report: pass name -> text.
+        baseline: the largest scaled difference of a correct port in float32, for sides that cannot run in float64.
+        free: inputs that need not have an effect; of any other, a change must change the output.
+        skip: regular expression of reference modules that have no counterpart.
+        keep: regular expression of the reference's state that is never drawn: tables that the class computes.
+        name: the component's name in reports.
+    """
+
+    reference: Side
+    candidate: Side
+    inputs: Callable[[Mapping[str, Any], Draw], Mapping[str, Any]]
+    convert: Any = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | Path | None = None
+    blocks: tuple[Block, ...] = ()
+    layout: Callable[[str, tuple[int, ...], Tensor], Tensor] = lambda path, shape, tensor: tensor
+    modules: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, str] = field(default_factory=dict)
+    baseline: float | None = None
+    free: tuple[str, ...] = ()
+    skip: str = ""
+    keep: str = ""
+    name: str = "model"
+
+    def inputs_of(self, seed: int) -> dict[str, dict[str, Tensor]]:
+        """Named inputs of every pass."""
+        given = self.inputs(self.config, Draw(seed))
+        several = isinstance(self.reference.call, Mapping)
+        return {name: dict(values) for name, values in (given if several else {"forward": given}).items()}
+
+
 @dataclass(frozen=True)
 class Cross:
     """Two implementations of one component compared on the same port.
@@ -108,27 +206,39 @@ class PipelineSide:
     """A loaded pipeline.
 
     Attributes:
-        stages: stage name -> module that is called as a module in every run, so that hooks see it.
+        stages: stage name -> module that is called as a module in every run, so that hooks see it. Names that start
+            with `denoiser` are called once a step or more, `decoder` gets the latents after the last.
         weights: all modules with weights, to be run in float64 by the arbiter.
         scheduler: the scheduler whose `step` is called once a step.
-        run: (prompt, seed, steps, guidance) -> image (B, 3, H, W) in [0, 1].
+        run: (prompt, seed, steps, guidance) -> image (B, 3, H, W) or video (B, F, 3, H, W) in [0, 1].
+        save: such an image -> the levels its own code writes to a file, uint8 (frames, 3, H, W).
     """
 
     stages: Mapping[str, nn.Module]
     weights: tuple[nn.Module, ...]
     scheduler: Any
     run: Callable[[str, int, int, float], Tensor]
+    save: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class PipelineCase:
-    """The whole pipeline, `candidate` against `reference`, each: port folder -> loaded side, float32 on the CPU."""
+    """The whole pipeline, `candidate` against `reference`, each: (port folder, dtype) -> loaded side on the CPU.
 
-    reference: Callable[[Path], PipelineSide]
-    candidate: Callable[[Path], PipelineSide]
+    Attributes:
+        other_prompt: what both sides must paint something else for.
+        own: inputs of its denoiser that the candidate alone has by design, such as tables computed ahead.
+        baseline: the largest scaled difference of a correct port in float32, where float64 cannot run.
+    """
+
+    reference: Callable[[Path, torch.dtype], PipelineSide]
+    candidate: Callable[[Path, torch.dtype], PipelineSide]
     prompt: str
     steps: int
     guidance: float
+    other_prompt: str = "a small blue triangle on a black background"
+    own: tuple[str, ...] = ()
+    baseline: float | None = None
 
 
 @dataclass(frozen=True)

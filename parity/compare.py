@@ -23,6 +23,8 @@ PASSING = frozenset({IDENTICAL, ROUNDING})
 GATE = 1e-3  # the fence that users ask for, on max|delta| scaled by max(1, max|reference|)
 FALL = 1000.0  # a rounding difference shrinks this much in float64 (measured: 1e6); real ones by 0.93 to 1.02
 NOISIER = 10.0  # with disagreeing cast traces: one side this much noisier than the other has lost precision
+LOSSES = 2.0  # how many times the reference's own loss a candidate may lose in a lossy dtype
+BASELINES = 3.0  # how many times its baseline a family may differ where float64 cannot run
 ROUND_OFF_64 = 1e-12  # scaled difference that float64 summation orders leave by themselves
 
 
@@ -69,7 +71,7 @@ class Verdict:
         return {k: _number(v, k) if isinstance(v, float) else v for k, v in data.items() if k not in left_out}
 
 
-_DETAILS = ("mean_abs", "noise_reference", "noise_candidate", "worst", "ratio", "scaled")
+_DETAILS = ("mean_abs", "worst", "ratio")
 
 
 def _number(value: float, name: str) -> float | None:
@@ -91,12 +93,15 @@ def judge(
     gate: float = GATE,
     casts: str = "",
     positions: Tensor | None = None,
+    single: float | None = None,
 ) -> Verdict:
     """Compare a candidate's flat samples, `low` (float32 run) and `high` (float64 run), with a recorded value.
 
     Args:
         casts: what the cast traces of both sides disagree on; empty when they agree.
         positions: flat positions of the samples in the whole tensor, to name the worst element.
+        single: float64 could not run: the family's baseline, a scaled difference in float32, decides; NaN where none is
+            known.
     """
     total = torch.Size(reference.event.shape).numel()
     if low.numel() != reference.low.numel() or high.numel() != reference.high.numel():
@@ -114,9 +119,18 @@ def judge(
     at = int(delta.argmax())
     note = ""
     if not all(math.isfinite(x) for x in (d32, d64, peak)):
-        status, note = DIFFERS, "not finite on at least one side"
+        status, note = DIFFERS, _not_finite(a, b)
     elif d32 / scale > gate:
         status = OVER
+    elif single is not None:
+        noise_reference = noise_candidate = single * scale
+        d64 = math.nan
+        known = f"float64 cannot run: judged by the baseline {single:.1e} (scaled)"
+        status, note = (ROUNDING, known) if d32 <= BASELINES * single * scale else (DIFFERS, known)
+        if math.isnan(single):
+            status, note = SKIPPED, "float64 cannot run, and the case gives no `baseline`"
+        elif d32 == 0:
+            status = IDENTICAL
     elif d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale):
         status, note = DIFFERS, f"float64 keeps {d64:.1e} of {d32:.1e}"
     elif casts and max(noise_reference, noise_candidate) > NOISIER * min(noise_reference, noise_candidate):
@@ -139,6 +153,47 @@ def judge(
         worst=_unravel(position, reference.event.shape),
         note=note,
     )
+
+
+def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positions: Tensor | None = None) -> Verdict:
+    """Compare a candidate's run in a lossy `dtype` with the float64 truth, by what the reference itself loses in it.
+
+    Both sides' losses are distances from the truth; they are never compared with each other's values.
+    """
+    if low.numel() != reference.high.numel():
+        return skipped(name, f"candidate has {low.numel()} elements, reference {reference.high.numel()}")
+    known = reference.event.losses.get(dtype)
+    if known is None:
+        return skipped(name, f"the reference was not run in {dtype}: record it with --dtype {dtype}")
+    if not low.numel():
+        return skipped(name, "empty tensor")
+    delta = (low.double() - reference.high).abs()
+    largest, mean = float(delta.max()), float(delta.square().mean().sqrt())
+    peak = float(reference.high.abs().max())
+    step = torch.finfo(getattr(torch, dtype)).eps
+    fits = mean <= max(LOSSES * known[1], step * peak / 4) and largest <= max(2 * LOSSES * known[0], step * peak)
+    at = int(delta.argmax())
+    if not math.isfinite(largest) or not math.isfinite(peak):
+        status, note = DIFFERS, _not_finite(reference.high, low.double())
+    elif fits:
+        status, note = (ROUNDING if largest else IDENTICAL), ""
+    else:
+        status, note = PRECISION, f"loses {mean:.1e} (rms) in {dtype}, the reference {known[1]:.1e}"
+    return Verdict(
+        name, status, max_abs=largest, mean_abs=float(delta.mean()), noise_reference=known[0], noise_candidate=largest,
+        peak=peak, elements=low.numel(), of=torch.Size(reference.event.shape).numel(),
+        worst=_unravel(int(positions[at]) if positions is not None else at, reference.event.shape), note=note,
+    )  # fmt: skip
+
+
+def _not_finite(reference: Tensor, candidate: Tensor) -> str:
+    """Which side has NaN or inf, and how many."""
+    counts = [
+        f"{int((~torch.isfinite(side)).sum())} of {side.numel()} elements of the {name}"
+        for name, side in (("reference", reference), ("candidate", candidate))
+        if not bool(torch.isfinite(side).all())
+    ]
+    return f"NaN or inf in {' and in '.join(counts)}" if counts else "NaN or inf in float64"
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict | None:

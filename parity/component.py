@@ -6,21 +6,24 @@ it. `parity.locate` says from the verdicts which module is guilty.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from parity.align import Alignment, Place, fit, read
+from parity.align import Alignment
 from parity.arbiter import cast_disagreement
-from parity.capture import Capture, capture
-from parity.case import Block, Candidate
-from parity.compare import GATE, PASSING, SKIPPED, Verdict, judge, skipped, worst
-from parity.locate import Guilty, Tap, locate
-from parity.recorder import sample_indices
-from parity.trace import Trace, split_key
+from parity.case import Candidate
+from parity.compare import GATE, PASSING, SKIPPED, Verdict, skipped, worst
+from parity.events import Judge, Runner, events, settle
+from parity.force import forcings
+from parity.isolate import Isolation
+from parity.locate import Fault, Guilty, Tap, faults, locate
+from parity.preflight import constant_tensors, differing_settings
+from parity.trace import Trace
 
 
 @dataclass
@@ -34,6 +37,7 @@ class ComponentResult:
     taps: list[Tap] = field(default_factory=list)
     outputs: list[Verdict] = field(default_factory=list)
     guilty: Guilty | None = None
+    faults: list[Fault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -85,126 +89,108 @@ def compare_component(
     *,
     gate: float = GATE,
     step_names: Mapping[str, str] | None = None,
+    baseline: float | None = None,
+    level: str = "module",
+    dtype: str = "",
+    device: str = "cpu",
 ) -> ComponentResult:
     """Run every recorded pass of `module` and fill `result`.
 
     A candidate that fails to run raises nothing: the failure becomes the reason, which is not a pass.
+
+    Args:
+        baseline: largest scaled difference of a correct port in float32; decides where float64 cannot run.
+        level: `component` compares outputs only.
+        dtype: run the candidate in it (`bfloat16`), judged by the reference's own loss from its float64 run.
+        device: where the candidate runs; what it computes is compared on the CPU.
     """
+    module.to(device)
     result.warnings += constant_tensors(module)
+    settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     ran: set[str] = set()
+    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
-        runs = []
+        isolation = Isolation(trace, name, candidate, alignment)
+        if plain(name) not in candidate.passes:
+            result.reason = f"the candidate has no call for the pass {plain(name)!r}"
+            return result
+        run = partial(runner.pair, candidate.passes[plain(name)], trace.inputs(name))
         try:
-            for use in (None, forcing):
-                call, inputs = candidate.passes[name], trace.inputs(name)
-                runs.append([capture(module, call, inputs, double=d, forcing=use) for d in (False, True)])
-        except (RuntimeError, ValueError, TypeError) as error:
+            free = run()
+            settle(trace, name, candidate, alignment, free)
+            deep = level != "component" and not dtype
+            reset = run(forcing=forcing) if forcing and deep else None
+            alone = run(isolation=isolation.of) if isolation.holders and deep else None
+        except (Exception, SystemExit) as error:  # whatever a project's code raises
             result.reason = f"{name}: the candidate did not run: {type(error).__name__}: {error}"
             return result
-        free, reset = runs
-        ran |= free[0].ran
+        ran |= free.low.ran
         pairs = {p: c for p in trace.modules(name) if (c := alignment.counterpart(p))}
-        casts = cast_disagreement(trace.casts, free[0].casts, {**pairs, "": ""})
+        single = None if runner.double else baseline or math.nan
+        casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
+        judge = Judge(trace, candidate, alignment, gate, casts, single, dtype)
+        forced = [f.path for f in forcing.values() if not f.unfit]
         taps, outputs = [], []
-        for key, path, kind, look in _events(trace, name, candidate, alignment, casts, gate):
-            if path == "=":
-                outputs.append(look(free))
-            else:
-                forced = [f.path for f in forcing.values() if not f.unfit]
-                inside = any(path == p or path.startswith(p + ".") for p in forced)
-                taps.append(Tap(key, path, kind, look(free), look(reset) if inside else None))
+        for event in events(trace, name):
+            if event.path == "=":
+                outputs.append(judge(event, free))
+                continue
+            if level == "component" or (level == "block" and event.path in alignment.parts):
+                continue
+            inside = any(event.path == p or event.path.startswith(p + ".") for p in forced)
+            kept = None
+            if alone is not None and (event.path, event.call) in isolation.given:
+                kept = judge(event, alone)
+            elif inside and reset is not None:
+                kept = judge(event, reset)
+            taps.append(Tap(event.key, event.path, event.kind, judge(event, free), kept))
         result.taps += taps
+        result.faults += faults(taps, alignment) if alone is not None else []
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
-        step = (step_names or {}).get(name, "the steps after its last module")
-        found = locate(trace, name, taps, outputs, alignment, candidate, free[1], step)
-        result.guilty = result.guilty or found
+        step = (step_names or {}).get(plain(name), "the steps after its last module")
+        found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step)
+        result.guilty = result.guilty or (found and found.because(settings))
+    result.outputs += effects(trace)
+    result.notes += runner.notes
+    result.notes += [f"{path}: {text}" for path, text in settings.items()]
     result.notes = list(dict.fromkeys(result.notes))
     own = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
     result.unused = [p for p in own if p not in ran]
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
+    recorded |= set(trace.meta.get("parents", ())) | set(trace.meta.get("skipped", ()))
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.
-    result.unwatched = [
-        leaf for leaf, parts in alignment.parts.items()
-        if leaf and leaf not in recorded and any(part.candidate for part in parts)
-    ]  # fmt: skip
+    if "module" == level == trace.meta.get("level", "module"):
+        result.unwatched = [
+            leaf for leaf, parts in alignment.parts.items()
+            if leaf and leaf not in recorded and any(part.candidate for part in parts)
+        ]  # fmt: skip
     return result
 
 
-def constant_tensors(module: nn.Module) -> list[str]:
-    """A warning where parameters are still all zero or all one: a comparison through them proves little."""
+def plain(name: str) -> str:
+    """The pass as the case names it: `forward~mask` and `forward@3` are calls of `forward`."""
+    return name.partition("~")[0].partition("@")[0]
+
+
+def effects(trace: Trace) -> list[Verdict]:
+    """What was not compared because an input, changed in a pass `name~input`, changed no output of the reference."""
     found = []
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()
-        if len(values) > 1 and float(values[0]) in (0.0, 1.0) and bool((values == values[0]).all()):
-            found.append(name)
-    shown = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
-    return [f"{len(found)} parameters are all zero or all one, so faults in them stay hidden: {shown}"] if found else []
-
-
-def forcings(trace: Trace, name: str, candidate: Candidate, alignment: Alignment) -> dict[str, Force]:
-    """Blocks of a pass whose inputs were recorded in full: candidate module -> what replaces its arguments."""
-    found = {}
-    for path in trace.modules(name):
-        ours = alignment.counterpart(path)
-        keys = [k for k in trace.events if k.startswith(f"{name}/{path}#0.in.")]
-        declared = next((b for b in candidate.blocks if b.matches(path)), None)
-        whole = bool(keys) and all(trace.value(k).complete for k in keys)
-        if ours and whole and path not in alignment.parts and (declared or len(keys) == 1):
-            found[ours] = Force(trace, name, path, declared)
-    return found
-
-
-@dataclass(frozen=True)
-class Force:
-    """Replaces a block's inputs by the reference's recorded ones; a block with one input needs no declaration."""
-
-    trace: Trace
-    name: str
-    path: str
-    block: Block | None
-    unfit: list[str] = field(default_factory=list)
-
-    def __call__(self, call: int, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        prefix = f"{self.name}/{self.path}#{call}.in."
-        double = torch.get_default_dtype() == torch.float64
-        keys = [k for k in self.trace.events if k.startswith(prefix)]
-        recorded = {k.removeprefix(prefix): self.trace.value(k).tensor(double) for k in keys}
-        if self.block:
-            return self.block.force(recorded, own)
-        argument, value = next(iter(own.items()))
-        fitted = fit(next(iter(recorded.values())), tuple(value.shape))
-        if isinstance(fitted, str):  # then nothing is reset, and no verdict may say so
-            self.unfit.append(fitted)
-            return {argument: value}
-        return {argument: fitted}
-
-
-def _events(
-    trace: Trace, name: str, candidate: Candidate, alignment: Alignment, casts: Mapping[str, str], gate: float
-) -> Iterator[tuple[str, str, str, Callable[[list[Capture]], Verdict]]]:
-    """Every recorded event of a pass in order: key, reference module, `in` or `out`, and what judges a pair of runs."""
-    order: Counter[tuple[str, str]] = Counter()
-    for key in trace.events:
-        where, kind, _ = split_key(key)
-        of, _, rest = where.partition("/")
-        if of != name or (rest == "=" and kind == "in"):
+    for name in trace.passes:
+        base, mark, key = name.partition("~")
+        if not mark:
             continue
-        path = rest.partition("#")[0]
-        position = order[where, kind]
-        order[where, kind] += 1
-        what = name if path == "=" else key.partition("/")[2]
-        place = Place.of(trace, key, position)
-
-        def look(pair: list[Capture], key: str = key, what: str = what, place: Place = place) -> Verdict:
-            value = trace.value(key)
-            low, high = (read(run, alignment, candidate, place, value.event.shape) for run in pair)
-            if isinstance(low, str) or isinstance(high, str):
-                return skipped(what, low if isinstance(low, str) else str(high))
-            index = sample_indices(low.numel(), value.event.elements)
-            a, b = low.reshape(-1)[index].float(), high.reshape(-1)[index].double()
-            disagree = casts.get("" if place.module == "=" else place.module, "")
-            return judge(what, value, a, b, gate=gate, casts=disagree, positions=index)
-
-        yield key, path, kind, look
+        outputs = [k for k in trace.events if k.startswith(f"{name}/=.out.")]
+        before = [trace.value(f"{base}/{k.partition('/')[2]}").high for k in outputs]
+        after = [trace.value(k).high for k in outputs]
+        alike = all(
+            a.shape == b.shape and (not a.numel() or bool(((a - b).abs() <= 1e-12 * a.abs().max()).all()))
+            for a, b in zip(after, before, strict=True)
+        )
+        if alike:
+            why = f"changing {key} changes nothing in the reference's output, so nothing was compared through it"
+            found.append(
+                skipped(f"effect of {key} in {base}", f"{why}; if that is right, name it in the case's `free`")
+            )
+    return found

@@ -7,46 +7,27 @@ it: names, shapes, the seed and the file's sha256 stand in it.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-
-from porter.core.checkpoint import TensorInfo, header_bytes
 
 Shape = tuple[int, ...]
 
 
 def draw(name: str, shape: Shape, seed: int) -> np.ndarray:
-    """One float32 tensor: uniform numbers; weights scaled by their fan-in, vectors around one, biases around zero."""
+    """One float32 tensor: uniform numbers, spread as `spread` says."""
     count = math.prod(shape)
     raw = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(max(count, 1))
     unit = (raw[:count] >> np.uint64(40)).astype(np.float64) / 2**23 - 1  # 24 bits → [-1, 1), exact in float32
-    last = name.rpartition(".")[2]
-    if last.endswith("bias"):
-        values = 0.1 * unit
-    elif len(shape) <= 1:
-        values = 1 + 0.25 * unit
-    else:
-        values = unit * math.sqrt(3 / max(math.prod(shape[1:]), 1))
-    return values.astype(np.float32).reshape(shape)
+    middle, size = spread(name, shape)
+    return (middle + size * unit).astype(np.float32).reshape(shape)
 
 
-def write_drawn(path: Path, shapes: Mapping[str, Shape], seed: int) -> str:
-    """Write a safetensors file of drawn float32 tensors -> its sha256."""
-    infos = [TensorInfo(name, "F32", tuple(shape), None, 0, 0) for name, shape in shapes.items()]
-    digest = hashlib.sha256()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            for data in (header_bytes(infos, {}), *(draw(i.name, i.shape, seed).tobytes() for i in infos)):
-                digest.update(data)
-                file.write(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest.hexdigest()
+def spread(name: str, shape: Shape) -> tuple[float, float]:
+    """Middle and half width of a tensor's numbers: weights by their fan-in, vectors around 1, biases around 0."""
+    if name.rpartition(".")[2].endswith("bias"):
+        return 0.0, 0.1
+    if len(shape) <= 1:
+        return 1.0, 0.25
+    return 0.0, math.sqrt(3 / max(math.prod(shape[1:]), 1))

@@ -24,19 +24,24 @@ def facts(port: Port, cases: FamilyCases) -> dict[str, Any]:
         }
         for name in components
     }
-    packages = ("torch", "diffusers", "transformers", "safetensors", "numpy")
     return {
         "manifest_sha256": port.manifest_sha256,
         "weights": weights,
         "recipes": {n: port.manifest["components"][n].get("recipe") for n in components},
         "traces": {c.component: {"sha256": file_sha256(c.trace), **_trace_facts(c.trace)} for c in cases.components},
         "code": {name: code_sha256(name) for name in (*cases.code, "parity")},
-        "environment": {
-            "python": platform.python_version(),
-            "platform": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            **{name: version(name) for name in packages},
-        },
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The versions that a verdict was reached with."""
+    packages = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in packages},
     }
 
 

@@ -6,8 +6,9 @@ code between them is at fault: the module that made the differing tensor is name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,11 +46,48 @@ class Guilty:
     others: tuple[str, ...] = ()
     code: bool = False  # its weights answer alike: its code is at fault, or the rule that aligns them
 
+    def because(self, settings: Mapping[str, str]) -> Guilty:
+        """The same with what the two modules' settings say about it."""
+        near = [
+            text for path, text in settings.items() if path == self.reference or self.reference.startswith(path + ".")
+        ]
+        return replace(self, why="; ".join([self.why, *near[-1:]])) if near else self
+
     def __str__(self) -> str:
         place = f"{self.candidate} ↔ {self.reference}"
         rule = f"rule {self.rule}" if self.rule else "the rules that fill it" if self.code else ""
         cause = ["its code"] * self.code + ([rule] if rule else [])
         return place + (f" ({' or '.join(cause)})" if cause else "")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A leaf, or the step before it, that differs although the reference's values surround it.
+
+    `step` tells the code before the module from the module itself.
+    """
+
+    candidate: str
+    reference: str
+    call: int
+    step: bool
+    verdict: Verdict
+    rule: str = ""
+
+    def __str__(self) -> str:
+        return f"{'the code before ' if self.step else ''}{self.candidate} ↔ {self.reference}, call {self.call}"
+
+
+def faults(taps: Sequence[Tap], alignment: Alignment) -> list[Fault]:
+    """Every leaf and every step that fails by itself, in order of execution; not what others hand on to it."""
+    found = []
+    for tap in taps:
+        if tap.reset is None or tap.reset.passed or tap.module not in alignment.parts:
+            continue
+        ours, theirs, rule = _names(alignment, tap.module)
+        call = int(split_key(tap.key)[0].rpartition("#")[2])
+        found.append(Fault(ours, theirs, call, tap.kind == "in", tap.reset, "" if tap.kind == "in" else rule))
+    return found
 
 
 def locate(
@@ -71,8 +109,10 @@ def locate(
     blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
     failing = [t for t in taps if not t.free.passed]
     if not failing:
-        if any(not v.passed for v in outputs):
-            return Guilty(step, f"{name}(…)", "", f"every module of {name} matches, its output does not")
+        bad = [v for v in outputs if not v.passed]
+        if bad:
+            text = bad[0].note or f"max|Δ| {bad[0].max_abs:.1e}, floor {bad[0].floor:.1e}"
+            return Guilty(step, f"{name}(…)", "", f"every module of {name} matches, its output does not: {text}")
         return None
     first = failing[0]
     bad_blocks = [
@@ -85,6 +125,7 @@ def locate(
     if first.free.status == SKIPPED:
         return Guilty(*_names(alignment, first.module), f"not compared: {first.free.note}", within, others)
     size = f"max|Δ| {first.free.max_abs:.1e}, in float64 {first.free.max_abs64:.1e}, floor {first.free.floor:.1e}"
+    size = size if math.isfinite(first.free.max_abs) else first.free.note
     if first.kind == "out":
         inputs = [t for t in taps if t.module == first.module and t.kind == "in"]
         also = "its inputs match" if inputs and all(t.free.passed for t in inputs) else "first output that differs"

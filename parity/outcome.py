@@ -17,7 +17,16 @@ PIPELINE = "pipeline"
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare. `components` and `against` empty: everything there is, `original` only with a checkout."""
+    """What to compare, and how.
+
+    Attributes:
+        components, against: empty for everything there is; `original` only with a checkout. `against` may also hold
+            `trace:FILE` and `module:function`.
+        level: how deep: `component`, `block`, `module`, or `pipeline`, `step` of pipelines; empty for all.
+        dtype: the candidate's; a lossy one is judged by the float64 truth.
+        inputs: of live references: `random`, `captured` (by a run of the pipeline), or a safetensors file.
+        time_limit: seconds for a reference in a process of its own.
+    """
 
     components: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
@@ -27,13 +36,20 @@ class Options:
     seed: int = 0
     prompt: str | None = None
     steps: int | None = None
+    level: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+    inputs: str = "random"
+    reference_python: str | None = None
+    time_limit: float = 1800.0
+    shims: tuple[str, ...] | None = None
 
 
 @dataclass
 class Outcome:
-    """All results of a run."""
+    """All results of a run, of a port or, without one, of a case."""
 
-    port: Port
+    port: Port | None
     family: str
     options: Options
     components: list[ComponentResult] = field(default_factory=list)
@@ -59,11 +75,20 @@ class Outcome:
     @property
     def partial(self) -> bool:
         """Whether the user asked for less than everything."""
-        return bool(self.options.components or self.options.against)
+        asked = self.options
+        plain = (asked.level, asked.dtype, asked.device, asked.inputs) == ("", "float32", "cpu", "random")
+        return bool(asked.components or asked.against) or not plain
+
+    @property
+    def lossy(self) -> str:
+        """The dtype of a lossy run; empty for float32."""
+        return "" if self.options.dtype == "float32" else self.options.dtype
 
     @property
     def folder(self) -> Path:
         """Where the report belongs; a partial one is no verdict on the port and stands apart."""
+        if self.port is None:
+            return Path(f"parity-{self.family}")
         return self.port.path / PARITY.parent / ("partial" if self.partial else "")
 
     def conclusion(self) -> str:

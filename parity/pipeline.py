@@ -1,71 +1,94 @@
-"""A whole pipeline against another: encoders, noise, schedule, every step and the image, without editing either side.
+"""A whole pipeline against another: draws, encoders, schedule, every step and the image, without editing either side.
 
-Module calls are seen through hooks, steps through the scheduler; both sides run alone, in float32 and in float64.
+Module calls are seen through hooks, steps through the scheduler, draws through torch's own dispatch. Both sides run
+alone: as asked, for another prompt, and in float64; in low precision the reference's float64 run judges both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import gc
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from parity import pipeline_guards as guards
 from parity.case import PipelineCase, PipelineSide
-from parity.compare import DIFFERS, GATE, PASSING, SKIPPED, Verdict, judge, skipped, worst
-from parity.recorder import Event, bind, float64, tensors_of
-from parity.trace import Value
+from parity.compare import GATE, PASSING, SKIPPED, Verdict, worst
+from parity.draws import Drawn, OtherDraws
+from parity.images import Metrics, difference, frames, measure
+from parity.pipeline_judge import Runs, judge_stages
+from parity.schedule import Growth, growth
+from parity.stages import Request, run_side
+from porter.core.errors import CheckFailed, UsageError
 
-Stages = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What both sides are asked for."""
-
-    prompt: str
-    seed: int
-    steps: int
-    guidance: float
+STEP, PIPELINE = "step", "pipeline"
 
 
 @dataclass
 class PipelineResult:
-    """Verdicts of all stages in order; `images` are both sides' pictures, (3, H, W) in [0, 1]."""
+    """Verdicts of all stages in order, and the pictures.
+
+    Attributes:
+        images: both sides' pictures (3, H, W) in [0, 1]; of a video, the worst frame.
+        level: `step`, or `pipeline`: the stages around the loop only.
+        dtype: what both sides ran in; float32 is judged in float64, lower ones by each side's error to the truth.
+        guards: what keeps agreement on nothing from counting: pictures that show something, prompts that matter.
+        metrics: candidate against reference; `to_truth` (low precision) reference and candidate against the truth.
+    """
 
     request: Request
+    level: str = STEP
+    dtype: str = "float32"
     stages: list[Verdict] = field(default_factory=list)
+    guards: list[Verdict] = field(default_factory=list)
     images: tuple[Tensor, Tensor] | None = None
-    pixels_changed: int = 0
+    metrics: Metrics | None = None
+    to_truth: tuple[Metrics, Metrics] | None = None
+    draws: tuple[list[Drawn], list[Drawn]] = field(default_factory=lambda: ([], []))
+    growth: Growth | None = None
     missing: int = 0  # stages that only one side has
+    notes: list[str] = field(default_factory=list)
     reason: str = ""
 
     @property
+    def pixels_changed(self) -> int:
+        """Pixels whose 8-bit levels differ."""
+        return self.metrics.changed if self.metrics else 0
+
+    @property
     def counts(self) -> dict[str, int]:
-        """Stages compared, left out though both sides have them, and had by one side only."""
-        left_out = sum(v.status == SKIPPED for v in self.stages)
-        return {
-            "compared": len(self.stages) - left_out,
-            "skipped": left_out - self.missing,
-            "missing": self.missing,
-        }
+        """Stages and guards compared, left out though both sides have them, and had by one side only."""
+        every = [*self.stages, *self.guards]
+        left_out = sum(v.status == SKIPPED for v in every)
+        return {"compared": len(every) - left_out, "skipped": left_out - self.missing, "missing": self.missing}
 
     @property
     def first_failing(self) -> Verdict | None:
-        """The stage where both sides part."""
-        return next((v for v in self.stages if not v.passed), None)
+        """The stage where both sides part; a guard where all stages agree.
+
+        Stages that agree in the first run, and part in float64 only, part because something was kept from run to run
+        if a second request already did.
+        """
+        stage = next((v for v in self.stages if not v.passed), None)
+        kept = next((v for v in self.guards if v.name == guards.SECOND and not v.passed), None)
+        if kept and stage and stage.max_abs == 0:
+            return kept
+        return stage or next((v for v in self.guards if not v.passed), None)
 
     @property
     def status(self) -> str:
-        """The image's verdict, unless a stage fails or was left out."""
-        gravest = worst(self.stages)
+        """The image's verdict, unless a stage or a guard fails or was left out."""
+        every = [*self.stages, *self.guards]
+        gravest = worst(every)
         if self.reason or gravest is None:
             return SKIPPED
         if not gravest.passed:
-            real = worst(v for v in self.stages if not v.passed and v.status != SKIPPED)
+            real = worst(v for v in every if not v.passed and v.status != SKIPPED)
             return real.status if real else SKIPPED
         return self.stages[-1].status
 
@@ -75,115 +98,118 @@ class PipelineResult:
 
     @property
     def headline(self) -> Verdict | None:
-        """The image, or the gravest stage when something fails."""
-        return self.stages[-1] if self.stages and self.passed else worst(self.stages)
+        """The image, or the gravest stage or guard when something fails."""
+        return self.stages[-1] if self.stages and self.passed else worst([*self.stages, *self.guards])
+
+    def difference(self) -> tuple[Tensor, float] | None:
+        """The difference of both pictures (3, H, W), scaled to 1, and its largest value; None without a pair."""
+        return difference(*self.images) if self.images and self.metrics else None
+
+    def details(self) -> dict[str, Any]:
+        """What parity.json holds of it besides the stages."""
+        truth = self.to_truth
+        return {
+            "level": self.level,
+            "dtype": self.dtype,
+            "guards": [v.to_json(brief=True) for v in self.guards],
+            "metrics": self.metrics.to_json() if self.metrics else None,
+            "to_truth": {"reference": truth[0].to_json(), "candidate": truth[1].to_json()} if truth else None,
+            "draws": [[d.to_json() for d in side] for side in self.draws],
+            "growth": self.growth.to_json() if self.growth else None,
+            "notes": self.notes,
+        }
 
 
-def compare_pipelines(case: PipelineCase, port: Path, request: Request, *, gate: float = GATE) -> PipelineResult:
-    """Run `case.reference`, then `case.candidate` on the same port, one in memory at a time, and judge every stage."""
-    result = PipelineResult(request)
-    runs: list[tuple[Stages, Stages]] = []
-    for load in (case.reference, case.candidate):
+def compare_pipelines(
+    case: PipelineCase,
+    port: Path,
+    request: Request,
+    *,
+    gate: float = GATE,
+    dtype: str = "float32",
+    level: str = STEP,
+) -> PipelineResult:
+    """Run `case.reference`, then `case.candidate` on the same port, one in memory at a time, and judge every stage.
+
+    Args:
+        dtype: `float32`, `bfloat16` or `float16`, of both sides' weights.
+        level: `step`, or `pipeline` for the stages around the loop only.
+
+    Raises:
+        UsageError: another dtype or level.
+    """
+    for what, value, known in (("dtype", dtype, tuple(guards.STATE)), ("level", level, (STEP, PIPELINE))):
+        if value not in known:
+            raise UsageError(
+                f"pipelines have no {what} {value!r}", expected=" | ".join(known), hint="porter parity PORT"
+            )
+    result = PipelineResult(request, level, dtype)
+    runs = []
+    for load, truth in ((case.reference, True), (case.candidate, dtype == "float32")):
+        gc.collect()  # the other side is gone, and so are its cycles
         try:
-            runs.append(_run(load, port, request))
-        except (RuntimeError, ValueError, TypeError) as error:
-            result.reason = f"{getattr(load, '__name__', load)} did not run: {type(error).__name__}: {error}"
+            runs.append(_run(load, port, request, case.other_prompt, getattr(torch, dtype), truth, level == STEP))
+        except (RuntimeError, ValueError, TypeError, CheckFailed, OtherDraws) as error:
+            text = str(error).splitlines()[0] if str(error) else ""
+            result.reason = f"{getattr(load, '__name__', load)} did not run: {type(error).__name__}: {text}"
             return result
-    (ref32, ref64), (own32, own64) = runs
-    for name, low in ref32.items():
-        high = ref64[name]
-        if name not in own32 or own32[name].shape != low.shape or own64[name].shape != low.shape:
-            found = f"shape {tuple(own32[name].shape)}, reference {tuple(low.shape)}" if name in own32 else "never seen"
-            result.stages.append(skipped(name, f"on the candidate's side: {found}"))
-            result.missing += name not in own32
-            continue
-        low32, high64 = low.float().reshape(-1), high.double().reshape(-1)
-        value = Value(Event(name, tuple(low.shape), str(low.dtype), low.numel()), low32, high64)
-        casts = "" if low.dtype == own32[name].dtype else f"{low.dtype} there, {own32[name].dtype} here"
-        mine = own32[name].float().reshape(-1), own64[name].double().reshape(-1)
-        result.stages.append(judge(name, value, *mine, gate=gate, casts=casts))
-    # Inputs that only the candidate has (a table computed ahead) are its own affair; another number of steps is not.
-    for name in [n for n in own32 if n.endswith(" latents") and n not in ref32]:
-        result.stages.insert(-1, skipped(name, "on the reference's side: never seen"))
-        result.missing += 1
-    left, right = ref32["image"][0], own32["image"][0]
-    result.images = (left, right)
-    if left.shape == right.shape:
-        result.pixels_changed = int(((left * 255).round() != (right * 255).round()).any(0).sum())
-    if float(left.float().std()) < 1e-3:
-        result.stages.append(Verdict("image", DIFFERS, note="the reference's image is flat: nothing was compared"))
+    reference, candidate = runs
+    result.notes += [why for side in runs if (why := side.why)]
+    result.draws = reference.first.draws, candidate.first.draws
+    found = judge_stages(case, reference, candidate, dtype, gate)
+    result.stages, result.missing = found.stages, found.missing
+    result.notes += found.notes
+    _judge_images(result, reference, candidate)
+    steps = [v for v in result.stages if re.fullmatch(r"step \d+ latents", v.name) and v.status != SKIPPED]
+    result.growth = growth(steps)
+    floors = {v.name: v.noise_reference for v in result.stages}
+    result.guards += guards.check(reference.first, candidate.first, reference.second, candidate.second, floors, dtype)
     return result
 
 
-@torch.no_grad()
-def _run(load: Callable[[Path], PipelineSide], port: Path, request: Request) -> tuple[Stages, Stages]:
-    """One side in float32 and in float64, then gone from memory."""
-    side = load(port)
-    runs = []
-    for double in (False, True):
-        seen: Stages = {}
-        with ExitStack() as stack:
-            if double:
-                stack.enter_context(float64(*side.weights))
-            for name, module in side.stages.items():
-                stack.enter_context(_watch(name, module, seen))
-            stack.enter_context(_watch_steps(side.scheduler, seen))
-            image = side.run(request.prompt, request.seed, request.steps, request.guidance)
-        seen["sigmas"] = torch.as_tensor(side.scheduler.sigmas).clone()
-        seen["timesteps"] = torch.as_tensor(side.scheduler.timesteps).clone()
-        runs.append(_ordered(seen) | {"image": image.detach().cpu().clone()})
-    return runs[0], runs[1]
-
-
-def _ordered(seen: Stages) -> Stages:
-    """Schedule before the first denoising call; everything else as it happened."""
-    schedule = {k: seen.pop(k) for k in ("sigmas", "timesteps")}
-    at = next((i for i, k in enumerate(seen) if k.startswith("step ")), len(seen))
-    items = list(seen.items())
-    return dict([*items[:at], *schedule.items(), *items[at:]])
-
-
-@contextmanager
-def _watch(name: str, module: nn.Module, seen: Stages) -> Iterator[None]:
-    """Keep what a stage's module receives and returns; a module called once a step is numbered."""
-    calls = -1
-
-    def label(what: str) -> str:
-        return f"step {calls} {name} {what}" if name == "denoiser" else f"{name} {what}"
-
-    def enter(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal calls
-        calls += 1
-        for key, tensor in tensors_of(bind(m, args, kwargs), integers=True):
-            seen[label(key)] = tensor.detach().clone()
-
-    def leave(m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        for key, tensor in tensors_of(out, integers=True):
-            seen[label(f"-> {key}")] = tensor.detach().clone()
-
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+def _run(
+    load: Callable[[Path, torch.dtype], PipelineSide],
+    port: Path,
+    request: Request,
+    other_prompt: str,
+    dtype: torch.dtype,
+    truth: bool,
+    steps: bool,
+) -> Runs:
+    """All runs of one side, then it is gone from memory."""
+    side = load(port, dtype)
+    first = run_side(side, request, steps=steps)
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _watch_steps(scheduler: Any, seen: Stages) -> Iterator[None]:
-    """Keep the latents after every `scheduler.step`."""
-    step, count = scheduler.step, 0
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        out = step(*args, **kwargs)
-        latents = out[0] if isinstance(out, tuple) else out.prev_sample
-        seen[f"step {count} latents"] = latents.detach().clone()
-        count += 1
-        return out
-
-    scheduler.step = watched
+        second = run_side(side, Request(other_prompt, request.seed, request.steps, request.guidance), steps=steps)
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = f"its second request ended in {type(error).__name__}: {error}"
+        raise RuntimeError(text) from error
+    runs = Runs(first, second, None)
+    if not truth:
+        return runs
+    if dtype != torch.float32:
+        del side
+        gc.collect()
+        side = load(port, torch.float32)
     try:
-        yield
-    finally:
-        del scheduler.step
+        runs.truth = run_side(side, request, double=True, steps=steps, replay=first.draws)
+    except (RuntimeError, ValueError, TypeError) as error:
+        runs.why = f"{getattr(load, '__name__', load)} cannot run in float64: {str(error).splitlines()[0]}"
+        if dtype != torch.float32:
+            runs.truth = run_side(side, request, steps=steps, replay=first.draws)
+            runs.why += "; its float32 run is the truth"
+    return runs
+
+
+def _judge_images(result: PipelineResult, reference: Runs, candidate: Runs) -> None:
+    a, b = reference.first.image, candidate.first.image
+    at = 0
+    if a.shape == b.shape:
+        result.metrics = measure(a, b)
+        at = result.metrics.frame
+        if result.dtype != "float32" and reference.truth and reference.truth.image.shape == a.shape:
+            truth = reference.truth.image
+            result.to_truth = measure(truth, a), measure(truth, b)
+    result.images = frames(a)[at], frames(b)[at]

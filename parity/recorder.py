@@ -20,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,19 @@ def float64(*modules: nn.Module) -> Iterator[None]:
                 tensor.data = data
 
 
+@contextmanager
+def lossy(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold `module` in a lossy dtype inside the block; parameters and buffers are restored exactly."""
+    tensors = [(t, t.data) for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    try:
+        for tensor, data in tensors:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in tensors:
+            tensor.data = data
+
+
 class Dtypes(TorchFunctionMode):
     """Notes which floating-point dtypes are computed while each watched module runs: the cast trace."""
 
@@ -120,11 +134,15 @@ class Event:
     stored: str = ""
     noise: float = 0.0
     peak: float = 0.0
+    losses: dict[str, list[float]] = dataclasses.field(
+        default_factory=dict
+    )  # dtype -> largest, rms distance to float64
 
     def row(self) -> list[Any]:
         """What the trace's metadata keeps; `Event(*row)` reads it."""
         numbers = [float(f"{x:.3g}") for x in (self.noise, self.peak)]
-        return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers]
+        losses = [self.losses] if self.losses else []
+        return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers, *losses]
 
 
 def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -229,18 +247,40 @@ class Recording:
     events: list[Event] = dataclasses.field(default_factory=list)
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def add(self, key: str, shape: torch.Size, dtype: str, low: Tensor, high: Tensor) -> None:
-        """Store flat samples `low` (float32) and `high` (float64); a tensor equal to an earlier one refers to it."""
+    def add(
+        self, key: str, shape: torch.Size, dtype: str, low: Tensor, high: Tensor, losses: Mapping[str, Tensor] = {}
+    ) -> None:
+        """Store flat samples `low` (float32) and `high` (float64); a tensor equal to an earlier one refers to it.
+
+        Of the runs in lossy dtypes, `losses`, only the distance from `high` is kept.
+        """
         delta = (high - low.double()).float()
         digest = hashlib.sha256(low.numpy().tobytes() + delta.numpy().tobytes()).hexdigest()
         stored = self._by_digest.setdefault(digest, key)
         if stored == key:
             self.tensors[key], self.tensors[key + "|delta"] = low, delta
         noise, peak = (float(t.abs().max()) if t.numel() else 0.0 for t in (delta, low))
-        self.events.append(Event(key, tuple(shape), dtype, low.numel(), stored, noise, peak))
+        lost = {name: _distance(values.double(), high) for name, values in losses.items()}
+        self.events.append(Event(key, tuple(shape), dtype, low.numel(), stored, noise, peak, lost))
 
     def __post_init__(self) -> None:
         self._by_digest: dict[str, str] = {}
+
+    def extend(self, other: Recording) -> None:
+        """Take in what another recording holds of other passes."""
+        for event in other.events:
+            low = other.tensors[event.stored]
+            self.add(
+                event.key,
+                torch.Size(event.shape),
+                event.dtype,
+                low,
+                low.double() + other.tensors[event.stored + "|delta"].double(),
+            )
+            self.events[-1].losses = event.losses
+        for key in ("notes", "draws"):
+            if other.meta.get(key):
+                self.meta[key] = sorted({*self.meta.get(key, []), *other.meta[key]})
 
     def save(self, path: Path) -> None:
         """Write the trace; it appears complete or not at all."""
@@ -260,13 +300,23 @@ def record(
     passes: Mapping[str, tuple[Call, Mapping[str, Tensor]]],
     watches: Sequence[Watch],
     meta: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    double: bool = True,
+    dtypes: Sequence[str] = (),
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
+
+    Every run starts from the same global random numbers and gets inputs of its own; that it drew such numbers or
+    changed its inputs stands in the trace's notes.
 
     Args:
         passes: name -> (function that runs the module on named float32 inputs, the inputs).
         watches: the first whose pattern matches a module's path decides; modules that none matches are not recorded.
         meta: written into the trace: where the module and its weights came from.
+        seed: of the global generators before each run.
+        dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
+        double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
     """
 
     def watch_of(path: str) -> Watch | None:
@@ -276,22 +326,96 @@ def record(
     recording = Recording(dict(meta))
     casts: dict[str, set[str]] = {}
     ran: set[str] = set()
+    notes: list[str] = []
     for name, (call, inputs) in passes.items():
-        low, dtypes, paths = _run(module, call, inputs, watch_of, double=False)
-        high, _, _ = _run(module, call, inputs, watch_of, double=True)
-        if list(low) != list(high):
-            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(low) ^ set(high)}")
-        for path, found in dtypes.items():
+        seeded(seed)
+        before, own = _generators(), {k: v.clone() for k, v in inputs.items()}
+        seen, computed, paths = _run(module, call, own, watch_of, double=False)
+        notes += _liberties(name, before, inputs, own)
+        again = seen
+        if double:
+            seeded(seed)
+            again, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+        rough = {}
+        for dtype in dtypes:
+            seeded(seed)
+            own = {k: v.clone() for k, v in inputs.items()}
+            with lossy(module, getattr(torch, dtype)):
+                rough[dtype], _, _ = _run(module, call, own, watch_of, double=False, dtype=dtype)
+        if list(seen) != list(again):
+            raise RuntimeError(f"pass {name}: float32 and float64 took different paths: {set(seen) ^ set(again)}")
+        for path, found in computed.items():
             casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
             exact = value.reshape(-1).float()
-            recording.add(f"{name}/=.in.{key}", value.shape, "float32", exact, exact.double())
-        for key, (shape, dtype, value) in low.items():
-            recording.add(f"{name}/{key}", shape, dtype, value.float().contiguous(), high[key][2].double())
+            kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+            high = exact if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
+            recording.add(f"{name}/=.in.{key}", value.shape, kind, exact, high.double())
+        for key, (shape, dtype, value) in seen.items():
+            recording.add(
+                f"{name}/{key}",
+                shape,
+                dtype,
+                value.float().contiguous(),
+                again[key][2].double(),
+                {d: run[key][2] for d, run in rough.items()},
+            )
     idle = [p for p, m in module.named_modules() if p not in ran and any(True for _ in m.parameters(recurse=False))]
     recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
+    recording.meta |= {"notes": notes} if notes else {}
+    recording.meta |= {} if double else {"float64": False}
     return recording
+
+
+def seeded(seed: int) -> None:
+    """The same global random numbers for every run: torch's, Python's and numpy's."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _generators() -> dict[str, bytes]:
+    """Where the global generators stand."""
+    found = {"torch": torch.get_rng_state().numpy().tobytes(), "Python": repr(random.getstate()).encode()}
+    if "numpy" in sys.modules:
+        state = sys.modules["numpy"].random.get_state(legacy=False)["state"]
+        found["numpy"] = state["key"].tobytes() + str(state["pos"]).encode()
+    return found
+
+
+def _liberties(
+    name: str, before: Mapping[str, bytes], inputs: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> list[str]:
+    """What a run did besides computing: global random numbers drawn, inputs changed."""
+    found = []
+    now = _generators()
+    drawn = [whose for whose in before if before[whose] != now[whose]]
+    if drawn:
+        whose = " and ".join(f"{name}'s" for name in drawn)
+        found.append(f"{name}: it draws from {whose} global random numbers, which were seeded alike for both sides")
+    changed = [k for k, v in inputs.items() if not _same(v, own[k])]
+    if changed:
+        found.append(f"{name}: it changes its input {', '.join(changed)}; every run got its own copy")
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Plain settings (eps, heads, theta …) of every submodule, as they are, whatever a config says."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, child in module.named_modules():
+        own = {
+            k: v for k, v in vars(child).items()
+            if not k.startswith("_") and k != "training" and isinstance(v, (bool, int, float, str))
+        }  # fmt: skip
+        if own:
+            found[path] = own
+    return found
 
 
 def _run(
@@ -301,6 +425,7 @@ def _run(
     watch_of: Callable[[str], Watch | None],
     *,
     double: bool,
+    dtype: str = "float32",
 ) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
     """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
     seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
@@ -316,7 +441,8 @@ def _run(
             keep(key, tensor, watch.elements)
 
     dtypes = Dtypes()
-    values = {k: v.double() if double and v.is_floating_point() else v for k, v in inputs.items()}
+    kind = torch.float64 if double else getattr(torch, dtype)
+    values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
         if double:
             stack.enter_context(float64(module))
@@ -331,6 +457,14 @@ def _run(
     return seen, {path: sorted(found) for path, found in dtypes.seen.items()}, ran
 
 
+def _distance(values: Tensor, truth: Tensor) -> list[float]:
+    """Largest and root mean square distance, to three digits."""
+    if not values.numel():
+        return [0.0, 0.0]
+    gap = (values - truth).abs()
+    return [float(f"{float(x):.3g}") for x in (gap.max(), gap.square().mean().sqrt())]
+
+
 def _grouped(casts: Mapping[str, set[str]]) -> dict[str, list[str]]:
     """Modules by what they compute in: `float32,float64` -> paths."""
     groups: dict[str, list[str]] = {}
@@ -341,8 +475,11 @@ def _grouped(casts: Mapping[str, set[str]]) -> dict[str, list[str]]:
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's content, read in bounded memory."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as f:  # hashlib.file_digest is newer than the Pythons this file runs in
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

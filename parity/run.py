@@ -7,16 +7,22 @@ or that code live). Only then implementations of the port against each other, an
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from parity.align import Alignment
-from parity.case import ComponentCase, Cross, FamilyCases
+from parity.case import ComponentCase, Cross, FamilyCases, Named
 from parity.component import ComponentResult, compare_component
 from parity.facts import facts
+from parity.given import captured_inputs, inputs_from_file
 from parity.outcome import PIPELINE, Options, Outcome
-from parity.pipeline import Request, compare_pipelines
+from parity.pipeline import compare_pipelines
 from parity.recorder import Watch, record
+from parity.reference import LEVELS
+from parity.stages import Request
 from parity.trace import Trace
 from parity.truths import applicable, origin, truths
 from porter.core.errors import BadInputError, UsageError
@@ -61,7 +67,18 @@ def run_parity(
     for name in options.components:
         if name not in known:
             raise UsageError(f"unknown component {name!r}", expected=" | ".join(known), hint="porter parity PORT")
+    for text in options.against:
+        if text not in ("trace", "diffusers", "original") and ":" not in text:
+            raise UsageError(
+                f"unknown reference {text!r}", expected="trace | diffusers | original | trace FILE | module:function",
+                hint="porter parity PORT",
+            )  # fmt: skip
+    if options.source is not None and options.source.is_file() and not any(":" in t for t in options.against):
+        raise UsageError(
+            f"--source {options.source} is a file", expected="the folder of the original files", hint="--source DIR"
+        )
     wanted = options.against or ("trace", "diffusers", *(("original",) if options.reference_repo else ()))
+    _fits_together(options, wanted)
     if "original" in wanted and options.reference_repo is None:
         raise UsageError(
             "--against original needs the original code",
@@ -77,6 +94,7 @@ def run_parity(
     outcome = Outcome(port, family, options, changed=port.stale(full=True))
     proven: set[str] = set()
     here = [c for c in cases.components if _asked(c.component, options) and c.component in port.components]
+    here = here if options.level in ("", *LEVELS) else []
     for case in applicable(here, port):
         folder = port.component_dir(case.component)
         for against, trace, warnings in truths(case, port, options, wanted):
@@ -92,7 +110,7 @@ def run_parity(
                 module = candidate.load(folder)
                 alignment = alignment_of(case, folder)
                 compare_component(
-                    module, candidate, trace, alignment, result, gate=options.gate, step_names=case.output_step
+                    module, candidate, trace, alignment, result, step_names=case.output_step, **how(options)
                 )
                 proven.add(case.component)
                 del module
@@ -100,14 +118,18 @@ def run_parity(
         if "diffusers" in wanted:
             for cross in case.cross:
                 progress(f"{case.component} ({cross.candidate.name}) against {cross.reference.name}")
-                outcome.components.append(_compare_cross(case.component, cross, folder, options))
-    if cases.pipeline and "diffusers" in wanted and _asked(PIPELINE, options) and whole:
+                given = _given(case.component, cross, folder, port, cases, options)
+                outcome.components.append(_compare_cross(case.component, cross, folder, given, options))
+    deep = options.level in ("", "pipeline", "step")
+    if cases.pipeline and "diffusers" in wanted and _asked(PIPELINE, options) and whole and deep:
         progress("pipeline (native) against diffusers")
         p = cases.pipeline
         request = Request(
             p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
         )
-        outcome.pipeline = compare_pipelines(p, port.path, request, gate=options.gate)
+        outcome.pipeline = compare_pipelines(
+            p, port.path, request, gate=options.gate, dtype=options.dtype, level=options.level or "step"
+        )
     converted = [name for name, record in port.manifest["components"].items() if record["action"] == "convert"]
     outcome.unproven = [name for name in converted if name not in proven]
     outcome.facts = facts(port, cases)
@@ -132,15 +154,62 @@ def _asked(component: str, options: Options) -> bool:
     return not options.components or component in options.components
 
 
-def _compare_cross(component: str, cross: Cross, folder: Path, options: Options) -> ComponentResult:
+def how(options: Options) -> dict[str, Any]:
+    """The options of `compare_component`."""
+    dtype = "" if options.dtype == "float32" else options.dtype
+    return {"gate": options.gate, "level": options.level or "module", "dtype": dtype, "device": options.device}
+
+
+def _fits_together(options: Options, wanted: Sequence[str]) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        UsageError: recorded inputs cannot be others; a device that is not there.
+    """
+    if options.inputs != "random" and "diffusers" not in wanted:
+        raise UsageError(
+            f"--inputs {options.inputs} has no effect: a recorded reference has its own inputs",
+            found=f"--against {', '.join(wanted)}",
+            hint="--against diffusers, or a case: --case FILE",
+        )
+    if options.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {options.device}: CUDA is not available here", hint="leave --device out")
+
+
+def _given(
+    component: str, cross: Cross, folder: Path, port: Port, cases: FamilyCases, options: Options
+) -> Mapping[str, Named]:
+    """What both implementations get: random inputs, those of a pipeline's run, or those of a file.
+
+    Raises:
+        UsageError: the family has no pipeline to capture from, or none of its stages is this component.
+        MissingError, CheckpointError: the file.
+    """
+    if options.inputs == "random":
+        return cross.inputs(folder, options.seed)
+    if options.inputs == "captured":
+        if cases.pipeline is None or not (port.path / "model_index.json").is_file():
+            raise UsageError("--inputs captured runs the pipeline, and there is none here", hint="--inputs random")
+        p = cases.pipeline
+        request = Request(
+            p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
+        )
+        return captured_inputs(p, port.path, component, request)
+    return inputs_from_file(Path(options.inputs), list(cross.inputs(folder, options.seed)))
+
+
+def _compare_cross(
+    component: str, cross: Cross, folder: Path, given: Mapping[str, Named], options: Options
+) -> ComponentResult:
     """One implementation against another on the same port; the reference is gone before the candidate loads."""
     result = ComponentResult(component, cross.reference.name, cross.candidate.name, cross.reference.name)
     module = cross.reference.load(folder)
     leaves = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
     watches = [Watch(cross.whole), *(Watch(p.replace(".", r"\.")) for p in leaves)]
-    passes = {n: (cross.call, x) for n, x in cross.inputs(folder, options.seed).items()}
-    trace = Trace.of(record(module, passes, watches, {"component": component}))
+    passes = {n: (cross.call, x) for n, x in given.items()}
+    lossy = [options.dtype] if options.dtype != "float32" else []
+    trace = Trace.of(record(module, passes, watches, {"component": component}, seed=options.seed, dtypes=lossy))
     del module
     gc.collect()
     candidate = cross.candidate.load(folder)
-    return compare_component(candidate, cross.candidate, trace, Alignment.identity(leaves), result, gate=options.gate)
+    return compare_component(candidate, cross.candidate, trace, Alignment.identity(leaves), result, **how(options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ class Trace:
     def __init__(self, meta: Mapping[str, Any], events: list[Event], tensors: Mapping[str, Tensor]) -> None:
         self.meta, self._tensors = dict(meta), tensors
         self.events = {e.key: e for e in events}
+        self._calls: dict[str, list[str]] = {}
+        for key in self.events:
+            where, kind, _ = split_key(key)
+            self._calls.setdefault(f"{where}.{kind}", []).append(key)
 
     @classmethod
     def of(cls, recording: Recording) -> Trace:
@@ -55,14 +60,25 @@ class Trace:
             with safe_open(str(path), "pt") as f:
                 document = json.loads((f.metadata() or {}).get("trace", "{}"))
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open has no iterator)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, OSError) as error:
             raise CheckpointError(f"{path.name} is not a readable trace", found=str(error)) from error
+        document = document if isinstance(document, dict) else {}
         if document.get("schema") != SCHEMA:
             raise CheckpointError(f"{path.name} is not a trace", expected=SCHEMA, found=str(document.get("schema")))
-        events = [Event(row[0], tuple(row[1]), *row[2:]) for row in document.pop("events")]
+        wrong = [name for name, kind in _META.items() if name in document and not isinstance(document[name], kind)]
+        try:
+            events = [_event(row) for row in document.pop("events")]
+        except (KeyError, TypeError, ValueError) as error:
+            wrong.append(f"events: {error}")
+        if wrong:
+            raise CheckpointError(f"{path.name} is a trace that cannot be used", found=", ".join(wrong))
         lost = [e.key for e in events if e.stored not in tensors or e.stored + "|delta" not in tensors]
         if lost:
             raise CheckpointError(f"{path.name} lacks tensors that it lists", found=", ".join(lost[:3]))
+        odd = [e.key for e in events if not _fits(e, tensors[e.stored], tensors[e.stored + "|delta"])]
+        if odd:
+            what = "tensors of another size or dtype than it lists"
+            raise CheckpointError(f"{path.name} is a trace that cannot be used: {what}", found=", ".join(odd[:3]))
         return cls(document, events, tensors)
 
     @property
@@ -75,11 +91,23 @@ class Trace:
         """Names of the recorded passes, in order."""
         return list(dict.fromkeys(key.partition("/")[0] for key in self.events))
 
+    def keys(self, name: str, path: str, call: int, kind: str) -> list[str]:
+        """Events of one call of a module (`in` or `out`) in pass `name`, in order."""
+        return self._calls.get(f"{name}/{path}#{call}.{kind}", [])
+
+    def beside(self, where: str, kind: str) -> list[str]:
+        """Events of one place, as `split_key` names it."""
+        return self._calls.get(f"{where}.{kind}", [])
+
     def value(self, key: str) -> Value:
         """The tensor of an event."""
         event = self.events[key]
         low = self._tensors[event.stored]
         return Value(event, low, low.double() + self._tensors[event.stored + "|delta"].double())
+
+    def extra(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors that are no events, by the beginning of their names."""
+        return {key: self._tensors[key] for key in self._tensors if key.startswith(prefix)}
 
     def modules(self, name: str) -> dict[str, int]:
         """Modules recorded in pass `name` and how often each ran."""
@@ -93,9 +121,40 @@ class Trace:
         return calls
 
     def inputs(self, name: str) -> dict[str, Tensor]:
-        """The named float32 inputs of a pass."""
+        """The named inputs of a pass: float32, and whole numbers or booleans in their own dtype."""
         prefix = f"{name}/=.in."
-        return {k.removeprefix(prefix): self.value(k).tensor(False) for k in self.events if k.startswith(prefix)}
+        found = {}
+        for key, event in self.events.items():
+            if key.startswith(prefix):
+                exact = event.dtype == "float32"
+                value = self.value(key).tensor(not exact)
+                found[key.removeprefix(prefix)] = value if exact else value.round().to(getattr(torch, event.dtype))
+        return found
+
+
+# What other files of parity rely on in a trace's metadata, where it is there.
+_META: dict[str, type | tuple[type, ...]] = {
+    "events": list, "source": dict, "reference": dict, "casts": dict, "idle": list, "notes": list, "parents": list,
+    "attributes": dict, "weights": dict, "seed": int, "float64": bool, "level": str, "component": str,
+}  # fmt: skip
+
+
+def _event(row: list[Any]) -> Event:
+    """One row of the metadata; raises TypeError, ValueError or CheckpointError where it is none."""
+    event = Event(row[0], tuple(row[1]), *row[2:]) if isinstance(row, list) and len(row) > 4 else None
+    if event is None or not all(isinstance(size, int) and size >= 0 for size in event.shape):
+        raise ValueError(f"{str(row)[:80]} is no row of an event")
+    if not isinstance(getattr(torch, str(event.dtype), None), torch.dtype):
+        raise ValueError(f"{event.key} has the dtype {event.dtype}")
+    split_key(str(event.key))
+    return event
+
+
+def _fits(event: Event, low: Tensor, delta: Tensor) -> bool:
+    """Whether stored tensors are what an event says of them."""
+    whole = math.prod(event.shape)
+    alike = low.dtype == delta.dtype == torch.float32 and low.shape == delta.shape == (event.elements,)
+    return alike and (event.elements <= whole) and (whole == 0) == (event.elements == 0)
 
 
 def split_key(key: str) -> tuple[str, str, str]:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parity.case import ComponentCase
+from parity.live import named_reference
 from parity.outcome import Options
 from parity.trace import Trace
-from porter.core.errors import BadInputError, CheckFailed, MissingError
+from porter.core.errors import BadInputError, CheckFailed, MissingError, UsageError
 from porter.core.port import Port
 
 
@@ -56,6 +57,15 @@ def truths(
             f"this port was converted from other weights; {hint}"
         )
 
+    for text in wanted:
+        if text.startswith("trace:"):
+            yield text, bound(Trace.open(Path(text.removeprefix("trace:"))), "record it on the port's own source"), []
+        elif ":" in text:
+            source = (
+                options.source if options.source is not None and options.source.is_file() else _one_source(case, port)
+            )
+            for named in named_reference(text, Trace.open(case.trace), source, options):
+                yield text, bound(named, "name the file that it loads: --source FILE"), []
     live = "original" in wanted and options.reference_repo is not None and case.record is not None
     warnings, recorded = [], Trace.open(case.trace)
     if "trace" in wanted:
@@ -104,6 +114,24 @@ def _source_folder(port: Port) -> Path:
             hint="porter parity PORT --reference-repo <checkout> --source <folder with the original files>",
         )
     return folder
+
+
+def _one_source(case: ComponentCase, port: Port) -> Path:
+    """The file that a component was made from, by the manifest.
+
+    Raises:
+        MissingError, UsageError: it is not here, or there are several.
+    """
+    record = port.manifest["components"][case.component]
+    names = list(record.get("sources") or port.manifest["base" if record.get("base") else "source"]["files"])
+    if len(names) != 1:
+        raise UsageError(
+            f"{case.component} was made from {len(names)} files", hint="--source FILE names what the reference loads"
+        )
+    place = _source_folder(port) / str(names[0])
+    if not place.is_file():
+        raise MissingError(f"the original file is not here: {place}", hint="--source FILE")
+    return place
 
 
 def origin(trace: Trace) -> str:

@@ -20,7 +20,7 @@ def parity(port: str | Path, *, out: str | Path | None = None, **options: Any) -
         BadInputError: the port's family is unknown, so nothing is known to compare it with.
         PorterError: see `parity.run.compare_port`. A port that differs raises nothing: `document["passed"]` says so.
     """
-    run, report = importlib.import_module("parity.run"), importlib.import_module("parity.report")
+    run, report = importlib.import_module("parity.run"), importlib.import_module("parity.document")
     settings = importlib.import_module("parity.outcome").Options(**options)
     outcome = run.compare_port(port, settings)
     command = shlex.join(["porter", "parity", str(port)])

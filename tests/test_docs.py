@@ -10,6 +10,7 @@ import click
 import pytest
 
 from porter.cli import VERBS, app, main
+from porter.commands._parts import WithParts
 from porter.core.architectures import architectures
 from porter.core.family import families
 from porter.core.formulas import formula_of
@@ -49,7 +50,8 @@ def test_every_verb_and_option_is_documented(verb: str) -> None:
     section = page.split(f"## porter {verb}")[1].split("\n## ")[0]
     command = app.get_command(click.Context(app), verb)
     assert command is not None
-    for part in command.commands.values() if isinstance(command, click.Group) else (command,):
+    parts = [command.part(name) for name in command.parts] if isinstance(command, WithParts) else []
+    for part in command.commands.values() if isinstance(command, click.Group) else (command, *parts):
         for parameter in part.params:
             for name in (n for n in parameter.opts if n.startswith("--")):
                 assert f"`{name}" in section, f"porter {verb} {name} is not in docs/commands.md"

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
 from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, PipelineCase, PipelineSide, Shapes
 from porter.core.files import read_config
+from runtime.image import to_pil
 from runtime.loader import load_module, quiet_libraries
 from runtime.registry import load
 
@@ -222,12 +224,13 @@ def _record(component: str) -> Any:
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
-def diffusers_pipeline(port: Path) -> PipelineSide:
-    """diffusers.FluxPipeline of a port, float32 on the CPU."""
+def diffusers_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
+    """diffusers.FluxPipeline of a port on the CPU."""
     with quiet_libraries():
         from diffusers import FluxPipeline
+        from diffusers.image_processor import VaeImageProcessor
 
-        pipe: Any = FluxPipeline.from_pretrained(port, low_cpu_mem_usage=False, use_safetensors=True).to(torch.float32)
+        pipe: Any = FluxPipeline.from_pretrained(port, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
 
     def run(prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
@@ -243,12 +246,15 @@ def diffusers_pipeline(port: Path) -> PipelineSide:
         ).images
         return image
 
-    return _side(pipe.text_encoder, pipe.text_encoder_2, pipe.transformer, pipe.vae, pipe.scheduler, run=run)
+    def save(image: Tensor) -> Tensor:
+        return _levels(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image)))
+
+    return _side(pipe.text_encoder, pipe.text_encoder_2, pipe.transformer, pipe.vae, pipe.scheduler, run=run, save=save)
 
 
-def native_pipeline(port: Path) -> PipelineSide:
-    """The native pipeline of a port, float32 on the CPU."""
-    pipe = load(port, dtype=torch.float32, device="cpu")
+def native_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
+    """The native pipeline of a port on the CPU."""
+    pipe = load(port, dtype=dtype, device="cpu")
 
     def run(prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
         request = pipe.generate(prompt, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
@@ -256,12 +262,17 @@ def native_pipeline(port: Path) -> PipelineSide:
         return request.output
 
     parts = (pipe.modules[name] for name in ("text_encoder", "text_encoder_2", "transformer", "vae", "scheduler"))
-    return _side(*parts, run=run)
+    return _side(*parts, run=run, save=lambda image: _levels(to_pil(image)))
 
 
-def _side(clip: Any, t5: Any, transformer: nn.Module, vae: Any, scheduler: Any, *, run: Any) -> PipelineSide:
+def _levels(pictures: list[Any]) -> Tensor:
+    """PIL pictures -> uint8 (B, 3, H, W)."""
+    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+
+
+def _side(clip: Any, t5: Any, transformer: nn.Module, vae: Any, scheduler: Any, *, run: Any, save: Any) -> PipelineSide:
     stages = {"text_encoder": clip, "text_encoder_2": t5, "denoiser": transformer, "decoder": vae.decoder}
-    return PipelineSide(stages, (clip, t5, transformer, vae), scheduler, run)
+    return PipelineSide(stages, (clip, t5, transformer, vae), scheduler, run, save)
 
 
 CASES = FamilyCases(
@@ -300,6 +311,6 @@ CASES = FamilyCases(
             candidates=(NATIVE, DIFFUSERS),
         ),
     ),
-    pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5),
+    pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5, own=("rotary",)),
     code=("conversions.flux1", "conversions.common", "runtime", "porter.core"),
 )

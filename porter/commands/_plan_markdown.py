@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from porter.commands._render import human_bytes, human_count
-from porter.core.errors import visible
+from porter.core.markdown import block, code, text
 from porter.core.plan import STATUS_MEANING, PortPlan
 from porter.core.terms import stated
 from porter.core.units import several
-
-_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&@]|:(?=//)|(?<=[Ww])\.(?=\S))")  # what is markup inside a line
-
-
-def text(value: object) -> str:
-    """A value as plain Markdown text: nothing in it is markup, a mention, a link or a line break."""
-    return _SPECIAL.sub(r"\\\1", visible(str(value)).replace("\r", " ").replace("\n", " ").replace("\t", " "))
-
-
-def code(value: object) -> str:
-    """A value as inline code, whatever backticks it holds; inside a table a bar is escaped too."""
-    plain = visible(str(value)).replace("\r", " ").replace("\n", " ").replace("|", "\\|") or " "
-    longest = max((len(run) for run in re.findall(r"`+", plain)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if longest else ""
-    return f"{fence}{pad}{plain}{pad}{fence}"
 
 
 def to_markdown(plan: PortPlan) -> str:
@@ -51,10 +33,10 @@ def to_markdown(plan: PortPlan) -> str:
               "|---|---|---|--:|---|--:|---|---|"]  # fmt: skip
     for part in plan.components:
         cells = (
-            text(part.name), text(part.library or "–"), code(part.class_name or "?"),
+            text(part.name), text(part.library or "–"), code(part.class_name or "?", cell=True),
             human_count(part.parameters) if part.layout not in ("none", "elsewhere") else "–",
             text(" ".join(part.dtypes) or "–"), human_bytes(part.bytes), part.status,
-            code(part.recipe) if part.recipe else text(part.location or "–"),
+            code(part.recipe, cell=True) if part.recipe else text(part.location or "–"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -77,8 +59,8 @@ def to_markdown(plan: PortPlan) -> str:
     if plan.risks:
         lines += ["", "### Risks", "", "| pitfall | where | value | what goes wrong |", "|--:|---|---|---|"]
         lines += [
-            f"| {risk.pitfall} | {code(f'{risk.component}.{risk.key}')} | {code(str(risk.value)[:60])} |"
-            f" {text(risk.text)} |"
+            f"| {risk.pitfall} | {code(f'{risk.component}.{risk.key}', cell=True)} |"
+            f" {code(str(risk.value)[:60], cell=True)} | {text(risk.text)} |"
             for risk in plan.risks
         ]
     if plan.warnings:
@@ -93,7 +75,7 @@ def to_markdown(plan: PortPlan) -> str:
         "### Next",
         "",
         "```sh",
-        *(visible(line).replace("\n", " ").replace("```", "` ` `") for line in plan.next),
+        *map(block, plan.next),
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -6,12 +6,13 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
 import conversions.flux1.recipe as flux
 from porter.cli import main
-from porter.commands import parity
+from porter.commands import _parity_view
 from porter.commands._render import console
 from porter.core.convert import convert
 from porter.core.port import Port
@@ -28,7 +29,7 @@ class Page(HTMLParser):
         self.fetched: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [v or "" for k, v in attrs if k in ("src", "href")]
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("#")]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -58,7 +59,7 @@ def test_a_good_port_passes(own_port: Path, capsys: pytest.CaptureFixture[str]) 
     parser.feed(page)
     assert not parser.open and len(parser.fetched) == 3  # two pictures and their difference
     assert all(uri.startswith("data:image/png;base64,") for uri in parser.fetched)
-    assert page.count("<svg") == 5 and 'name="viewport"' in page and document["manifest_sha256"] in page
+    assert page.count('class="chart"') == 5 and 'name="viewport"' in page and document["manifest_sha256"] in page
 
 
 def test_a_port_with_the_swap_left_out_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +77,8 @@ def test_a_port_with_the_swap_left_out_fails(tmp_path: Path, capsys: pytest.Capt
     against = {(c["candidate"], c["against"]): c["passed"] for c in document["components"] if c["component"] != "vae"}
     assert against[("native", "trace")] is False and against[("diffusers", "trace")] is False
     # Both implementations share the port's wrong weights: they agree, which proves nothing.
-    assert against[("native", "diffusers")] is True and document["pipeline"]["passed"] is True
+    assert against[("native", "diffusers")] is True
+    assert all(stage["passed"] for stage in document["pipeline"]["stages"])
     assert "norm_out.linear" in (tmp_path / "port" / "parity" / "report.html").read_text()
     assert Port.open(tmp_path / "port").verdict() == "failed"
 
@@ -90,6 +92,23 @@ def test_json_is_one_document(own_port: Path, tmp_path: Path, capsys: pytest.Cap
     assert document["passed"] is False and document["holds"] is True and document["unproven"] == ["transformer"]
     assert sorted(p.name for p in out.iterdir()) == ["parity.json", "report.html"]
     assert not (own_port / "parity").exists()
+
+
+def test_markdown_and_junit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failing port: Markdown is all that stdout gets, and the JUnit file is there although the command fails."""
+    pattern = "final_layer.adaLN_modulation.1.{p:weight|bias}"
+    recipe = {"transformer": flux.TRANSFORMER.replace_rule(pattern, ops=())}
+    convert("builtin:tiny-flux", tmp_path / "port", component="transformer", recipe=recipe)
+    arguments = ["parity", str(tmp_path / "port"), "--against", "trace", "--junit", str(tmp_path / "parity.xml")]
+    assert main([*arguments, "--markdown"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("## Parity of `flux1`: FAIL\n") and captured.out.endswith("\n```\n")
+    assert "- candidate: `norm_out.linear`" in captured.out and "does not hold" in captured.err
+    root = ElementTree.parse(tmp_path / "parity.xml").getroot()
+    document = json.loads((tmp_path / "port" / "parity" / "partial" / "parity.json").read_text())
+    compared = sum(c["counts"]["compared"] for c in document["components"])
+    assert int(root.get("tests", 0)) == compared + len(document["components"]) + 2
+    assert int(root.get("failures", 0)) > 0 and root.get("errors") == "0"
 
 
 def test_a_partial_run_does_not_touch_the_verdict(own_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +132,10 @@ def test_the_gate_is_a_fence_and_no_more(own_port: Path) -> None:
         (["PORT", "--against", "original"], 2, "--reference-repo"),
         (["PORT", "--against", "nothing"], 2, "nothing"),
         (["PORT", "--gate", "0"], 2, "--gate must be positive"),
+        (["PORT", "--json", "--markdown"], 2, "both want stdout"),
+        (["PORT", "--junit", "PORT/manifest.json"], 2, "lies among the port's own files"),
+        (["PORT", "--junit", "/nonexistent/parity.xml"], 4, "no folder /nonexistent"),
+        (["PORT", "--junit", "/dev"], 2, "is a folder"),
         (["PORT", "--against", "original", "--reference-repo", "/dev/null"], 4, "not a checkout"),
         (["PORT", "--component", "vae", "-o", "/dev/null/report"], 5, "cannot be written"),
     ],
@@ -121,7 +144,7 @@ def test_bad_input(
     tiny_port: Path, arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tiny_port.rglob("*"))
-    assert main(["parity", *(str(tiny_port) if a == "PORT" else a for a in arguments)]) == code
+    assert main(["parity", *(a.replace("PORT", str(tiny_port)) for a in arguments)]) == code
     captured = capsys.readouterr()
     assert text in captured.err and "Traceback" not in captured.err
     assert sorted(tiny_port.rglob("*")) == before
@@ -153,7 +176,7 @@ def test_a_narrow_table_drops_columns_and_cuts_no_number(
     counts = {"compared": 199, "skipped": skipped, "missing": 0}
     result = SimpleNamespace(component="text_encoder_2", candidate="diffusers", against="original", passed=False,
                              status="differs (precision)", headline=verdict, counts=counts)  # fmt: skip
-    rows, rest = parity._table(SimpleNamespace(results=[result]), width)
+    rows, rest = _parity_view.comparisons(SimpleNamespace(results=[result]), width)
     console().print(rows)
     shown = capsys.readouterr().out
     assert "2.4e-06" in shown and "199" in shown and "…" not in shown

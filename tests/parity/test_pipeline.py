@@ -13,7 +13,8 @@ from torch import Tensor
 from conversions.flux1.case import CASES
 from conversions.flux1.pipeline import FluxPipelineConfig
 from parity.compare import SKIPPED
-from parity.pipeline import PipelineResult, Request, compare_pipelines
+from parity.pipeline import PipelineResult, compare_pipelines
+from parity.stages import Request
 from runtime.stages import DenoisingStage, LatentPreparationStage
 
 PROMPT = "a red circle on a white background"
@@ -32,6 +33,9 @@ def test_an_honest_pipeline_agrees_at_every_stage(tiny_port: Path, seed: int) ->
     assert names[:2] == ["text_encoder input_ids", "text_encoder -> last_hidden_state"]
     assert names.index("sigmas") < names.index("step 0 denoiser hidden_states") < names.index("step 1 latents")
     assert names[-2:] == ["decoder -> 0", "image"]
+    assert names.index("draw 0") < names.index("step 0 denoiser hidden_states")
+    assert all(v.passed for v in result.guards) and len(result.guards) == 7
+    assert result.metrics is not None and result.metrics.ssim > 0.999999
     assert all(v.max_abs64 < 1e-11 for v in result.stages)
 
 
@@ -40,6 +44,36 @@ def test_seeds_and_steps_reach_both_sides(tiny_port: Path) -> None:
     assert first.images is not None and second.images is not None
     assert not torch.equal(first.images[1], second.images[1])
     assert "step 2 latents" in {v.name for v in second.stages} - {v.name for v in first.stages}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_levels(tiny_port: Path, threads: int) -> None:
+    assert CASES.pipeline is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = compare_pipelines(CASES.pipeline, tiny_port, Request(PROMPT, 5, 3, 2.0), level="pipeline")
+    finally:
+        torch.set_num_threads(before)
+    names = [v.name for v in result.stages]
+    assert result.passed and not any(n.startswith("step ") for n in names)
+    assert names[-5:] == ["steps", "latents", "decoder sample", "decoder -> 0", "image"]
+
+
+def test_another_number_of_steps_shows_at_the_level_of_the_pipeline(
+    tiny_port: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = DenoisingStage.forward
+
+    def hurried(self: Any, batch: Any, config: Any) -> Any:
+        batch.timesteps = batch.timesteps[:-1]
+        return forward(self, batch, config)
+
+    assert CASES.pipeline is not None
+    monkeypatch.setattr(DenoisingStage, "forward", hurried)
+    result = compare_pipelines(CASES.pipeline, tiny_port, Request(PROMPT, 0, 3, 3.5), level="pipeline")
+    assert result.first_failing is not None and result.first_failing.name == "steps"
+    assert result.first_failing.note == "3 steps there, 2 here"
 
 
 def no_shift(config: Any, batch: Any) -> float:
@@ -64,7 +98,7 @@ def clamped_only(config: Any, image: Tensor, batch: Any) -> Tensor:
 
 
 FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
-    "prepare_mu": (no_shift, "sigmas"),
+    "prepare_mu": (no_shift, "set_timesteps mu"),
     "maybe_pack_latents": (wrong_packing, "step 0 denoiser hidden_states"),
     "scale_timestep": (unscaled_time, "step 0 denoiser timestep"),
     "get_decode_scale_and_shift": (shift_lost, "decoder sample"),
@@ -89,7 +123,8 @@ def test_another_noise_is_found(tiny_port: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(LatentPreparationStage, "forward", other_seed)
     result = compare(tiny_port)
-    assert result.first_failing is not None and result.first_failing.name == "step 0 denoiser hidden_states"
+    assert result.first_failing is not None and result.first_failing.name == "draw 0"
+    assert result.first_failing.note.startswith("seed 0 there, 99 here (stages.latent_preparation:")
 
 
 def test_guidance_that_never_arrives(tiny_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from conversions.flux1.case import CASES, NATIVE
 from parity import truths
 from parity.align import Alignment, Part
 from parity.component import ComponentResult, compare_component
+from parity.document import document, write
 from parity.outcome import Options, Outcome
-from parity.report import document, write
 from parity.run import run_parity
 from parity.trace import Trace
 from porter.core.errors import CheckpointError, MissingError, UsageError

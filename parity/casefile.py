@@ -1,0 +1,92 @@
+"""`porter parity --case FILE`: the reference in a process of its own, then the candidate here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from parity.case import Case
+from parity.foreign import record_elsewhere
+from parity.outcome import Options, Outcome
+from parity.own import run_case
+from parity.reference import CaseError, load_case
+from parity.trace import Trace
+from porter.core.errors import BadInputError, CheckpointError, UsageError
+from porter.core.port import Port
+
+
+def compare_case_file(
+    name: str, port: Path | None, options: Options, *, progress: Callable[[str], None] = lambda _: None
+) -> Outcome:
+    """Compare what a case file declares.
+
+    Args:
+        name: `FILE.py` or `FILE.py:NAME`.
+        port: a port whose component has the candidate's weights; None: the candidate gets them through the conversion.
+
+    Raises:
+        UsageError: options that a case does not take.
+        BadInputError, MissingError, CheckpointError, ResourceError: the case, its reference, a trace, or the port.
+    """
+    traces = [text.removeprefix("trace:") for text in options.against if text.startswith("trace:")]
+    if len(traces) != len(options.against) or len(traces) > 1:
+        raise UsageError(
+            "a case has its own reference", expected="--against trace FILE, or none", found=", ".join(options.against)
+        )
+    if options.level in ("pipeline", "step") or options.inputs == "captured":
+        raise UsageError("a case has no pipeline", expected="--level component | block | module", hint="leave it out")
+    weights = options.source
+    progress(f"{name}: the reference")
+
+    def recorded(level: str, inside: str = "") -> Trace:
+        return record_elsewhere(
+            name, python=options.reference_python, repo=options.reference_repo, seed=options.seed, level=level,
+            inside=inside, shims=options.shims, limit=options.time_limit, weights=weights, dtype=options.dtype,
+        )  # fmt: skip
+
+    trace = Trace.open(Path(traces[0])) if traces else recorded(options.level or "module")
+    try:
+        case = load_case(name)
+    except CaseError as error:
+        raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
+    case = replace(case, weights=weights) if weights is not None else case
+    progress(f"{name}: the candidate")
+    file = Path(name.partition(".py:")[0].removesuffix(".py") + ".py")
+    sys.path.append(str(file.absolute().parent))  # for what the case imports while it builds, as in the other process
+    own = _port_state(case, port, options) if port is not None else None
+    return run_case(case, options, trace, file, own, lambda block: recorded("module", block))
+
+
+def _port_state(case: Case, folder: Path, options: Options) -> dict[str, Tensor]:
+    """The weights of a port's component in float32.
+
+    Raises:
+        UsageError: the case draws its weights, which no port has; or it is not clear which component is meant.
+        CheckpointError: its files.
+    """
+    if case.weights is None:
+        raise UsageError(
+            "the case draws its weights, and a port has real ones", expected="the original's weights",
+            hint="--source FILE, or weights=FILE in the case",
+        )  # fmt: skip
+    port = Port.open(folder)
+    names = list(options.components) or [case.name]
+    if len(names) != 1 or names[0] not in port.components:
+        raise UsageError(
+            f"the port has no {names[0]}",
+            expected=" | ".join(port.components),
+            hint="--component, or name= in the case",
+        )
+    state: dict[str, Tensor] = {}
+    for file in sorted(port.component_dir(names[0]).glob("*.safetensors")):
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read", found=str(error)) from error
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}

@@ -1,0 +1,129 @@
+"""What was recorded of a pass, event by event, and what judges a candidate's runs by it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from parity.align import Alignment, Place, read
+from parity.capture import Capture, capture
+from parity.case import Candidate, Named
+from parity.compare import GATE, Verdict, judge, judge_lossy, skipped
+from parity.recorder import sample_indices, seeded
+from parity.trace import Trace, split_key
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run in float32 and the same in float64."""
+
+    low: Capture
+    high: Capture
+
+
+@dataclass
+class Runner:
+    """Runs a candidate, in both precisions, as often as asked.
+
+    Attributes:
+        double: whether it runs in float64; the first run finds out.
+        dtype: a lossy one to run in instead.
+    """
+
+    module: nn.Module
+    seed: int
+    double: bool
+    dtype: str = ""
+    device: str = "cpu"
+    notes: list[str] = field(default_factory=list)
+
+    def pair(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Pair:
+        """One run in float32 and one in float64, with the same global random numbers and inputs of their own.
+
+        float32 goes first, as it did with the reference: tables that a model keeps from its first call are of that run.
+        """
+        low = self._one(call, inputs, double=False, dtype=self.dtype, **kind)
+        if self.dtype or not self.double:
+            return Pair(low, low)
+        try:
+            return Pair(low, self._one(call, inputs, double=True, **kind))
+        except Exception as error:
+            self.double = False
+            self.notes.append(f"the candidate does not run in float64 ({type(error).__name__}: {error})")
+            return Pair(low, low)
+
+    def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
+        seeded(self.seed)
+        given = {name: tensor.clone() for name, tensor in inputs.items()}
+        return capture(self.module, call, given, device=self.device, **kind)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One recorded activation: its key, the reference module (`=`: the pass), `in` or `out`, its call."""
+
+    key: str
+    path: str
+    kind: str
+    call: int
+    place: Place
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Looks at one recorded event in a pair of runs.
+
+    Attributes:
+        casts: reference module -> what the cast traces of both sides disagree on.
+        single: the baseline where float64 cannot run, see `compare.judge`.
+        dtype: of a lossy run, judged by its distance from the float64 truth; empty for float32.
+    """
+
+    trace: Trace
+    candidate: Candidate
+    alignment: Alignment
+    gate: float = GATE
+    casts: Mapping[str, str] = field(default_factory=dict)
+    single: float | None = None
+    dtype: str = ""
+
+    def __call__(self, event: Event, pair: Pair) -> Verdict:
+        """The verdict on an event; `not compared` where the candidate has no counterpart of it."""
+        value, place = self.trace.value(event.key), event.place
+        what = event.key.partition("/")[0] if event.path == "=" else event.key.partition("/")[2]
+        shape = value.event.shape
+        low, high = (read(run, self.alignment, self.candidate, place, shape) for run in (pair.low, pair.high))
+        if isinstance(low, str) or isinstance(high, str):
+            return skipped(what, low if isinstance(low, str) else str(high))
+        index = sample_indices(low.numel(), value.event.elements)
+        if self.dtype:
+            return judge_lossy(what, value, low.reshape(-1)[index], self.dtype, positions=index)
+        a, b = low.reshape(-1)[index].float(), high.reshape(-1)[index].double()
+        casts = self.casts.get("" if event.path == "=" else event.path, "")
+        return judge(what, value, a, b, gate=self.gate, casts=casts, positions=index, single=self.single)
+
+
+def events(trace: Trace, name: str) -> Iterator[Event]:
+    """Every recorded event of a pass in order, but for its own inputs."""
+    order: Counter[tuple[str, str]] = Counter()
+    for key in trace.events:
+        where, kind, _ = split_key(key)
+        of, _, rest = where.partition("/")
+        if of != name or (rest == "=" and kind == "in"):
+            continue
+        path, _, call = rest.partition("#")
+        position = order[where, kind]
+        order[where, kind] += 1
+        yield Event(key, path, kind, int(call or 0), Place.of(trace, key, position))
+
+
+def settle(trace: Trace, name: str, candidate: Candidate, alignment: Alignment, free: Pair) -> None:
+    """Let the candidate's layout see the free run first: what it settles there holds for the runs with values given."""
+    for key in trace.events:
+        of, _, rest = split_key(key)[0].partition("/")
+        if of == name and rest != "=":
+            read(free.high, alignment, candidate, Place.of(trace, key), trace.events[key].shape)

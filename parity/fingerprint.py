@@ -1,0 +1,139 @@
+"""Where a conversion puts each weight, without reading its code: every element gets a number that names its place.
+
+A state of such numbers goes through the conversion, whatever it is (a project's own converter, a recipe), and what
+comes out says of every row where it was. So modules are aligned by what was done, never by order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parity.align import Alignment, Part
+from porter.core.errors import BadInputError
+
+State = dict[str, Tensor]
+_MOST_PARTS = 256  # of one module; beyond, rows are strewn and the whole is compared
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Rows `target` of a target tensor are rows `source` of a source tensor; None: all, in their order."""
+
+    source: str
+    target: str
+    source_rows: tuple[int, int] | None
+    target_rows: tuple[int, int] | None
+
+
+def fingerprints(state: Mapping[str, Tensor]) -> tuple[State, dict[str, tuple[int, Tensor]]]:
+    """The state with every floating-point element numbered (float64, exact) -> it, and each tensor's first number.
+
+    Tensors of other dtypes (token positions, counters) stay as they are.
+    """
+    numbered: State = {}
+    places: dict[str, tuple[int, Tensor]] = {}
+    at = 1
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            count = tensor.numel()
+            numbered[name] = torch.arange(at, at + count, dtype=torch.float64).reshape(tensor.shape)
+            places[name] = (at, tensor)
+            at += count
+        else:
+            numbered[name] = tensor.clone()
+    return numbered, places
+
+
+def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, Tensor]]) -> list[Moved]:
+    """What a conversion did to each row.
+
+    Args:
+        state: the reference's state; only names, shapes and dtypes matter.
+        convert: takes such a state and may change it.
+
+    Raises:
+        BadInputError: the conversion does not take this state.
+    """
+    numbered, places = fingerprints(state)
+    try:
+        made = convert(dict(numbered))
+    except Exception as error:
+        raise BadInputError(
+            "the case's conversion does not take the reference's state", found=f"{type(error).__name__}: {error}",
+            expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
+        ) from error  # fmt: skip
+    names = list(places)
+    starts = torch.tensor([at for at, _ in places.values()] or [0], dtype=torch.float64)
+    end = float(sum(t.numel() for _, t in places.values()) + 1)
+    found: list[Moved] = []
+    for target, tensor in made.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            found += _rows(target, tensor.detach().double(), names, places, starts, end)
+    return found
+
+
+def _rows(
+    target: str, tensor: Tensor, names: list[str], places: Mapping[str, tuple[int, Tensor]], starts: Tensor, end: float
+) -> Iterator[Moved]:
+    """Where one target tensor's rows were; nothing where its numbers are new ones."""
+    flat = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)  # (rows, elements of a row)
+    known = (flat >= 1) & (flat < end) & (flat == flat.floor())
+    if not bool(known.all()):
+        return
+    owner = torch.searchsorted(starts, flat, right=True) - 1  # (rows, elements of a row)
+    first = owner[:, 0]
+    if not bool((owner == first[:, None]).all()):  # a row from several tensors: each is somewhere in it
+        for index in _distinct(owner):
+            yield Moved(names[index], target, None, None)
+        return
+    rows = torch.zeros_like(first)
+    whole = True
+    for index in _distinct(first):
+        at, source = places[names[index]]
+        width = max(source.numel() // max(source.shape[0], 1), 1) if source.ndim else 1
+        mine = first == index
+        sources = ((flat[mine] - at) / width).floor().long()
+        whole &= bool((sources == sources[:, :1]).all())
+        rows[mine] = sources[:, 0]
+    if not whole:  # transposed: rows are columns of the source
+        for index in _distinct(first):
+            yield Moved(names[index], target, None, None)
+        return
+    breaks = [0, *((torch.diff(rows) != 1) | (torch.diff(first) != 0)).nonzero().flatten().add(1).tolist(), len(rows)]
+    runs = list(itertools.pairwise(breaks))
+    if len(runs) > _MOST_PARTS:
+        for index in _distinct(first):
+            yield Moved(names[index], target, None, None)
+        return
+    for begin, stop in runs:
+        name = names[int(first[begin])]
+        source = places[name][1]
+        here = (int(rows[begin]), int(rows[stop - 1]) + 1)
+        all_of_source = here == (0, source.shape[0] if source.ndim else 1)
+        yield Moved(name, target, None if all_of_source else here, None if len(runs) == 1 else (begin, stop))
+
+
+def _distinct(indices: Tensor) -> list[int]:
+    return sorted({int(index) for index in indices.reshape(-1).tolist()})
+
+
+def alignment(found: list[Moved], modules: Mapping[str, str] | None = None) -> Alignment:
+    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has."""
+    parts: dict[str, dict[str, list[Part]]] = {}
+    rules: dict[str, str] = {}
+    for move in found:
+        reference, _, kind = move.source.rpartition(".")
+        candidate = move.target.rpartition(".")[0]
+        part = Part(candidate, move.source_rows, move.target_rows)
+        mine = parts.setdefault(reference, {}).setdefault(kind, [])
+        if part not in mine:
+            mine.append(part)
+        rules.setdefault(reference, f"{move.source} -> {move.target}")
+    chosen = {path: tuple(kinds.get("weight") or next(iter(kinds.values()))) for path, kinds in parts.items()}
+    chosen |= {path: (Part(candidate),) for path, candidate in (modules or {}).items()}
+    return Alignment(chosen, rules)

@@ -1,0 +1,137 @@
+"""Each leaf and each step between two leaves by itself, all in one run.
+
+The reference's recorded input replaces a leaf's own after it was captured, and the reference's output replaces what it
+answers. So what a leaf answers, and what reaches the next one, depends on nothing that went wrong before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parity.align import Alignment, Part, Place, channels, scatter
+from parity.case import Candidate
+from parity.trace import Trace
+
+
+class Isolation:
+    """What of a pass can be given to the candidate's leaves, and what of it was.
+
+    Attributes:
+        given: (reference module, call) whose input and output were the reference's in the last run.
+        unfit: reference module -> why nothing could be given to it.
+    """
+
+    def __init__(self, trace: Trace, name: str, candidate: Candidate, alignment: Alignment) -> None:
+        self.trace, self.name, self.candidate, self.alignment = trace, name, candidate, alignment
+        self.given: set[tuple[str, int]] = set()
+        self.unfit: dict[str, str] = {}
+        self.holders: dict[str, list[tuple[str, Part]]] = {}  # candidate leaf -> reference leaves whose rows it has
+        for path in trace.modules(name):
+            whole = all(self._whole(path, 0, kind) for kind in ("in", "out"))
+            if path and path in alignment.parts and whole and not any(b.matches(path) for b in candidate.blocks):
+                for part in alignment.parts[path]:
+                    self.holders.setdefault(part.candidate, []).append((path, part))
+
+    def _whole(self, path: str, call: int, kind: str) -> bool:
+        keys = self.trace.keys(self.name, path, call, kind)
+        return len(keys) == 1 and self.trace.value(keys[0]).complete
+
+    def _value(self, path: str, call: int, kind: str) -> tuple[Place, Tensor] | None:
+        if not self._whole(path, call, kind):
+            return None
+        (key,) = self.trace.keys(self.name, path, call, kind)
+        double = torch.get_default_dtype() == torch.float64
+        return Place.of(self.trace, key), self.trace.value(key).tensor(double)
+
+    def replaced(self, leaf: str, call: int, kind: str, own: Tensor) -> Tensor | None:
+        """The reference's `in` or `out` in the layout of a candidate's leaf; None where it cannot be given."""
+        result = None
+        for path, part in self.holders[leaf] if kind == "out" else self.holders[leaf][:1]:
+            found = self._value(path, call, kind)
+            if found is None:
+                return None
+            place, value = found
+            parts = self.alignment.parts[path]
+            # Only this leaf's rows are asked for: the others of a split are given to theirs.
+            others = [p for p in parts if p.candidate == leaf] if kind == "out" else [part]
+            if kind == "out" and len(others) < len(parts):
+                if any(p.source is None for p in others):
+                    others = [p for p in others if p.source is None]
+                else:
+                    value = _rows(value, others)
+                    others = _renumbered(others)
+            only = Alignment({path: tuple(others)})
+            made = scatter(only, self.candidate, place, value, {leaf: own if result is None else result})
+            if isinstance(made, str):
+                self.unfit[path] = made
+                return None
+            result = made[leaf]
+            self.given.add((path, call))
+        return result
+
+    @contextmanager
+    def of(self, module: nn.Module) -> Iterator[None]:
+        """Give and take in every run of `module` inside the block; its hooks must come after those that listen."""
+        self.given.clear()
+        handles = []
+        calls: dict[str, int] = {}
+
+        def enter(leaf: str) -> Any:
+            def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                calls[leaf] = calls.get(leaf, -1) + 1
+                found = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+                named = [k for k, a in kwargs.items() if isinstance(a, Tensor)]
+                if len(found) + len(named) != 1:
+                    return None
+                own = args[found[0]] if found else kwargs[named[0]]
+                value = self.replaced(leaf, calls[leaf], "in", own) if own.is_floating_point() else None
+                if value is None:
+                    return None
+                if found:
+                    return (*args[: found[0]], value, *args[found[0] + 1 :]), kwargs
+                return args, {**kwargs, named[0]: value}
+
+            return hook
+
+        def leave(leaf: str) -> Any:
+            def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+                return self.replaced(leaf, calls[leaf], "out", out) if isinstance(out, Tensor) else None
+
+            return hook
+
+        for path, child in module.named_modules():
+            if path in self.holders:
+                handles.append(child.register_forward_pre_hook(enter(path), with_kwargs=True))
+                handles.append(child.register_forward_hook(leave(path), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _rows(value: Tensor, parts: list[Part]) -> Tensor:
+    """The rows of a reference leaf's output that these parts hold."""
+    axis = channels(value)
+    pieces = [value.narrow(axis, *_span(part)) for part in parts]
+    return torch.cat(pieces, axis)
+
+
+def _span(part: Part) -> tuple[int, int]:
+    assert part.source is not None
+    return part.source[0], part.source[1] - part.source[0]
+
+
+def _renumbered(parts: list[Part]) -> list[Part]:
+    """The same parts, with their rows counted in what `_rows` made."""
+    made, at = [], 0
+    for part in parts:
+        count = _span(part)[1]
+        made.append(Part(part.candidate, (at, at + count), part.target))
+        at += count
+    return made

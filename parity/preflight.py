@@ -1,0 +1,67 @@
+"""What can be said before anything runs: settings of the live modules, and parameters that hide faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from parity.align import Alignment
+from parity.recorder import attributes
+
+# Settings under the names that projects give them; a width or a number of features shows in the weights already.
+_ALIKE = (
+    ("eps", "epsilon", "variance_epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps"),
+    ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads", "n_head"),
+    ("head_dim", "dim_head", "attention_head_dim", "dim_head_attn"),
+    ("theta", "rope_theta", "base"),
+    ("num_groups", "n_groups"),
+    ("scale", "softmax_scale", "scaling"),
+    ("approximate",), ("downscale_freq_shift",), ("flip_sin_to_cos",), ("max_period",), ("causal", "is_causal"),
+    ("negative_slope",), ("ceil_mode",), ("padding_mode",), ("scale_factor",), ("rescale_output_factor",),
+)  # fmt: skip
+_NAMES = {name: kind[0] for kind in _ALIKE for name in kind}
+
+
+def differing_settings(
+    reference: Mapping[str, Mapping[str, Any]], module: nn.Module, alignment: Alignment
+) -> dict[str, str]:
+    """Settings that both live modules have and that differ: reference module -> `eps 1e-06 here, 1e-05 there`."""
+    own = attributes(module)
+    found: dict[str, str] = {}
+    for path, theirs in reference.items():
+        if not path or not alignment.leaves(path):
+            continue
+        ours = alignment.counterpart(path)
+        if not ours or ours not in own or set(alignment.behind(ours)) != set(alignment.leaves(path)):
+            continue
+        texts = [
+            f"{name} {a!r} in the reference, {b!r} in the candidate"
+            for name, a, b in _pairs(theirs, own[ours])
+            if type(a) in (bool, str) or type(b) in (bool, str) or not _close(a, b)
+            if a != b
+        ]
+        if texts:
+            found[path] = "; ".join(texts)
+    return found
+
+
+def _pairs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    known = {_NAMES[name]: value for name, value in ours.items() if name in _NAMES}
+    return [(n, v, known[_NAMES[n]]) for n, v in theirs.items() if n in _NAMES and _NAMES[n] in known]
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+
+
+def constant_tensors(module: nn.Module) -> list[str]:
+    """A warning where parameters are still all zero or all one: a comparison through them proves little."""
+    found = []
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()
+        if len(values) > 1 and float(values[0]) in (0.0, 1.0) and bool((values == values[0]).all()):
+            found.append(name)
+    shown = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
+    return [f"{len(found)} parameters are all zero or all one, so faults in them stay hidden: {shown}"] if found else []

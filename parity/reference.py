@@ -1,0 +1,376 @@
+"""The reference side of a case: built, filled, called and recorded.
+
+With `case.py`, `recorder.py`, `drawn.py` and `shims*.py` beside it this file runs in the reference's own interpreter,
+which needs torch, safetensors and numpy only:
+
+    python -m parity.reference CASE.py -o trace.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from parity.case import Case, Named
+from parity.drawn import draw
+from parity.recorder import Recording, Watch, attributes, file_sha256, record, seeded
+
+LEVELS = ("component", "block", "module")
+MARK = "parity.reference: "  # before the one message that a failed recording ends with
+PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
+
+
+class CaseError(Exception):
+    """A case that cannot be used: what is wrong with it, in one line."""
+
+
+def load_case(name: str) -> Case:
+    """The case of `FILE.py` (its one Case, or the one called `case`) or `FILE.py:NAME`; the file is run.
+
+    Raises:
+        CaseError: no such file, it does not run, or it holds no such case.
+    """
+    file, _, wanted = name.partition(".py:")
+    path = Path(file if not wanted else f"{file}.py").absolute()
+    if not path.is_file() or path.suffix != ".py":
+        raise CaseError(f"no such case file: {path}; a case is FILE.py or FILE.py:NAME")
+    spec = importlib.util.spec_from_file_location(f"parity_case_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise CaseError(f"{path.name} does not run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    found = {key: value for key, value in vars(module).items() if isinstance(value, Case)}
+    chosen = wanted or ("case" if "case" in found else next(iter(found), "") if len(found) == 1 else "")
+    if chosen not in found:
+        has = ", ".join(found) or "none"
+        raise CaseError(f"{path.name} has no case {wanted or 'of its own'}; cases in it: {has}; FILE.py:NAME names one")
+    return found[chosen]
+
+
+def built(case: Case, seed: int) -> nn.Module:
+    """The reference's module, in float32 and for inference, before its weights are filled.
+
+    Raises:
+        CaseError: it does not build, or is no module.
+    """
+    seeded(seed)
+    try:
+        module = case.reference.build(dict(case.config))
+    except (Exception, SystemExit) as error:
+        raise CaseError(f"the reference does not build: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
+    return module.float().eval()
+
+
+def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """The reference's state: from the case's file, or drawn from names and the seed; float32.
+
+    What is not floating point, and what `case.keep` names, stays as the module computed it.
+
+    Raises:
+        CaseError: the file's tensors are not the module's.
+    """
+    own = module.state_dict()
+    kept = re.compile(case.keep) if case.keep else None
+    if case.weights is None:
+        return {
+            name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
+            if tensor.is_floating_point() and not (kept and kept.fullmatch(name))
+            else tensor.clone()
+            for name, tensor in own.items()
+        }
+    try:
+        given = load_file(case.weights)
+    except Exception as error:  # safetensors' own, OSError and more
+        raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
+    free = {name for name in own if kept and kept.fullmatch(name)}
+    if odd := sorted((own.keys() ^ given.keys()) - free):
+        missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
+        raise CaseError(f"{case.weights} is not of this module: missing {missing}, left over {extra}")
+    wrong = [name for name in given if name in own and given[name].shape != own[name].shape]
+    if wrong:
+        shapes = tuple(given[wrong[0]].shape), tuple(own[wrong[0]].shape)
+        raise CaseError(f"{case.weights}: {wrong[0]} has shape {shapes[0]}, the module {shapes[1]}")
+    return {
+        name: (given[name].float() if own[name].is_floating_point() else given[name]) if name in given else own[name]
+        for name in own
+    }
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """One hash of all names, dtypes, shapes and contents of a state."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def own_tensors(module: nn.Module) -> list[str]:
+    """Paths of modules that own parameters or buffers of a state."""
+    return [path for path, m in module.named_modules() if m._parameters or m._buffers]
+
+
+def leaves_and_parents(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Modules with parameters of their own: those below which nothing else has any, and the others."""
+    owners = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    parents = [p for p in owners if any(q != p and (not p or q.startswith(p + ".")) for q in owners)]
+    return [p for p in owners if p not in parents and p], parents
+
+
+def blocks_of(module: nn.Module) -> list[str]:
+    """Entries of the module lists that lie in no other module list."""
+    found: list[str] = []
+    for path, child in module.named_modules():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not any(path.startswith(b + ".") for b in found):
+            found += [f"{path}.{name}" if path else name for name, _ in child.named_children()]
+    return found
+
+
+def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list[Watch]:
+    """What to record at a level; `inside` narrows `module` to what lies in one block."""
+    if level == "component":
+        return []
+    leaves, _ = leaves_and_parents(module)
+    paths = blocks_of(module) if level == "block" else leaves
+    if inside:
+        paths = [p for p in leaves if p.startswith(inside + ".")]
+    declared = [p for p, _ in module.named_modules() if any(b.matches(p) for b in case.blocks)]
+    skip = re.compile(case.skip) if case.skip else None
+    # Of a block that no argument map describes only the outputs can be compared, where both sides cut it alike.
+    whole = [*declared, *paths] if level != "block" or inside else declared
+    kinds = ((whole, True), ([p for p in paths if p not in whole], False))
+    found = []
+    for chosen, inputs in kinds:
+        keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
+        if keep:
+            found.append(Watch("|".join(p.replace(".", r"\.") for p in keep), inputs=inputs))
+    return found
+
+
+def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
+    """An input with some of its elements changed, as its kind allows; None where nothing can be.
+
+    Masks (boolean, or only zeros and ones) lose the last of what they show, whole numbers are exchanged, others get
+    noise of a tenth of their size.
+    """
+    flat = value.reshape(-1)
+    if not flat.numel():
+        return None
+    if value.dtype == torch.bool or bool(((flat == 0) | (flat == 1)).all()):
+        shown = flat.nonzero().flatten()
+        changed = flat.clone()
+        if len(shown) == flat.numel() and len(shown) > 1:
+            changed[shown[-max(1, len(shown) // 4) :]] = 0
+        elif len(shown):
+            changed[shown[-1]] = 0
+        else:
+            changed[-1] = 1
+        return changed.reshape(value.shape)
+    if not value.is_floating_point():
+        changed = flat.flip(0)
+        changed = changed if not torch.equal(changed, flat) else torch.where(flat > 0, flat - 1, flat + 1)
+        return changed.reshape(value.shape)
+    size = float(flat.abs().float().mean()) or 1.0
+    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed)).to(value.dtype)
+    return (flat + 0.1 * size * noise).reshape(value.shape)
+
+
+def guard_passes(case: Case, given: Mapping[str, Named], seed: int) -> dict[str, dict[str, Tensor]]:
+    """For every pass and every input that is not free: the pass with this input changed."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, inputs in given.items():
+        for key, value in inputs.items():
+            changed = perturbed(key, value, seed) if key not in case.free else None
+            if changed is not None:
+                found[f"{name}{PERTURBED}{key}"] = {**inputs, key: changed}
+    return found
+
+
+def record_reference(
+    case: Case, seed: int, level: str = "module", *, inside: str = "", guards: bool = True, dtype: str = "float32"
+) -> Recording:
+    """Build, fill and run the reference of a case -> its Recording.
+
+    Args:
+        level: what to record, see `watches`; `inside` narrows `module` to one block.
+        guards: whether to run it again with each input changed.
+        dtype: a lossy one to run in too; how far that is from float64 is kept.
+
+    Raises:
+        CaseError: the reference does not build, does not take its weights, or does not run.
+    """
+    module = built(case, seed)
+    state = state_of(case, module, seed)
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CaseError(f"the reference does not take its weights: {error}") from error
+    given = inputs_of(case, seed)
+    passes: dict[str, tuple[Callable[[Any, Named], Any], Named]] = {}
+    for name, inputs in given.items():
+        if name not in case.reference.passes:
+            raise CaseError(f"the reference has no call for the pass {name!r}")
+        passes[name] = (case.reference.passes[name], inputs)
+    leaves, parents = leaves_and_parents(module)
+    meta = {
+        "component": case.name,
+        "reference": {"name": case.reference.name or f"{type(module).__module__}:{type(module).__qualname__}"},
+        "source": {"file": str(case.weights or "drawn"), "sha256": state_sha256(state)},
+        "weights": {
+            "seed": seed,
+            "shapes": {name: list(t.shape) for name, t in state.items() if t.is_floating_point()},
+        },
+        "config": json.loads(json.dumps(dict(case.config), default=str)),
+        "seed": seed,
+        "parents": parents,
+        "leaves": leaves,
+        "attributes": attributes(module),
+        "level": "inside" if inside else level,
+        "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
+    }
+    lossy = [dtype] if dtype != "float32" else []
+    watched = watches(case, module, level, inside)
+    double = case.reference.float64
+    try:
+        recording = record(module, passes, watched, meta, seed=seed, double=double, dtypes=lossy)
+    except (Exception, SystemExit) as error:
+        recording, double = (
+            _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
+            False,
+        )
+    for name in passes:
+        if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
+            raise CaseError(
+                f"the reference's pass {name!r} returns nothing that can be compared: no floating-point tensor"
+            )
+    for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
+        call = case.reference.passes[name.partition(PERTURBED)[0]]
+        try:
+            changed = record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double, dtypes=lossy)
+            recording.extend(changed)
+        except (Exception, SystemExit) as error:  # not every input takes another value
+            recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
+    for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
+        if case.weights is None and (not tensor.is_floating_point() or (case.keep and re.fullmatch(case.keep, name))):
+            recording.tensors[f"state/{name}"] = tensor.contiguous()
+    return recording
+
+
+def _single(error: BaseException, case: Case, again: Callable[[], Recording]) -> Recording:
+    """A recording in float32 alone, after one in both precisions failed; the failure is noted.
+
+    Raises:
+        CaseError: that fails too, or nothing else was tried before.
+    """
+    try:
+        if not case.reference.float64:
+            raise error
+        recording = again()
+    except (Exception, SystemExit) as last:
+        raise CaseError(f"the reference does not run: {type(last).__name__}: {last}") from last
+    why = f"the reference does not run in float64 ({type(error).__name__}: {error})"
+    recording.meta["notes"] = [*recording.meta.get("notes", []), why]
+    return recording
+
+
+def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
+    """A case's inputs, checked.
+
+    Raises:
+        CaseError: they cannot be made, or are no tensors.
+    """
+    try:
+        given = case.inputs_of(seed)
+    except Exception as error:
+        raise CaseError(f"the case's inputs cannot be made: {type(error).__name__}: {error}") from error
+    for name, inputs in given.items():
+        for key, value in inputs.items():
+            if not isinstance(value, Tensor):
+                raise CaseError(
+                    f"input {key!r} of {name} is {type(value).__name__}, not a tensor: put it into the call"
+                )
+    return given
+
+
+def commit_of(repo: Path | None) -> str:
+    """The commit of a checkout, empty where git does not say; nothing is written to it."""
+    if repo is None:
+        return ""
+    command = ["git", "--no-optional-locks", "-C", str(repo), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record a case's reference; exit code 6 with one line where it cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m parity.reference", description="Record a case's reference.")
+    parser.add_argument("case", help="FILE.py or FILE.py:NAME")
+    parser.add_argument("--reference-repo", type=Path, help="checkout of the original code, put on sys.path")
+    parser.add_argument(
+        "--shims", nargs="?", const="", help="CPU equivalents of flash_attn, xformers and apex; or of these, by commas"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--level", choices=LEVELS, default="module")
+    parser.add_argument("--inside", default="", help="record what lies in this module of the reference only")
+    parser.add_argument("--weights", type=Path, help="the reference's weights, in place of the case's")
+    parser.add_argument("--dtype", default="float32", help="run in this lossy dtype too")
+    parser.add_argument("-o", "--out", required=True, type=Path)
+    options = parser.parse_args(argv)
+    if options.reference_repo is not None:
+        sys.path.insert(0, str(options.reference_repo.absolute()))
+    path = Path(options.case.partition(".py:")[0].removesuffix(".py") + ".py")
+    sys.path.append(str(path.absolute().parent))  # for what the case imports while it builds
+    used: Callable[[], Sequence[str]] = list
+    try:
+        if options.shims is not None:
+            from parity import shims
+
+            shims.install([name for name in options.shims.split(",") if name] or None)
+            used = shims.used
+        case = load_case(options.case)
+        case = dataclasses.replace(case, weights=options.weights) if options.weights else case
+        recording = record_reference(case, options.seed, options.level, inside=options.inside, dtype=options.dtype)
+    except (CaseError, ValueError) as error:
+        print(f"{MARK}{error}", file=sys.stderr)
+        return 6
+    recording.meta |= {
+        "command": " ".join(["python -m parity.reference", *(sys.argv[1:] if argv is None else argv)]),
+        "case": {"file": path.name, "sha256": file_sha256(path)},
+        "shims": list(used()),
+        "python": platform.python_version(),
+    }
+    recording.meta["reference"]["commit"] = commit_of(options.reference_repo)
+    if used():
+        note = f"CPU stand-ins ran in place of {', '.join(used())}"
+        recording.meta["notes"] = [*recording.meta.get("notes", []), note]
+    recording.save(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""What `porter parity` prints: one line a comparison, and why something fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def inside(out: Path, port: Path) -> bool:
+    """Whether a report in `out` would lie among the files that the manifest answers for."""
+    place, root = out.resolve(), port.resolve()
+    return place.is_relative_to(root) and not place.is_relative_to(root / "parity")
+
+
+def comparisons(outcome: Any, width: int) -> tuple[Any, str]:
+    """One line a comparison, and what the table leaves out; numbers are never cut."""
+    from parity.pipeline import PipelineResult
+    from parity.wording import ratio_text
+    from porter.commands._render import table
+
+    names = ("component", "against", "verdict")
+    rows = []
+    for result in outcome.results:
+        v = result.headline
+        whole = isinstance(result, PipelineResult)
+        called = "pipeline (native)" if whole else f"{result.component} ({result.candidate})"
+        numbers = (f"{v.max_abs:.1e}", f"{v.floor:.1e}", ratio_text(v.ratio)) if v else ("–", "–", "–")
+        counts = {key: str(result.counts[key]) for key in ("compared", "skipped", "missing")}
+        against = "diffusers" if whole else result.against
+        texts = (called, against, result.status)
+        rows.append(dict(zip((*names, "max|Δ|", "floor", "ratio"), (*texts, *numbers), strict=True)) | counts)
+    lacking = [key for key in ("skipped", "missing") if rows and all(row[key] == "0" for row in rows)]
+    shown = [key for key in (rows[0] if rows else names) if key not in lacking]
+    for spare in ("floor", "ratio"):  # what a narrow screen can do without; the report has all of it
+        if sum(2 + max(len(row[key]) for row in (*rows, {key: key})) for key in shown if key not in names) > width - 30:
+            shown = [key for key in shown if key != spare]
+    built = table(*shown, right=[key for key in shown if key not in names], fold=names)
+    for row, result in zip(rows, outcome.results, strict=True):
+        colored = row | {"verdict": f"[{'green' if result.passed else 'red'}]{row['verdict']}[/]"}
+        built.add_row(*(colored[key] for key in shown))
+    return built, f"{' and '.join(lacking)}: 0 everywhere" if lacking else ""
+
+
+def remarks(outcome: Any, verbose: bool) -> list[str]:
+    """Why something fails, and what a reader must know about what passes."""
+    from parity.outcome import describe, reason_of
+
+    lines = []
+    for result in outcome.results:
+        if not result.passed:
+            guilty = getattr(result, "guilty", None)
+            lines.append(f"{describe(result)}: {guilty or reason_of(result)}")
+            if guilty:
+                lines.append(f"  {guilty.why}")
+        lines += [f"warning: {result.component}: {text}" for text in getattr(result, "warnings", [])]
+        lines += [f"{describe(result)}: {text}" for text in getattr(result, "notes", []) if verbose]
+    return list(dict.fromkeys(lines))

@@ -81,6 +81,7 @@ def only_float32(side: PipelineSide) -> PipelineSide:
     return replace(side, run=run)
 
 
+@pytest.mark.slow
 def test_where_float64_cannot_run_the_baseline_decides(tiny_port: Path) -> None:
     case = edited(only_float32)
     result = compare(tiny_port, case)
@@ -90,6 +91,7 @@ def test_where_float64_cannot_run_the_baseline_decides(tiny_port: Path) -> None:
     assert compare(tiny_port, replace(case, baseline=1e-6)).passed
 
 
+@pytest.mark.slow
 def test_where_float64_cannot_run_float32_is_the_truth_of_lower_ones(tiny_port: Path) -> None:
     result = compare(tiny_port, edited(only_float32, both=True), dtype="bfloat16")
     assert result.passed and result.notes[0].endswith("its float32 run is the truth")

@@ -86,7 +86,9 @@ def judge(port: Path, component: str) -> Outcome:
     return run_parity(Port.open(port), "flux1", CASES, Options(components=(component,), against=("trace",)))
 
 
-@pytest.mark.parametrize("shipped", [False, True], ids=["own recipe", "shipped recipe"])
+@pytest.mark.parametrize(
+    "shipped", [pytest.param(False, id="own recipe", marks=pytest.mark.slow), pytest.param(True, id="shipped recipe")]
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_transformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, shipped: bool) -> None:
     changes, named = FAULTS[fault]

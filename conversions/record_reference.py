@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import parity.recorder as recorder
 from parity.drawn import draw
 from parity.recorder import Call, Watch, file_sha256, record
+from parity.reference import commit_of
 from parity.trace import Trace
 from porter.core.checkpoint import TensorInfo, header_bytes
 from porter.core.errors import MissingError, PorterError, UsageError
@@ -192,16 +193,6 @@ def write_weights(trace: Path, path: Path) -> dict[str, Any]:
             hint="record the trace again",
         )  # fmt: skip
     return dict(meta["config"])
-
-
-def commit_of(checkout: Path) -> str:
-    """The commit of a checkout; empty where it is none, or git is not installed."""
-    try:
-        return subprocess.run(
-            ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def changed_files(original: Original, checkout: Path) -> list[str]:

@@ -23,6 +23,8 @@ from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
+from parity.recorder import owners
+from parity.reference import PERTURBED
 from parity.trace import Trace
 
 
@@ -156,8 +158,7 @@ def compare_component(
     result.notes += runner.notes
     result.notes += [f"{path}: {text}" for path, text in settings.items()]
     result.notes = list(dict.fromkeys(result.notes))
-    own = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    result.unused = [p for p in own if p not in ran]
+    result.unused = [path for path in owners(module) if path not in ran]
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
     recorded |= set(trace.meta.get("parents", ())) | set(trace.meta.get("skipped", ()))
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.
@@ -171,14 +172,14 @@ def compare_component(
 
 def plain(name: str) -> str:
     """The pass as the case names it: `forward~mask` and `forward@3` are calls of `forward`."""
-    return name.partition("~")[0].partition("@")[0]
+    return name.partition(PERTURBED)[0].partition("@")[0]
 
 
 def effects(trace: Trace) -> list[Verdict]:
     """What was not compared because an input, changed in a pass `name~input`, changed no output of the reference."""
     found = []
     for name in trace.passes:
-        base, mark, key = name.partition("~")
+        base, mark, key = name.partition(PERTURBED)
         if not mark:
             continue
         outputs = [k for k in trace.events if k.startswith(f"{name}/=.out.")]

@@ -123,7 +123,6 @@ def events(trace: Trace, name: str) -> Iterator[Event]:
 
 def settle(trace: Trace, name: str, candidate: Candidate, alignment: Alignment, free: Pair) -> None:
     """Let the candidate's layout see the free run first: what it settles there holds for the runs with values given."""
-    for key in trace.events:
-        of, _, rest = split_key(key)[0].partition("/")
-        if of == name and rest != "=":
-            read(free.high, alignment, candidate, Place.of(trace, key), trace.events[key].shape)
+    for event in events(trace, name):
+        if event.path != "=":
+            read(free.high, alignment, candidate, event.place, trace.events[event.key].shape)

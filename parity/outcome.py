@@ -80,11 +80,6 @@ class Outcome:
         return bool(asked.components or asked.against) or not plain
 
     @property
-    def lossy(self) -> str:
-        """The dtype of a lossy run; empty for float32."""
-        return "" if self.options.dtype == "float32" else self.options.dtype
-
-    @property
     def folder(self) -> Path:
         """Where the report belongs; a partial one is no verdict on the port and stands apart."""
         if self.port is None:

@@ -149,8 +149,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
         header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
         plan = compile_recipe(recipe, dict(case.config), header)
         alignment = Alignment.of_plan(plan)
-        for path, ours in case.modules.items():
-            alignment.parts[path] = aligned([], {path: ours}).parts[path]
+        alignment.parts |= aligned([], case.modules).parts
         floats = {name: t for name, t in state.items() if t.is_floating_point()}
         return Conversion(lambda _: apply(plan, {n: floats[n] for n in plan.sources}), alignment)
     function = case.convert or (lambda same: same)

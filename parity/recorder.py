@@ -361,7 +361,7 @@ def record(
                 again[key][2].double(),
                 {d: run[key][2] for d, run in rough.items()},
             )
-    idle = [p for p, m in module.named_modules() if p not in ran and any(True for _ in m.parameters(recurse=False))]
+    idle = [path for path in owners(module) if path not in ran]
     recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
     recording.meta |= {"notes": notes} if notes else {}
     recording.meta |= {} if double else {"float64": False}
@@ -403,6 +403,11 @@ def _liberties(
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def owners(module: nn.Module) -> list[str]:
+    """Paths of modules that have parameters of their own, the outermost (empty) among them."""
+    return [path for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
 
 
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:

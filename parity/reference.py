@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from parity.case import Case, Named
 from parity.drawn import draw
-from parity.recorder import Recording, Watch, attributes, file_sha256, record, seeded
+from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -128,16 +128,11 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def own_tensors(module: nn.Module) -> list[str]:
-    """Paths of modules that own parameters or buffers of a state."""
-    return [path for path, m in module.named_modules() if m._parameters or m._buffers]
-
-
 def leaves_and_parents(module: nn.Module) -> tuple[list[str], list[str]]:
     """Modules with parameters of their own: those below which nothing else has any, and the others."""
-    owners = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    parents = [p for p in owners if any(q != p and (not p or q.startswith(p + ".")) for q in owners)]
-    return [p for p in owners if p not in parents and p], parents
+    paths = owners(module)
+    parents = [p for p in paths if any(q != p and (not p or q.startswith(p + ".")) for q in paths)]
+    return [p for p in paths if p not in parents and p], parents
 
 
 def blocks_of(module: nn.Module) -> list[str]:

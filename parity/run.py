@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from parity.align import Alignment
-from parity.case import ComponentCase, Cross, FamilyCases, Named
+from parity.case import ComponentCase, Cross, FamilyCases, Named, PipelineCase
 from parity.component import ComponentResult, compare_component
 from parity.facts import facts
 from parity.given import captured_inputs, inputs_from_file
 from parity.outcome import PIPELINE, Options, Outcome
 from parity.pipeline import compare_pipelines
-from parity.recorder import Watch, record
+from parity.recorder import Watch, owners, record
 from parity.reference import LEVELS
 from parity.stages import Request
 from parity.trace import Trace
@@ -123,12 +123,9 @@ def run_parity(
     deep = options.level in ("", "pipeline", "step")
     if cases.pipeline and "diffusers" in wanted and _asked(PIPELINE, options) and whole and deep:
         progress("pipeline (native) against diffusers")
-        p = cases.pipeline
-        request = Request(
-            p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
-        )
+        request = _request(cases.pipeline, options)
         outcome.pipeline = compare_pipelines(
-            p, port.path, request, gate=options.gate, dtype=options.dtype, level=options.level or "step"
+            cases.pipeline, port.path, request, gate=options.gate, dtype=options.dtype, level=options.level or "step"
         )
     converted = [name for name, record in port.manifest["components"].items() if record["action"] == "convert"]
     outcome.unproven = [name for name in converted if name not in proven]
@@ -158,6 +155,12 @@ def how(options: Options) -> dict[str, Any]:
     """The options of `compare_component`."""
     dtype = "" if options.dtype == "float32" else options.dtype
     return {"gate": options.gate, "level": options.level or "module", "dtype": dtype, "device": options.device}
+
+
+def _request(case: PipelineCase, options: Options) -> Request:
+    """What a pipeline is asked for: the case's, but for what the user named."""
+    prompt = case.prompt if options.prompt is None else options.prompt
+    return Request(prompt, options.seed, options.steps or case.steps, case.guidance)
 
 
 def _fits_together(options: Options, wanted: Sequence[str]) -> None:
@@ -190,11 +193,7 @@ def _given(
     if options.inputs == "captured":
         if cases.pipeline is None or not (port.path / "model_index.json").is_file():
             raise UsageError("--inputs captured runs the pipeline, and there is none here", hint="--inputs random")
-        p = cases.pipeline
-        request = Request(
-            p.prompt if options.prompt is None else options.prompt, options.seed, options.steps or p.steps, p.guidance
-        )
-        return captured_inputs(p, port.path, component, request)
+        return captured_inputs(cases.pipeline, port.path, component, _request(cases.pipeline, options))
     return inputs_from_file(Path(options.inputs), list(cross.inputs(folder, options.seed)))
 
 
@@ -204,7 +203,7 @@ def _compare_cross(
     """One implementation against another on the same port; the reference is gone before the candidate loads."""
     result = ComponentResult(component, cross.reference.name, cross.candidate.name, cross.reference.name)
     module = cross.reference.load(folder)
-    leaves = [p for p, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    leaves = owners(module)
     watches = [Watch(cross.whole), *(Watch(p.replace(".", r"\.")) for p in leaves)]
     passes = {n: (cross.call, x) for n, x in given.items()}
     lossy = [options.dtype] if options.dtype != "float32" else []

@@ -13,7 +13,6 @@ import argparse
 import importlib
 import json
 import re
-import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 
 import parity.recorder as recorder
 from conversions.flux1.record_fill import ORIGINALS
-from parity.recorder import Watch, file_sha256, record
+from parity.recorder import Watch, file_sha256, owners, record
+from parity.reference import commit_of
 from porter.core.errors import BadInputError, MissingError, PorterError, UsageError
 
 __all__ = ["ORIGINALS"]  # of `conversions.record_reference`, beside what is recorded here
@@ -55,15 +55,6 @@ def import_original(repository: Path) -> Path:
     module.__path__ = [str(package)]
     sys.modules["flux"] = module
     return package
-
-
-def commit_of(repository: Path) -> str:
-    """The commit of a checkout; empty where it is none, or git is not installed."""
-    command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def build_transformer(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
@@ -146,7 +137,7 @@ def autoencoder_inputs(model: Any, seed: int) -> tuple[dict[str, Tensor], dict[s
 
 def watches(model: nn.Module, whole: str, samples: int) -> list[Watch]:
     """Everything of the modules matching `whole`; of the modules that own parameters, `samples` elements (0: all)."""
-    leaves = [p for p, m in model.named_modules() if p and any(True for _ in m.parameters(recurse=False))]
+    leaves = [path for path in owners(model) if path]
     return [Watch(whole), Watch("|".join(map(re.escape, leaves)), samples or None)]
 
 

@@ -207,7 +207,7 @@ def test_a_file_system_that_takes_no_direct_writes_is_written_as_usual(
 
     monkeypatch.setattr(os, "pwrite", picky)
     assert right(tmp_path / "out.safetensors", execute(long_copy, tmp_path / "out.safetensors"))
-    assert sorted(refused) in ([], [0], [0, 4096])  # two are under way at once
+    assert set(refused) <= {0, 4096}  # the first refusal ends them; two writes are under way at once, in any order
 
 
 def test_a_write_that_fails_in_its_thread_leaves_nothing(

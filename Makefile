@@ -50,6 +50,7 @@ reports: $(STAMP)
 	cp build/reports/tiny-flux/parity/parity.json build/reports/tiny-flux/parity/report.html reports/flux1/
 	$(BIN)/porter demo -o build/reports/demo
 	cp build/reports/demo/contact-sheet.png build/reports/demo/good-and-broken.png docs/
+	$(BIN)/python -m conversions.publish reports
 	$(BIN)/python -m parity.scoreboard reports
 
 train: $(STAMP)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parity.case import Case
 from parity.foreign import record_elsewhere
+from parity.named import Pinned, case_file
 from parity.outcome import Options, Outcome
 from parity.own import run_case
 from parity.reference import CaseError, load_case
@@ -27,11 +28,11 @@ def compare_case_file(
     """Compare what a case file declares.
 
     Args:
-        name: `FILE.py` or `FILE.py:NAME`.
+        name: `FILE.py`, `FILE.py:NAME`, `FAMILY` or `FAMILY:NAME`.
         port: a port whose component has the candidate's weights; None: the candidate gets them through the conversion.
 
     Raises:
-        UsageError: options that a case does not take.
+        UsageError: options that a case does not take, or a checkout that it needs.
         BadInputError, MissingError, CheckpointError, ResourceError: the case, its reference, a trace, or the port.
     """
     traces = [text.removeprefix("trace:") for text in options.against if text.startswith("trace:")]
@@ -42,7 +43,13 @@ def compare_case_file(
     if options.level in ("pipeline", "step") or options.inputs == "captured":
         raise UsageError("a case has no pipeline", expected="--level component | block | module", hint="leave it out")
     weights = options.source
-    progress(f"{name}: the reference")
+    shown, name = name, case_file(name)
+    pinned = Pinned.of(name)
+    if pinned.repository and options.reference_repo is None and not traces:
+        raise UsageError(
+            f"{shown} runs the original code", expected=f"a checkout of {pinned}", hint="--reference-repo <checkout>"
+        )
+    progress(f"{shown}: the reference")
 
     def recorded(level: str, inside: str = "") -> Trace:
         return record_elsewhere(
@@ -56,11 +63,16 @@ def compare_case_file(
     except CaseError as error:
         raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
     case = replace(case, weights=weights) if weights is not None else case
-    progress(f"{name}: the candidate")
+    progress(f"{shown}: the candidate")
     file = Path(name.partition(".py:")[0].removesuffix(".py") + ".py")
     sys.path.append(str(file.absolute().parent))  # for what the case imports while it builds, as in the other process
     own = _port_state(case, port, options) if port is not None else None
-    return run_case(case, options, trace, file, own, lambda block: recorded("module", block))
+    outcome = run_case(case, options, trace, file, own, lambda block: recorded("module", block))
+    ran = trace.meta["reference"].get("commit") or ""
+    if pinned.commit and ran != pinned.commit:
+        found = f"ran at {ran}" if ran else "is in no git checkout"
+        outcome.components[0].notes.append(f"the case was written for {pinned}; the original code {found}")
+    return outcome
 
 
 def _port_state(case: Case, folder: Path, options: Options) -> dict[str, Tensor]:

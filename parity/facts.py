@@ -12,12 +12,14 @@ import torch
 from parity.case import FamilyCases
 from parity.recorder import file_sha256
 from parity.trace import Trace
+from parity.truths import applicable
 from porter.core.port import Port, code_sha256
 
 
 def facts(port: Port, cases: FamilyCases) -> dict[str, Any]:
     """What the verdict is bound to: weights, recipes, code, traces, environment."""
-    components = [c.component for c in cases.components if c.component in port.components]
+    here = applicable([c for c in cases.components if c.component in port.components], port)
+    components = [c.component for c in here]
     weights = {
         name: {
             str(f.relative_to(port.path)): file_sha256(f) for f in sorted((port.path / name).glob("*")) if f.is_file()
@@ -28,7 +30,7 @@ def facts(port: Port, cases: FamilyCases) -> dict[str, Any]:
         "manifest_sha256": port.manifest_sha256,
         "weights": weights,
         "recipes": {n: port.manifest["components"][n].get("recipe") for n in components},
-        "traces": {c.component: {"sha256": file_sha256(c.trace), **_trace_facts(c.trace)} for c in cases.components},
+        "traces": {c.component: {"sha256": file_sha256(c.trace), **_trace_facts(c.trace)} for c in here},
         "code": {name: code_sha256(name) for name in (*cases.code, "parity")},
         "environment": environment(),
     }

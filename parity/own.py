@@ -29,6 +29,7 @@ from parity.outcome import Options, Outcome, reason_of
 from parity.recorder import file_sha256, seeded
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
+from parity.truths import origin
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError
 from porter.core.execute import apply
@@ -74,9 +75,7 @@ def compare_case(
         )  # fmt: skip
     trace = trace or recorded(case, seed, level, dtype)
     gc.collect()
-    result = ComponentResult(
-        case.name, "reference", case.candidate.name or "candidate", trace.meta["reference"]["name"]
-    )
+    result = ComponentResult(case.name, "reference", case.candidate.name or "candidate", origin(trace))
     state = reference_state(case, trace)
     if state_sha256(state) != trace.meta["source"]["sha256"]:
         result.reason = "the trace is of other weights than this case's: record it again"

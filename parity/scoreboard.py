@@ -74,7 +74,8 @@ def page(documents: Mapping[str, dict[str, Any]]) -> str:
 
 def against(result: Mapping[str, Any]) -> str:
     """What a comparison was made with: `original code (flux.model:Flux at 802fb47)`, `diffusers`."""
-    return f"original code ({result['reference']})" if result["against"] == "trace" else str(result["against"])
+    original = result["against"] in ("trace", "reference")
+    return f"original code ({result['reference']})" if original else str(result["against"])
 
 
 def main() -> None:

@@ -135,6 +135,7 @@ def _one_source(case: ComponentCase, port: Port) -> Path:
 
 
 def origin(trace: Trace) -> str:
-    """`flux.model:Flux at 802fb47`."""
+    """`flux.model:Flux at 802fb47`; the name alone where it is in no git checkout."""
     reference = trace.meta["reference"]
-    return f"{reference['name']} at {reference['commit'][:7] or 'unknown commit'}"
+    commit = reference.get("commit", "")
+    return f"{reference['name']} at {commit[:7]}" if commit else str(reference["name"])

@@ -38,6 +38,8 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
             how = f"recipe {', '.join(part.layouts.values())}" if part.layouts else "reused as it is"
             native = f"; native {part.native}" if part.native else ""
             screen.print(f"  {escape(part.name):<{names}}  {escape(part.class_names[0])}: {escape(how + native)}")
+        if family.originals:
+            screen.print(f"  case     porter parity --case {escape(family.name)} --reference-repo <the original code>")
         if family.license_hint:
             screen.print(f"  licence  {escape(family.license_hint)}")
 
@@ -53,6 +55,7 @@ def _document(family: Family) -> dict[str, object]:
         "proven": bool(traces),
         "proven_against": family.reference_code if traces else None,
         "traces": traces,
+        "cases": family.originals,
         "licence": family.license_hint,
         "components": [
             {

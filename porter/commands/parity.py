@@ -42,8 +42,8 @@ class Parity(WithParts):
 )
 @click.option(
     "--case",
-    metavar="FILE[:NAME]",
-    help="Compare what this file declares; without PORT, on drawn weights. docs/parity.md",
+    metavar="FILE|FAMILY[:NAME]",
+    help="Compare what this file, or this family's, declares; without PORT, on drawn weights. docs/parity.md",
 )
 @click.option(
     "--reference-repo",

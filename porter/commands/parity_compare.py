@@ -12,9 +12,7 @@ from porter.commands._options import output_options
 @click.command(name="compare", short_help="Compare two recorded traces, reference first.")
 @click.argument("reference", metavar="A", type=click.Path(path_type=Path))
 @click.argument("candidate", metavar="B", type=click.Path(path_type=Path))
-@click.option(
-    "--case", metavar="CASE.py[:NAME]", help="Case whose conversion matches the modules; else by their names."
-)
+@click.option("--case", metavar="CASE", help="Case whose conversion matches the modules; else by their names.")
 @click.option(
     "--weights", type=click.Path(path_type=Path), metavar="FILE",
     help="Weights that B was recorded with, to be checked against A's, converted.",
@@ -38,6 +36,7 @@ def command(
     Both must be of the same weights and inputs. Modules are matched by name, or by a case's conversion.
     """
     from parity.compare import GATE
+    from parity.named import case_file
     from parity.offline import compare_traces
     from parity.outcome import reason_of
     from parity.reference import CaseError, load_case
@@ -51,9 +50,9 @@ def command(
         raise UsageError("--weights is checked against a case's conversion", hint="add --case CASE.py")
     traces = [Trace.open(path) for path in (reference, candidate)]
     try:
-        chosen = load_case(case) if case else None
+        chosen = load_case(case_file(case)) if case else None
     except CaseError as error:
-        raise BadInputError(str(error), hint="docs/parity.md, Writing a case") from error
+        raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
     result = compare_traces(traces[0], traces[1], case=chosen, weights=weights, gate=GATE if gate is None else gate)
     screen, headline, counts = console(), result.headline, result.counts
     if as_json:

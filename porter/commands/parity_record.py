@@ -11,7 +11,7 @@ from porter.commands._options import output_options
 
 
 @click.command(name="record", short_help="Record what a reference computes, or write out what does so elsewhere.")
-@click.argument("case", metavar="[CASE.py[:NAME]]", required=False)
+@click.argument("case", metavar="[CASE]", required=False)
 @click.option("--module", metavar="WHERE:FUNCTION", help="Without a case: file.py:function that returns the module.")
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE", help="Its inputs, as safetensors.")
 @click.option("--watch", multiple=True, metavar="REGEX", help="Its modules to record; @N samples N elements.")
@@ -59,12 +59,14 @@ def command(
     It runs in a process of its own, and leaves a trace file, which `porter parity compare` and `--against trace` read.
     --write DIR writes the recorder out instead, to be run on another machine.
     """
+    from parity.named import case_file
     from porter.commands._render import console, print_json
     from porter.core.errors import UsageError
 
     hint = "porter parity record CASE.py, or --module file.py:function --inputs FILE --watch REGEX --source FILE"
     if case is not None and module is not None:
         raise UsageError("a case and --module name two references", expected="one of them", hint=hint)
+    case = case_file(case) if case else None
     if kit is not None:
         if module is not None or reference_python or out is not None:
             raise UsageError(

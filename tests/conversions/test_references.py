@@ -13,47 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversions.record_reference import MAX_BYTES, Original, changed_files, record_original, write_weights
-from parity.case import ComponentCase, FamilyCases
+from conversions.publish import drawn_cases, port_of
+from conversions.record_reference import MAX_BYTES, Original, changed_files, record_original
+from parity.case import ComponentCase
 from parity.component import ComponentResult, compare_component
 from parity.run import alignment_of
 from parity.trace import Trace
 from porter.core.convert import convert
 from porter.core.errors import UsageError
-from porter.core.family import families, resolve
 
 REFERENCES = os.environ.get("PORTER_REFERENCES")
-
-
-def cases() -> list[tuple[str, ComponentCase]]:
-    """Every component with a trace that was recorded on drawn weights."""
-    found = []
-    for name, family in families().items():
-        declared: FamilyCases | None = resolve(family.cases) if family.cases else None
-        for case in declared.components if declared else ():
-            if "weights" in Trace.open(case.trace).meta:
-                found.append((name, case))
-    return found
 
 
 def _originals(family: str) -> dict[str, Original]:
     return {o.name: o for o in importlib.import_module(f"conversions.{family}.record").ORIGINALS}
 
 
-CASES = cases()
+CASES = drawn_cases()
 every = pytest.mark.parametrize(
     ("family", "case"), CASES, ids=lambda value: getattr(value, "trace", Path(str(value))).stem
 )
-
-
-def port_of(family: str, case: ComponentCase, folder: Path) -> Path:
-    """The port of a trace's weights, converted as a user would, from a file with the component's usual name."""
-    part = families()[family].component(case.component)
-    usual = Path(part.original_name if part and part.original_name else "source")
-    source = folder / usual.with_suffix(".safetensors").name
-    config = write_weights(case.trace, source)
-    convert(source, folder / "port", component=case.component, config=config or None, verify=True)
-    return folder / "port" / case.component
 
 
 @every

@@ -188,7 +188,8 @@ class ComponentCase:
         trace: the committed reference trace.
         candidates: compared with the trace (and with the original code, live).
         cross: pairs of implementations compared with each other on the same port.
-        record: (model folder, reference checkout, seed, output folder) -> command that records a fresh, full trace.
+        record: (model folder, reference checkout, seed, output folder) -> what stands after `python -m` to record a
+            fresh, full trace.
         output_step: pass name -> the step outside of all modules, for the report.
     """
 

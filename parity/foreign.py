@@ -32,6 +32,7 @@ KIT = (
     "shims_kernels.py", "shims_others.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
+ROOT = Path(__file__).resolve().parent.parent
 # Runs a module with this file's folder as sys.path[0]: neither the working folder nor the kit's own files can hide what
 # the reference imports.
 LAUNCHER = """import runpy, sys
@@ -97,26 +98,18 @@ def run_recorder(
     arguments: Sequence[str], *, python: str | None = None, limit: float = LIMIT, out: Path | None = None
 ) -> Trace:
     """Run `python -m` with `arguments`, a module of the kit first, and `-o`; raises as `record_elsewhere`."""
-    if not 0 < limit < threading.TIMEOUT_MAX:
-        raise UsageError("the time limit is a number of seconds above zero", found=str(limit), hint="--limit 1800")
-    exe = interpreter(python)
     with tempfile.TemporaryDirectory(prefix="porter-reference-") as scratch:
         folder = Path(scratch)
-        (folder / "start").mkdir()
-        launcher = folder / "start" / "launch.py"
-        launcher.write_text(LAUNCHER, encoding="utf-8")
-        root = Path(__file__).resolve().parent.parent
+        exe = interpreter(python)
         if exe != sys.executable:
-            root = folder / "kit"
-            write_kit(root)
+            write_kit(folder / "kit")
         part = folder / "trace.safetensors"
-        done = _run([exe, str(launcher), *arguments, "-o", str(part)], _environment(root, exe), limit)
-        if done.code != 0:
-            raise _failure(done, exe, arguments, limit)
+        root = folder / "kit" if exe != sys.executable else ROOT
+        said = run_module([*arguments, "-o", str(part)], python=python, limit=limit, root=root)
         if not part.is_file():
             raise BadInputError(
                 "the reference ended without a trace, as if all were well: something in it calls exit",
-                expected="a trace file", found=done.said() or "exit code 0 and no output", hint=_again(exe, arguments),
+                expected="a trace file", found=said or "exit code 0 and no output", hint=_again(exe, arguments),
             )  # fmt: skip
         trace = Trace.open(part)
         if not trace.events:
@@ -129,6 +122,20 @@ def run_recorder(
             except OSError as error:
                 raise ResourceError(f"cannot write {out}: {error.strerror}", hint="-o names another file") from error
         return trace
+
+
+def run_module(arguments: Sequence[str], *, python: str | None = None, limit: float = LIMIT, root: Path = ROOT) -> str:
+    """Run `python -m` with `arguments`, a module below `root` first -> what it said; raises as `record_elsewhere`."""
+    if not 0 < limit < threading.TIMEOUT_MAX:
+        raise UsageError("the time limit is a number of seconds above zero", found=str(limit), hint="--limit 1800")
+    exe = interpreter(python)
+    with tempfile.TemporaryDirectory(prefix="porter-launch-") as scratch:
+        launcher = Path(scratch) / "launch.py"
+        launcher.write_text(LAUNCHER, encoding="utf-8")
+        done = _run([exe, str(launcher), *arguments], _environment(root, exe), limit)
+    if done.code != 0:
+        raise _failure(done, exe, arguments, limit)
+    return done.said()
 
 
 def interpreter(name: str | None) -> str:
@@ -245,7 +252,10 @@ def _run(command: list[str], environment: dict[str, str], limit: float) -> _Done
 
 def _again(exe: str, arguments: Sequence[str]) -> str:
     """How to see it fail, without porter in between."""
-    command = ["python" if exe == sys.executable else exe, "-m", *arguments, "-o", "trace.safetensors"]
+    words = list(arguments)
+    if "-o" in words[:-1]:  # the folder of this run is gone
+        words[words.index("-o") + 1] = "trace.safetensors"
+    command = ["python" if exe == sys.executable else exe, "-m", *words]
     return "see it alone: " + shlex.join(command)
 
 
@@ -277,6 +287,8 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
     if mark:
         first, _, rest = words.strip().partition("\n")
         return BadInputError(first[:500], found=rest[:2000] or None, hint=_again(exe, arguments))
+    if done.code == MissingError.exit_code:  # a recording program of porter's own says what it lacks
+        return MissingError("the reference lacks something", found=said, hint=_again(exe, arguments))
     return BadInputError(f"the reference ended with exit code {done.code}", found=said, hint=_again(exe, arguments))
 
 

@@ -60,7 +60,6 @@ def run_parity(
     Raises:
         UsageError: an unknown component, or `original` without a checkout.
         MissingError: no checkout, no source files.
-        CheckFailed: the original code does not run.
         CheckpointError, BadInputError: a trace or the port's files cannot be read.
     """
     known = [case.component for case in cases.components] + ([PIPELINE] if cases.pipeline else [])
@@ -84,6 +83,12 @@ def run_parity(
             "--against original needs the original code",
             hint="porter parity PORT --against original --reference-repo <checkout>",
         )
+    asked = [case for case in cases.components if _asked(case.component, options)]
+    if "original" in wanted and not any(case.record for case in asked):
+        raise UsageError(
+            f"nothing of {family} runs its original code live", expected="its recorded trace: --against trace",
+            hint="leave --reference-repo out",
+        )  # fmt: skip
     absent = [c for c in options.components if c != PIPELINE and c not in port.components]
     whole = (port.path / "model_index.json").is_file()
     absent += [PIPELINE] if PIPELINE in options.components and not whole else []

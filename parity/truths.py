@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parity.case import ComponentCase
+from parity.foreign import run_module
 from parity.live import named_reference
 from parity.outcome import Options
 from parity.trace import Trace
-from porter.core.errors import BadInputError, CheckFailed, MissingError, UsageError
+from porter.core.errors import MissingError, UsageError
 from porter.core.port import Port
 
 
@@ -87,15 +86,14 @@ def truths(
 
 
 def run_original(case: ComponentCase, port: Port, options: Options, out: Path) -> Trace:
-    """Run the original code in a process of its own; it reads the original files and never the port."""
+    """Run the original code in a process of its own; it reads the original files and never the port.
+
+    Raises:
+        MissingError, BadInputError, ResourceError: see `parity.foreign.record_elsewhere`.
+    """
     assert case.record is not None and options.reference_repo is not None
-    source = options.source or _source_folder(port)
-    command = case.record(source, options.reference_repo, options.seed, out)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        kind = {4: MissingError, 6: BadInputError}.get(done.returncode, CheckFailed)
-        said = done.stderr.strip() or f"exit code {done.returncode}"
-        raise kind(f"the original code of {case.component} did not run", found=said, hint=shlex.join(command))
+    arguments = case.record(options.source or _source_folder(port), options.reference_repo, options.seed, out)
+    run_module(arguments, python=options.reference_python, limit=options.time_limit)
     return Trace.open(out / f"{case.component}.safetensors")
 
 

@@ -5,7 +5,6 @@ B: images, S: image tokens, T: text tokens, L = T + S (text first), D: model wid
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +212,7 @@ AUTOENCODER = Candidate(name="diffusers", load=load_autoencoder, passes={"encode
 def _record(component: str) -> Any:
     def command(model: Path, repository: Path, seed: int, out: Path) -> list[str]:
         return [
-            # -P: the folder where the user stands may hold a `torch.py`
-            *(sys.executable, "-P", "-m", "conversions.flux1.record", "--reference-repo", str(repository)),
+            *("conversions.flux1.record", "--reference-repo", str(repository.absolute())),
             *("--model", str(model), "--component", component, "--seed", str(seed), "--samples", "0", "-o", str(out)),
         ]
 

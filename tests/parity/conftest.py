@@ -1,7 +1,11 @@
-"""The embedded model's converted components, each ready to be compared with its trace."""
+"""The embedded model's converted components, each with its trace; an interpreter without porter."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sysconfig
+import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,10 @@ from parity.case import Candidate, ComponentCase
 from parity.component import ComponentResult, compare_component
 from parity.run import alignment_of
 from parity.trace import Trace
+
+OURS = re.compile(
+    r"(porter|parity|conversions|runtime|diffusion_porter|__editable__|__pycache__|.*\.pth)", re.IGNORECASE
+)
 
 
 @dataclass
@@ -50,3 +58,19 @@ def transformer(tiny_port: Path) -> Bench:
 @pytest.fixture(scope="session")
 def vae(tiny_port: Path) -> Bench:
     return bench(tiny_port, "vae")
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter of its own with all of our packages but porter, as a project's environment is."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not OURS.match(path.name):
+            (packages / path.name).symlink_to(path)
+    exe = str(folder / "bin" / "python")
+    for name in ("porter", "parity"):
+        done = subprocess.run([exe, "-c", f"import {name}"], capture_output=True, cwd=folder, env={})
+        assert done.returncode == 1 and b"ModuleNotFoundError" in done.stderr
+    return exe

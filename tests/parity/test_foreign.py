@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import venv
 from pathlib import Path
@@ -22,26 +20,6 @@ from parity.reference import load_case, record_reference
 from parity.trace import Trace
 from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
 from tests.parity.cases import write_case
-
-OURS = re.compile(
-    r"(porter|parity|conversions|runtime|diffusion_porter|__editable__|__pycache__|.*\.pth)", re.IGNORECASE
-)
-
-
-@pytest.fixture(scope="module")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter of its own with all of our packages but porter, as a project's environment is."""
-    folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = next(folder.glob("lib/python*/site-packages"))
-    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not OURS.match(path.name):
-            (packages / path.name).symlink_to(path)
-    exe = str(folder / "bin" / "python")
-    for name in ("porter", "parity"):
-        done = subprocess.run([exe, "-c", f"import {name}"], capture_output=True, cwd=folder, env={})
-        assert done.returncode == 1 and b"ModuleNotFoundError" in done.stderr
-    return exe
 
 
 def error_of(kind: type[PorterError], case: str, **options: object) -> str:

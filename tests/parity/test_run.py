@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +108,38 @@ def test_a_port_of_other_weights_is_not_compared(own_port: Path) -> None:
 def test_other_weights_are_compared_with_the_original_live(
     own_port: Path, monkeypatch: pytest.MonkeyPatch, against: tuple[str, ...]
 ) -> None:
-    """The committed trace says nothing about them; only who asks for it by name gets its failure."""
+    """The committed trace says nothing about them; only who asks for it by name gets its failure.
+
+    In place of the original code runs a program that hands out the committed trace as one of the port's own weights.
+    """
     manifest = json.loads((own_port / "manifest.json").read_text())
     for entry in manifest["source"]["files"].values():
         entry["sha256"] = "0" * 64
     (own_port / "manifest.json").write_text(json.dumps(manifest))
-    case = CASES.components[1]
-    fresh = Trace.open(case.trace)
-    fresh.meta["source"] = {**fresh.meta["source"], "sha256": "0" * 64}
-    monkeypatch.setattr(truths, "run_original", lambda *_: fresh)
-    options = Options(reference_repo=Path("flux"), against=against)
+    code = (
+        "import json, sys\nfrom safetensors import safe_open\nfrom safetensors.torch import save_file\n"
+        "with safe_open(sys.argv[1], 'pt') as file:\n    meta = file.metadata()\n"
+        "    tensors = {key: file.get_tensor(key) for key in file.keys()}\n"
+        "trace = json.loads(meta['trace'])\ntrace['source']['sha256'] = '0' * 64\n"
+        "save_file(tensors, sys.argv[2], {**meta, 'trace': json.dumps(trace)})\n"
+    )
+    (own_port.parent / "handing_out.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(own_port.parent))
+    case = replace(
+        CASES.components[1],
+        record=lambda model, repo, seed, out: [
+            "handing_out",
+            str(CASES.components[1].trace),
+            str(out / "vae.safetensors"),
+        ],
+    )
+    options = Options(reference_repo=Path("flux"), against=against, source=own_port, reference_python=sys.executable)
     found = list(truths.truths(case, Port.open(own_port), options, against or ("trace", "diffusers", "original")))
     names = [name for name, _, _ in found]
     assert names == (["trace", "original"] if against else ["original"])
-    assert found[-1][1] is fresh and bool(found[-1][2]) == (not against)
+    fresh = found[-1][1]
+    assert isinstance(fresh, Trace) and fresh.meta["source"]["sha256"] == "0" * 64
+    assert bool(found[-1][2]) == (not against)
 
 
 def test_of_several_traces_the_one_on_the_ports_weights_counts(own_port: Path) -> None:
@@ -153,6 +173,13 @@ def test_wrong_shift_in_the_port_config(own_port: Path) -> None:
     (own_port / "vae" / "config.json").write_text(json.dumps(config))
     outcome = compare(own_port, against=("trace",), components=("vae",))
     assert not outcome.holds and "shift_factor" in outcome.conclusion()
+
+
+def test_a_family_that_runs_no_original_code_live_says_so(own_port: Path) -> None:
+    cases = replace(CASES, components=tuple(replace(case, record=None) for case in CASES.components))
+    options = Options(reference_repo=Path("flux"))
+    with pytest.raises(UsageError, match="runs its original code live"):
+        run_parity(Port.open(own_port), "flux1", cases, options)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +242,11 @@ def test_document_and_page(tiny_port: Path, tmp_path: Path) -> None:
 
 @pytest.mark.reference
 @pytest.mark.skipif(not REFERENCES, reason="PORTER_REFERENCES names no folder with a flux checkout")
-def test_live_against_the_original_code(tiny_port: Path) -> None:
-    outcome = compare(tiny_port, against=("original",), reference_repo=Path(str(REFERENCES)) / "flux", seed=5)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_live_against_the_original_code(tiny_port: Path, bare_python: str, elsewhere: bool) -> None:
+    """Here, and in an interpreter that has torch but not porter."""
+    checkout, python = Path(str(REFERENCES)) / "flux", bare_python if elsewhere else None
+    outcome = compare(tiny_port, against=("original",), reference_repo=checkout, seed=5, reference_python=python)
     assert outcome.holds and outcome.unproven == []
     assert {(r.component, r.candidate) for r in outcome.components} == {
         ("transformer", "native"),

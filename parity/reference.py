@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shims",
         nargs="?",
         const="",
-        help="CPU equivalents of flash_attn, xformers, apex and timm; or of these, by commas",
+        help="CPU equivalents of flash_attn, xformers, apex, timm; or of these, by commas",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--level", choices=LEVELS, default="module")

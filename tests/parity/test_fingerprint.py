@@ -21,6 +21,10 @@ def one_row(w: Tensor) -> Tensor:
     return torch.cat((w[:1], torch.ones_like(w[1:2]), w[2:]))
 
 
+def interleaved(w: Tensor) -> Tensor:
+    return w.unflatten(0, (2, 8)).transpose(0, 1).flatten(0, 1)
+
+
 FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "a row left at one": ("layers.1.attention.norm_q.weight", one_row),
     "a row of a part left at one": ("layers.1.attention.to_q.weight", one_row),
@@ -31,7 +35,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "one added": ("layers.1.attention.norm_q.weight", lambda w: w + 1),
     "negative": ("layers.2.norm_a.weight", lambda w: -w),
     "transposed": ("layers.1.attention.to_out.weight", lambda w: w.t()),
-    "heads interleaved": ("layers.1.attention.to_k.weight", lambda w: w.unflatten(0, (2, 8)).transpose(0, 1).flatten(0, 1)),
+    "heads interleaved": ("layers.1.attention.to_k.weight", interleaved),
     "halves": (HALVES, lambda w: torch.cat(w.chunk(2)[::-1])),
 }  # fmt: skip
 

@@ -443,5 +443,5 @@ def test_timm() -> None:
     assert list(mlp.state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert {"timm.layers.Attention", "timm.layers.Mlp", "timm.layers.PatchEmbed"} <= set(shims.used())
     for refused in (lambda: layers.Attention(8, gated=True), lambda: layers.Mlp(8, odd=1)):
-        with pytest.raises(NotImplementedError, match="timm.layers"):
+        with pytest.raises(NotImplementedError, match=r"timm\.layers"):
             refused()

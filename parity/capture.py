@@ -21,7 +21,8 @@ class Capture:
     """Activations of one pass: `tensors` by `<module>#<call>.<in|out>.<name>`, the output under `=`.
 
     `producers` names, for each captured input, the innermost module whose output it is; inputs computed in between by
-    plain operations have none. `casts` holds the floating-point dtypes computed inside each module.
+    plain operations have none. `casts` holds the floating-point dtypes computed inside each module, `ran` the modules
+    that were called or whose parameters another one used.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -64,7 +65,7 @@ def capture(
             made.setdefault(id(tensor), (tensor, path))
         result.tensors[key] = _kept(tensor)
 
-    dtypes = Dtypes()
+    dtypes = Dtypes(module)
     kind = torch.float64 if double else getattr(torch, dtype or "float32")
     values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
@@ -80,6 +81,7 @@ def capture(
         if not double:
             stack.enter_context(dtypes)
         out = call(module, values)
+    result.ran |= dtypes.read
     for name, tensor in tensors_of(out):
         result.tensors[f"=.out.{name}"] = _kept(tensor)
     result.casts = {path: sorted(seen) for path, seen in dtypes.seen.items()}

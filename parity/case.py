@@ -100,12 +100,14 @@ class Side:
         call: (module, named inputs) -> whatever the module answers; or pass name -> such a function.
         name: for the report; by default the module's class.
         float64: whether it can run in float64. Where it cannot, `Case.baseline` decides.
+        stubs: packages that its code imports and computes nothing with: where they are missing, importable and empty.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
     call: Callable[[Any, Named], Any] | Mapping[str, Callable[[Any, Named], Any]] = keywords
     name: str = ""
     float64: bool = True
+    stubs: tuple[str, ...] = ()
 
     @property
     def passes(self) -> Mapping[str, Callable[[Any, Named], Any]]:

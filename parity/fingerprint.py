@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from parity.align import Alignment, Part
 from porter.core.errors import BadInputError
@@ -30,27 +33,26 @@ class Moved:
     target_rows: tuple[int, int] | None
 
 
-def fingerprints(state: Mapping[str, Tensor]) -> tuple[State, dict[str, tuple[int, Tensor]]]:
-    """The state with every floating-point element numbered (float64, exact) -> it, and each tensor's first number.
+class _Uncast(TorchFunctionMode):
+    """Floating-point casts give float64: a conversion that ends in half precision keeps its places all the same."""
 
-    Tensors of other dtypes (token positions, counters) stay as they are.
-    """
-    numbered: State = {}
-    places: dict[str, tuple[int, Tensor]] = {}
-    at = 1
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            count = tensor.numel()
-            numbered[name] = torch.arange(at, at + count, dtype=torch.float64).reshape(tensor.shape)
-            places[name] = (at, tensor)
-            at += count
-        else:
-            numbered[name] = tensor.clone()
-    return numbered, places
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _CASTS:
+            return torch.Tensor.double(args[0])
+
+        def wide(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+        return func(*(wide(a) for a in args), **{k: wide(v) for k, v in (kwargs or {}).items()})
+
+
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 
 
 def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, Tensor]]) -> list[Moved]:
-    """What a conversion did to each row.
+    """What a conversion did to each row, also where it changes values on the way (adds a number, scales, rounds).
 
     Args:
         state: the reference's state; only names, shapes and dtypes matter.
@@ -59,33 +61,80 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
     Raises:
         BadInputError: the conversion does not take this state.
     """
-    numbered, places = fingerprints(state)
+    sizes = {name: t.numel() for name, t in state.items() if t.is_floating_point()}
+    starts, at = {}, 0
+    for name, count in sizes.items():
+        starts[name], at = at, at + count
+    firsts = torch.tensor(list(starts.values()) or [0], dtype=torch.float64)
+
+    def made(value: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """What comes out where the element at place p, counted over all tensors, is value(p)."""
+        given = {}
+        for name, tensor in state.items():
+            places = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape) + starts.get(name, 0)
+            given[name] = value(places) if name in starts else tensor.clone()
+        with _Uncast():
+            out = convert(given)
+        return {k: t.detach().double() for k, t in out.items() if isinstance(t, Tensor) and t.is_floating_point()}
+
     try:
-        made = convert(dict(numbered))
+        exact = made(lambda p: _FIRST + _STEP * p)
     except Exception as error:
         raise BadInputError(
             "the case's conversion does not take the reference's state", found=f"{type(error).__name__}: {error}",
             expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
         ) from error  # fmt: skip
-    names = list(places)
-    starts = torch.tensor([at for at, _ in places.values()] or [0], dtype=torch.float64)
-    end = float(sum(t.numel() for _, t in places.values()) + 1)
-    found: list[Moved] = []
-    for target, tensor in made.items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-            found += _rows(target, tensor.detach().double(), names, places, starts, end)
-    return found
+    places = {target: _known((tensor - _FIRST) / _STEP, at) for target, tensor in exact.items()}
+    if open_ones := [target for target, found in places.items() if bool(found.isnan().any())]:
+        with suppress(Exception):  # a conversion that computes with the values may refuse these
+            # Of a * value + b, the differences to the values 1 divide to p + 1, whatever a and b are.
+            squares = lambda p: 1 + (p + 1) ** 2  # noqa: E731
+            base, once, twice = (made(v) for v in (torch.ones_like, lambda p: 2 + p, squares))
+            for target in open_ones:
+                ratio = (twice[target] - base[target]) / (once[target] - base[target]) - 1
+                near = torch.where((ratio - ratio.round()).abs() < _NEAR, ratio.round(), torch.nan)
+                places[target] = torch.where(places[target].isnan(), _known(near, at), places[target])
+    shapes = {name: state[name].shape for name in sizes}
+    return [m for target, found in places.items() if found.numel() for m in _rows(target, found, shapes, firsts)]
 
 
-def _rows(
-    target: str, tensor: Tensor, names: list[str], places: Mapping[str, tuple[int, Tensor]], starts: Tensor, end: float
-) -> Iterator[Moved]:
+# Places are spaced and shifted so that no constant, and no value with something added, looks like another place.
+_FIRST, _STEP = 2.0**20 + 0.5, 4.0
+_NEAR = 1e-3  # of a whole number: float64 holds a ratio of values up to 1e9 to this
+
+
+def _known(places: Tensor, end: int) -> Tensor:
+    """The places that are some; NaN elsewhere."""
+    return torch.where((places >= 0) & (places < end) & (places == places.floor()), places, torch.nan)
+
+
+def _filled(places: Tensor, firsts: Tensor) -> Tensor | None:
+    """Elements that the conversion made otherwise (a row left as it was) get the place that follows from those around.
+
+    -> flat places, or None where most of them are not known.
+    """
+    flat = places.reshape(-1)
+    known = (~flat.isnan()).nonzero().flatten()
+    if len(known) == flat.numel():
+        return flat
+    if 2 * len(known) < flat.numel():
+        return None
+    every = torch.arange(flat.numel())
+    after = torch.searchsorted(known, every).clamp(max=len(known) - 1)
+    for near in (known[(after - 1).clamp(min=0)], known[after]):
+        guess = flat[near] + (every - near)
+        owners = torch.searchsorted(firsts, torch.stack((guess, flat[near])), right=True)
+        flat = torch.where(flat.isnan() & (owners[0] == owners[1]), guess, flat)
+    return torch.where(flat.isnan(), flat[known[after]], flat)
+
+
+def _rows(target: str, places: Tensor, shapes: Mapping[str, torch.Size], firsts: Tensor) -> Iterator[Moved]:
     """Where one target tensor's rows were; nothing where its numbers are new ones."""
-    flat = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)  # (rows, elements of a row)
-    known = (flat >= 1) & (flat < end) & (flat == flat.floor())
-    if not bool(known.all()):
+    filled, names = _filled(places, firsts), list(shapes)
+    if filled is None:
         return
-    owner = torch.searchsorted(starts, flat, right=True) - 1  # (rows, elements of a row)
+    flat = filled.reshape(places.shape[0] if places.ndim else 1, -1)  # (rows, elements of a row)
+    owner = torch.searchsorted(firsts, flat, right=True) - 1  # (rows, elements of a row)
     first = owner[:, 0]
     if not bool((owner == first[:, None]).all()):  # a row from several tensors: each is somewhere in it
         for index in _distinct(owner):
@@ -94,10 +143,10 @@ def _rows(
     rows = torch.zeros_like(first)
     whole = True
     for index in _distinct(first):
-        at, source = places[names[index]]
-        width = max(source.numel() // max(source.shape[0], 1), 1) if source.ndim else 1
+        shape = shapes[names[index]]
+        width = max(shape.numel() // max(shape[0], 1), 1) if shape else 1
         mine = first == index
-        sources = ((flat[mine] - at) / width).floor().long()
+        sources = ((flat[mine] - firsts[index]) / width).floor().long()
         whole &= bool((sources == sources[:, :1]).all())
         rows[mine] = sources[:, 0]
     if not whole:  # transposed: rows are columns of the source
@@ -112,9 +161,9 @@ def _rows(
         return
     for begin, stop in runs:
         name = names[int(first[begin])]
-        source = places[name][1]
+        shape = shapes[name]
         here = (int(rows[begin]), int(rows[stop - 1]) + 1)
-        all_of_source = here == (0, source.shape[0] if source.ndim else 1)
+        all_of_source = here == (0, shape[0] if shape else 1)
         yield Moved(name, target, None if all_of_source else here, None if len(runs) == 1 else (begin, stop))
 
 

@@ -29,7 +29,7 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
     "__init__.py", "case.py", "drawn.py", "recorder.py", "reference.py", "shims.py", "shims_flash.py",
-    "shims_kernels.py", "shims_others.py",
+    "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,6 +293,10 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
 
 
 def _remedy(name: str) -> str:
-    if name.partition(".")[0] in ("flash_attn", "flash_attn_interface", "xformers", "apex"):
+    if name.partition(".")[0] in ("flash_attn", "flash_attn_interface", "xformers", "apex", "timm"):
         return f"--shims={name.partition('.')[0]} stands in for it on the CPU"
-    return "--reference-repo <checkout> if it is the original code, else --reference-python <a Python that has it>"
+    top = name.partition(".")[0]
+    return (
+        "--reference-repo <checkout> if it is the original code, else --reference-python <a Python that has it>; "
+        f"if it is imported and nothing is computed with it: Side(..., stubs=({top!r},)) in the case"
+    )

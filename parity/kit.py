@@ -17,8 +17,8 @@ A case (a file with the two sides of a comparison):
 
     PYTHONDONTWRITEBYTECODE=1 python record.py parity.reference {case} --reference-repo CHECKOUT -o trace.safetensors
 
-`--shims` makes flash_attn, xformers and apex importable on the CPU, with the same arithmetic; the trace says which were
-called. A module without a case (`build()` in mine.py returns it, with its weights):
+`--shims` makes flash_attn, xformers, apex and timm importable on the CPU, with the same arithmetic; the trace says
+which were called. A module without a case (`build()` in mine.py returns it, with its weights):
 
     python record.py parity.recorder --module mine.py:build --inputs inputs.safetensors --source weights.safetensors \\
         --watch 'blocks\\.\\d+' -o trace.safetensors

@@ -30,13 +30,15 @@ class Rearranged:
         self.trace, self.own = trace, own
         self._chosen: dict[tuple[str, Shape, Shape], Callable[[Tensor], Tensor]] = {}
         self._values: dict[tuple[str, Shape], str] = {}
+        given = [value for name in trace.passes for value in trace.inputs(name).values()]
+        self._masks = [m.bool() for m in given if m.ndim and bool(((m == 0) | (m == 1)).all())]
         for key in trace.events:
             path = key.partition("/")[2].rpartition("#")[0]
             self._values.setdefault((path, trace.events[key].shape), key)
 
     def __call__(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
         given = self.own(path, shape, tensor)
-        if tuple(given.shape) == shape or given.numel() != math.prod(shape):
+        if tuple(given.shape) == shape or given.numel() < math.prod(shape):
             return given
         at = (path, shape, tuple(given.shape))
         if at not in self._chosen:
@@ -44,14 +46,17 @@ class Rearranged:
         return self._chosen[at](given)
 
     def _choose(self, path: str, shape: Shape, tensor: Tensor) -> Callable[[Tensor], Tensor]:
-        ways = list(rearrangements(tuple(tensor.shape), shape))
+        if tensor.numel() == math.prod(shape):
+            ways = list(rearrangements(tuple(tensor.shape), shape))
+        else:
+            ways = [way for mask in self._masks for way in packings(mask, tuple(tensor.shape), shape)]
         if not ways:
             return lambda t: t
         key = self._values.get((path, shape))
         if len(ways) == 1 or key is None:
             return ways[0]
         value = self.trace.value(key)
-        index = sample_indices(tensor.numel(), value.event.elements)
+        index = sample_indices(math.prod(shape), value.event.elements)
 
         def gap(way: Callable[[Tensor], Tensor]) -> float:
             return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
@@ -76,6 +81,24 @@ def rearrangements(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor
                 yield partial(_rearranged, first=moved, order=back, last=new)
             else:
                 yield partial(_rearranged, first=axes, order=order, last=new)
+
+
+def packings(mask: Tensor, old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways from padded tokens to those that `mask` (B, L), or (B, 1, 1, L), shows, one after the other as in `new`.
+
+    Args:
+        old: B first, L anywhere behind it; the other axes belong to a token.
+    """
+    sizes = tuple(n for n in mask.shape if n != 1) if mask.ndim != 2 else tuple(mask.shape)
+    for axis in range(1, len(old)):
+        if (old[0], old[axis]) == sizes:
+            rest = (*old[1:axis], *old[axis + 1 :])
+            for way in rearrangements((int(mask.sum()), *rest), new):
+                yield partial(_packed, mask=mask.reshape(sizes), axis=axis, way=way)
+
+
+def _packed(tensor: Tensor, mask: Tensor, axis: int, way: Callable[[Tensor], Tensor]) -> Tensor:
+    return way(tensor.movedim(axis, 1)[mask])
 
 
 def _rearranged(tensor: Tensor, first: Shape, order: Shape, last: Shape) -> Tensor:

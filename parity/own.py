@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parity import stubs
 from parity.align import Alignment
 from parity.case import Candidate, Case
 from parity.compare import GATE
@@ -183,6 +184,7 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
     """The candidate with the converted weights in it; None, with the result's reason, where they do not fit."""
     seeded(seed)
     try:
+        stubs.install(case.candidate.stubs)
         module = case.candidate.build(dict(case.config)).float().eval()
     except (Exception, SystemExit) as error:
         result.reason = f"the candidate does not build: {type(error).__name__}: {error}"

@@ -95,17 +95,29 @@ def lossy(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class Dtypes(TorchFunctionMode):
-    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace."""
+    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace.
 
-    def __init__(self) -> None:
+    Of `module`, also whose parameters are read: one that is never called may have its weights used by another.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         self.seen: dict[str, set[str]] = {}
+        self.read: set[str] = set()
+        self._owners: dict[int, list[str]] = {}
+        for path, child in module.named_modules() if module is not None else ():
+            for parameter in child.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), []).append(path)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self._owners and getattr(func, "__name__", "") != "__get__":  # a look at its dtype or shape is no use of it
+            for value in (*args, *(kwargs or {}).values()):
+                for item in value if isinstance(value, (list, tuple)) else (value,):
+                    self.read.update(self._owners.get(id(item), ()))
         if isinstance(out, Tensor) and out.is_floating_point():
             self.seen.setdefault(self.stack[-1], set()).add(str(out.dtype).removeprefix("torch."))
         return out

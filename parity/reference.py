@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parity import stubs
 from parity.case import Case, Named
 from parity.drawn import draw
 from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded
@@ -75,6 +76,7 @@ def built(case: Case, seed: int) -> nn.Module:
     """
     seeded(seed)
     try:
+        stubs.install(case.reference.stubs)
         module = case.reference.build(dict(case.config))
     except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {type(error).__name__}: {error}") from error
@@ -256,6 +258,8 @@ def record_reference(
             _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
             False,
         )
+    if empty := stubs.install(case.reference.stubs):
+        recording.meta["notes"] = [*recording.meta.get("notes", []), f"imported and empty: {', '.join(empty)}"]
     for name in passes:
         if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
             raise CaseError(
@@ -327,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("case", help="FILE.py or FILE.py:NAME")
     parser.add_argument("--reference-repo", type=Path, help="checkout of the original code, put on sys.path")
     parser.add_argument(
-        "--shims", nargs="?", const="", help="CPU equivalents of flash_attn, xformers and apex; or of these, by commas"
+        "--shims",
+        nargs="?",
+        const="",
+        help="CPU equivalents of flash_attn, xformers, apex, timm; or of these, by commas",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--level", choices=LEVELS, default="module")

@@ -1,4 +1,4 @@
-"""Imports that only a GPU has, made importable with exact CPU equivalents in plain torch.
+"""Imports that only a GPU has, and timm's layers, made importable with exact CPU equivalents in plain torch.
 
 Stand-alone with `shims_*.py` (torch and the standard library only). A package that can be imported stays as it is. What
 a package's stand-in lacks cannot be imported, and the error names this file.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -16,6 +17,7 @@ from typing import Any
 
 from parity import shims_flash as flash
 from parity import shims_others as others
+from parity import shims_timm as timm
 from parity.shims_kernels import CALLED, refusing
 
 _FLASH = (
@@ -27,6 +29,7 @@ _MASKS = (
     "AttentionBias", "LowerTriangularMask", "LowerTriangularFromBottomRightMask", "BlockDiagonalMask",
     "BlockDiagonalCausalMask", "BlockDiagonalCausalFromBottomRightMask",
 )  # fmt: skip
+_LAYERS = ("Attention", "DropPath", "Mlp", "PatchEmbed", "to_2tuple", "trunc_normal_")
 _NORMS = ("FusedLayerNorm", "FusedRMSNorm", "MixedFusedLayerNorm", "MixedFusedRMSNorm")
 # Arguments of `op=`, which choose a kernel and no arithmetic.
 _OPS = (
@@ -35,9 +38,15 @@ _OPS = (
     "MemoryEfficientAttentionCutlassFwdFlashBwOp",
 )  # fmt: skip
 
-VERSIONS = {"flash_attn": "2.8.3", "flash_attn_interface": "3.0.0", "xformers": "0.0.30", "apex": "0.1"}
+VERSIONS = {
+    "flash_attn": "2.8.3",
+    "flash_attn_interface": "3.0.0",
+    "xformers": "0.0.30",
+    "apex": "0.1",
+    "timm": "1.0.0",
+}
 # flash_attn_interface is prepared on demand only: projects prefer it, and its answer changed between its versions.
-USUAL = ("flash_attn", "xformers", "apex")
+USUAL = ("flash_attn", "xformers", "apex", "timm")
 
 
 def install(names: Iterable[str] | None = None) -> list[str]:
@@ -77,13 +86,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _importable(name: str) -> bool:
     """Whether the real package works; one that is installed and broken leaves nothing behind."""
-    try:
-        importlib.import_module(name)
-    except Exception:  # a kernel library that is missing or of another CUDA raises whatever it likes
+    there = False
+    with suppress(Exception):  # a kernel library that is missing or of another CUDA raises whatever it likes
+        there = importlib.import_module(name).__file__ is not None  # a folder of that name, without code, is none
+    if not there:
         for path in [p for p in sys.modules if p == name or p.startswith(name + ".")]:
             del sys.modules[path]
-        return False
-    return True
+    return there
 
 
 def _contents(name: str, version: str) -> dict[str, dict[str, Any]]:
@@ -124,6 +133,10 @@ def _contents(name: str, version: str) -> dict[str, dict[str, Any]]:
             "xformers.ops.fmha": fmha,
             "xformers.ops.fmha.attn_bias": masks,
         }
+    if name == "timm":
+        layers = of(timm, _LAYERS)
+        paths = ("timm.layers", "timm.models", "timm.models.layers", "timm.models.vision_transformer")
+        return {"timm": {"__version__": version}, **dict.fromkeys(paths, layers)}
     norms = of(others, _NORMS)
     return {"apex": {}, "apex.normalization": norms, "apex.normalization.fused_layer_norm": norms}
 

@@ -54,7 +54,7 @@ class Parity(WithParts):
 @click.option("--reference-python", metavar="EXE", help="Interpreter that the reference runs in; it needs no porter.")
 @click.option(
     "--shims", is_flag=False, flag_value="", metavar="[NAMES]",
-    help="CPU equivalents of flash_attn, xformers and apex for the reference of a case, where they are missing.",
+    help="CPU equivalents of flash_attn, xformers, apex and timm for the reference of a case, where they are missing.",
 )  # fmt: skip
 @click.option(
     "--limit", type=float, default=1800.0, metavar="SECONDS", show_default=True, help="Time limit of a reference."

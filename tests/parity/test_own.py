@@ -166,3 +166,30 @@ def misbuilt(config: Any) -> nn.Module:
     layer: Any = port.layers[1]
     layer.attention.to_q.register_load_state_dict_post_hook(changed)
     return port
+
+
+class Pool(nn.Module):
+    """Attention of the mean (B, 8) over tokens (B, L, 8), by a function that takes the layers' weights."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        out: Tensor = nn.functional.multi_head_attention_forward(
+            x.mean(0, keepdim=True), x, x, 8, 2, None,
+            torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]), None, None, False, 0.0,
+            self.c_proj.weight, self.c_proj.bias, training=False, need_weights=False, use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight,
+        )[0]  # fmt: skip
+        return out[0]
+
+
+def test_a_module_whose_weights_another_uses_took_part() -> None:
+    pool = replace(
+        case, reference=Side(Pool), candidate=Side(Pool), inputs=lambda c, d: {"x": d("x", 2, 5, 8)}, convert=None
+    )
+    assert compare_case(pool, level="component").passed
+    unused = Side(lambda c: nn.ModuleDict({"pool": Pool(c), "more": nn.Linear(2, 2)}), lambda m, x: m["pool"](**x))
+    assert not compare_case(replace(pool, reference=unused, candidate=unused), level="component").passed

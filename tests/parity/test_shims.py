@@ -404,7 +404,7 @@ def test_a_package_that_is_there_stays(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "xformers" / "__init__.py").write_text("import xformers.half\nraise OSError('libcudart.so.12')\n")
     (tmp_path / "xformers" / "half.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert shims.install() == ["xformers", "apex"]
+    assert shims.install() == ["xformers", "apex", "timm"]
     assert importlib.import_module("flash_attn").real
     assert "xformers.half" not in sys.modules and importlib.import_module("xformers.ops").unbind
 
@@ -418,3 +418,30 @@ def test_the_files_need_torch_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@torch.no_grad()
+def test_timm() -> None:
+    assert "timm" in shims.install(["timm"])
+    layers = importlib.import_module("timm.models.vision_transformer")
+    x = numbers("x", 2, 12, 8)
+    attention = layers.Attention(8, num_heads=2, qkv_bias=True, qk_norm=True).double().eval()
+    q, k, v = attention.qkv(x).reshape(2, 12, 3, 2, 4).unbind(2)
+    q, k = (F.layer_norm(t, (4,), norm.weight, norm.bias) for t, norm in ((q, attention.q_norm), (k, attention.k_norm)))
+    rows = [attention.proj(plain(q[b], k[b], v[b]).flatten(1)) for b in range(2)]
+    torch.testing.assert_close(attention(x), torch.stack(rows), atol=1e-12, rtol=0)
+    mlp = layers.Mlp(8, 16, act_layer=lambda: torch.nn.GELU(approximate="tanh"), drop=0.1).double().eval()
+    wanted = F.linear(F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias), approximate="tanh"), mlp.fc2.weight)
+    torch.testing.assert_close(mlp(x), wanted + mlp.fc2.bias, atol=1e-12, rtol=0)
+    patches = layers.PatchEmbed(6, 2, 3, 8).double()
+    picture = numbers("picture", 1, 3, 6, 6)
+    assert patches.num_patches == 9
+    wanted = patches.proj.weight.flatten(1) @ picture[0, :, 2:4, 4:6].flatten() + patches.proj.bias
+    torch.testing.assert_close(patches(picture)[0, 5], wanted, atol=1e-12, rtol=0)
+    with pytest.raises(AssertionError, match="does not match"):
+        patches(numbers("other", 1, 3, 6, 8))
+    assert list(mlp.state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    assert {"timm.layers.Attention", "timm.layers.Mlp", "timm.layers.PatchEmbed"} <= set(shims.used())
+    for refused in (lambda: layers.Attention(8, gated=True), lambda: layers.Mlp(8, odd=1)):
+        with pytest.raises(NotImplementedError, match=r"timm\.layers"):
+            refused()

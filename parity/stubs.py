@@ -1,0 +1,115 @@
+"""Packages that a model's code imports and computes nothing with: importable, and empty.
+
+Stand-alone (torch and the standard library only). Whatever is taken from such a package is a `Stub`. As a decorator it
+hands back what it decorates; as a base class it is none; anything else that is done with it gives another one. With a
+tensor nothing can be done, so that no number comes from it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from inspect import isclass, isfunction
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+
+class Stub:
+    """Stands for something of a package that is not there."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            raise NotImplementedError(f"{self._path} is called with a tensor, and the case's `stubs` name its package")
+        if len(args) == 1 and not kwargs and (isclass(args[0]) or isfunction(args[0])):
+            return args[0]
+        return Stub(f"{self._path}(…)")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python asks for by itself
+            raise AttributeError(name)
+        return Stub(f"{self._path}.{name}")
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return ()
+
+    def __getitem__(self, key: Any) -> Stub:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __or__(self, other: Any) -> Any:  # in annotations
+        return self
+
+    __ror__ = __or__
+
+    def __enter__(self) -> Stub:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"<{self._path}, of a package that is not there>"
+
+
+class _Module(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Stub(f"{self.__name__}.{name}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the packages and everything below them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in self.names:
+            return None
+        return ModuleSpec(fullname, self, origin="a stub, parity/stubs.py", is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Module(spec.name, "Named in a case's `stubs`.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__path__ = []
+
+
+_FINDER = _Finder(())
+
+
+def install(names: Iterable[str]) -> list[str]:
+    """Make packages importable that are not there -> those of `names` that are not; a package that is there stays.
+
+    Raises:
+        ValueError: a name is no package's.
+    """
+    made = []
+    for name in names:
+        if not name.isidentifier():
+            raise ValueError(f"`stubs` names packages, not {name!r}")
+        if name in _FINDER.names:
+            made.append(name)
+            continue
+        try:
+            there = import_module(name).__file__ is not None  # a folder of that name, without code, is no package
+        except ImportError:
+            there = False
+        made += [] if there else [name]
+    for path in [p for p in sys.modules if p.partition(".")[0] in made and not isinstance(sys.modules[p], _Module)]:
+        del sys.modules[path]  # halves of a package that broke
+    _FINDER.names |= set(made)
+    if made and _FINDER not in sys.meta_path:
+        sys.meta_path.append(_FINDER)
+    return made

@@ -1,0 +1,71 @@
+"""Packages that a case names as imported and empty."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity import stubs
+from parity.foreign import record_elsewhere
+from porter.core.errors import BadInputError, MissingError
+from tests.parity.cases import write_case
+
+REFERENCE = """
+def Reference():
+    from nowhere.registry import Registry, Base
+    from nowhere import logging as log
+    MODELS = Registry("models")
+    @MODELS.register_module(name="net")
+    class Theirs(Net, Base):
+        def forward(self, x):
+            {0}
+            return super().forward(x)
+    log.info("built")
+    return Theirs()
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """No stub outlives its test."""
+    yield
+    stubs._FINDER.names.clear()
+    for path in [p for p in sys.modules if p.partition(".")[0] == "nowhere"]:
+        del sys.modules[path]
+
+
+def test_a_package_that_is_only_imported(tmp_path: Path) -> None:
+    case = write_case(tmp_path, REFERENCE.format("pass"))
+    with pytest.raises(MissingError) as caught:
+        record_elsewhere(case)
+    assert "stubs=('nowhere',)" in str(caught.value.hint)
+    text = Path(case).read_text().replace("call=", "stubs=('nowhere', 'torch'), call=")
+    Path(case).write_text(text)
+    trace = record_elsewhere(case)
+    assert "imported and empty: nowhere" in trace.meta["notes"]  # torch is there, and stays
+    assert trace.events["forward/=.out.0"].noise > 0
+
+
+def test_nothing_is_computed_with_it(tmp_path: Path) -> None:
+    case = write_case(tmp_path, REFERENCE.format("x = Registry.scale(x)"))
+    Path(case).write_text(Path(case).read_text().replace("call=", "stubs=('nowhere',), call="))
+    with pytest.raises(BadInputError, match=r"nowhere.registry.Registry.scale is called with a tensor"):
+        record_elsewhere(case)
+    stubs.install(["nowhere"])
+    thing = importlib.import_module("nowhere.deep").thing
+    for wrong in (lambda: thing + torch.ones(1), lambda: torch.ones(1) * thing, lambda: torch.as_tensor(thing)):
+        with pytest.raises((TypeError, RuntimeError, ValueError)):
+            wrong()
+
+
+def test_names_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="names packages"):
+        stubs.install(["a.b"])
+    (tmp_path / "nowhere").mkdir()  # a folder without code is no package
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert stubs.install(["nowhere"]) == ["nowhere"] == stubs.install(["nowhere"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parity.align import Alignment, Part
+from parity.raised import told
 from porter.core.errors import BadInputError
 
 State = dict[str, Tensor]
@@ -64,7 +65,7 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
         made = convert(dict(numbered))
     except Exception as error:
         raise BadInputError(
-            "the case's conversion does not take the reference's state", found=f"{type(error).__name__}: {error}",
+            "the case's conversion does not take the reference's state", found=told(error),
             expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
         ) from error  # fmt: skip
     names = list(places)

@@ -29,6 +29,8 @@ def cast_disagreement(
                 f"{theirs or 'the reference'} computes in {', '.join(sorted(a))}; "
                 f"{ours or 'the candidate'} in {', '.join(sorted(b))}"
             )
+            if (a ^ b) & {"float16", "bfloat16"}:
+                found[theirs] += "; halves=False in a case's Side leaves its casts to half precision out"
     return found
 
 

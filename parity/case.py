@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parity.halves import without_halves
+
 Named = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -101,6 +103,8 @@ class Side:
         name: for the report; by default the module's class.
         float64: whether it can run in float64. Where it cannot, `Case.baseline` decides.
         stubs: packages that its code imports and computes nothing with: where they are missing, importable and empty.
+        halves: whether its casts to float16 and bfloat16 are done. Where a kernel forces them that takes nothing else,
+            False leaves them out; the report says so.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -108,11 +112,13 @@ class Side:
     name: str = ""
     float64: bool = True
     stubs: tuple[str, ...] = ()
+    halves: bool = True
 
     @property
     def passes(self) -> Mapping[str, Callable[[Any, Named], Any]]:
         """Its calls by the name of the pass."""
-        return self.call if isinstance(self.call, Mapping) else {"forward": self.call}
+        calls = self.call if isinstance(self.call, Mapping) else {"forward": self.call}
+        return calls if self.halves else {name: without_halves(call) for name, call in calls.items()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ class Case:
         layout: (reference module path, reference shape, candidate's tensor) -> tensor in the reference's layout.
         modules: reference module -> candidate module, where weights do not say so.
         steps: what stands outside of all modules, for the report: pass name -> text.
-        baseline: the largest scaled difference of a correct port in float32, for sides that cannot run in float64.
+        baseline: the largest scaled difference of a correct port in float32: for sides that cannot run in float64, and
+            for those of which one computes in a lower precision by design.
         free: inputs that need not have an effect; of any other, a change must change the output.
         skip: regular expression of reference modules that have no counterpart.
         keep: regular expression of the reference's state that is never drawn: tables that the class computes.

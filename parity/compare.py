@@ -94,6 +94,7 @@ def judge(
     casts: str = "",
     positions: Tensor | None = None,
     single: float | None = None,
+    accepted: float | None = None,
 ) -> Verdict:
     """Compare a candidate's flat samples, `low` (float32 run) and `high` (float64 run), with a recorded value.
 
@@ -102,6 +103,7 @@ def judge(
         positions: flat positions of the samples in the whole tensor, to name the worst element.
         single: float64 could not run: the family's baseline, a scaled difference in float32, decides; NaN where none is
             known.
+        accepted: scaled difference that one side's lower precision may make.
     """
     total = torch.Size(reference.event.shape).numel()
     if low.numel() != reference.low.numel() or high.numel() != reference.high.numel():
@@ -134,7 +136,8 @@ def judge(
     elif d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale):
         status, note = DIFFERS, f"float64 keeps {d64:.1e} of {d32:.1e}"
     elif casts and max(noise_reference, noise_candidate) > NOISIER * min(noise_reference, noise_candidate):
-        status, note = PRECISION, casts
+        within = accepted is not None and d32 <= BASELINES * accepted * scale
+        status, note = (ROUNDING, f"within the case's baseline: {casts}") if within else (PRECISION, casts)
     else:
         status = IDENTICAL if d32 == 0 else ROUNDING
     position = int(positions[at]) if positions is not None else at

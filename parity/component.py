@@ -23,6 +23,7 @@ from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
+from parity.raised import told
 from parity.recorder import owners
 from parity.reference import PERTURBED
 from parity.trace import Trace
@@ -95,6 +96,7 @@ def compare_component(
     level: str = "module",
     dtype: str = "",
     device: str = "cpu",
+    exact: nn.Module | None = None,
 ) -> ComponentResult:
     """Run every recorded pass of `module` and fill `result`.
 
@@ -105,12 +107,15 @@ def compare_component(
         level: `component` compares outputs only.
         dtype: run the candidate in it (`bfloat16`), judged by the reference's own loss from its float64 run.
         device: where the candidate runs; what it computes is compared on the CPU.
+        exact: the same module built in float64, for the runs in float64.
     """
-    module.to(device)
+    for each in (module, exact):
+        if each is not None:
+            each.to(device)
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     ran: set[str] = set()
-    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device)
+    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
         isolation = Isolation(trace, name, candidate, alignment)
@@ -125,13 +130,13 @@ def compare_component(
             reset = run(forcing=forcing) if forcing and deep else None
             alone = run(isolation=isolation.of) if isolation.holders and deep else None
         except (Exception, SystemExit) as error:  # whatever a project's code raises
-            result.reason = f"{name}: the candidate did not run: {type(error).__name__}: {error}"
+            result.reason = f"{name}: the candidate did not run: {told(error)}"
             return result
         ran |= free.low.ran
         pairs = {p: c for p in trace.modules(name) if (c := alignment.counterpart(p))}
         single = None if runner.double else baseline or math.nan
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
-        judge = Judge(trace, candidate, alignment, gate, casts, single, dtype)
+        judge = Judge(trace, candidate, alignment, gate, casts, single, dtype, baseline)
         forced = [f.path for f in forcing.values() if not f.unfit]
         taps, outputs = [], []
         for event in events(trace, name):

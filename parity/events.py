@@ -13,6 +13,7 @@ from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
 from parity.compare import GATE, Verdict, judge, judge_lossy, skipped
+from parity.raised import told
 from parity.recorder import sample_indices, seeded
 from parity.trace import Trace, split_key
 
@@ -31,6 +32,7 @@ class Runner:
 
     Attributes:
         double: whether it runs in float64; the first run finds out.
+        exact: the same module built in float64, for these runs.
         dtype: a lossy one to run in instead.
     """
 
@@ -39,6 +41,7 @@ class Runner:
     double: bool
     dtype: str = ""
     device: str = "cpu"
+    exact: nn.Module | None = None
     notes: list[str] = field(default_factory=list)
 
     def pair(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Pair:
@@ -53,13 +56,14 @@ class Runner:
             return Pair(low, self._one(call, inputs, double=True, **kind))
         except Exception as error:
             self.double = False
-            self.notes.append(f"the candidate does not run in float64 ({type(error).__name__}: {error})")
+            self.notes.append(f"the candidate does not run in float64 ({told(error)})")
             return Pair(low, low)
 
     def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
         seeded(self.seed)
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        return capture(self.module, call, given, device=self.device, **kind)
+        module = self.exact if self.exact is not None and kind["double"] else self.module
+        return capture(module, call, given, device=self.device, **kind)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Judge:
 
     Attributes:
         casts: reference module -> what the cast traces of both sides disagree on.
-        single: the baseline where float64 cannot run, see `compare.judge`.
+        single: the baseline where float64 cannot run, see `compare.judge`; `accepted`: the one that a case gives.
         dtype: of a lossy run, judged by its distance from the float64 truth; empty for float32.
     """
 
@@ -90,6 +94,7 @@ class Judge:
     casts: Mapping[str, str] = field(default_factory=dict)
     single: float | None = None
     dtype: str = ""
+    accepted: float | None = None
 
     def __call__(self, event: Event, pair: Pair) -> Verdict:
         """The verdict on an event; `not compared` where the candidate has no counterpart of it."""
@@ -104,7 +109,11 @@ class Judge:
             return judge_lossy(what, value, low.reshape(-1)[index], self.dtype, positions=index)
         a, b = low.reshape(-1)[index].float(), high.reshape(-1)[index].double()
         casts = self.casts.get("" if event.path == "=" else event.path, "")
-        return judge(what, value, a, b, gate=self.gate, casts=casts, positions=index, single=self.single)
+        if event.kind == "in":  # made by code that stands in no recorded module
+            casts = casts or self.casts.get("", "")
+        return judge(
+            what, value, a, b, gate=self.gate, casts=casts, positions=index, single=self.single, accepted=self.accepted
+        )
 
 
 def events(trace: Trace, name: str) -> Iterator[Event]:

@@ -28,8 +28,8 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
-    "__init__.py", "case.py", "drawn.py", "recorder.py", "reference.py", "shims.py", "shims_flash.py",
-    "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
+    "__init__.py", "case.py", "drawn.py", "halves.py", "raised.py", "recorder.py", "reference.py", "shims.py",
+    "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 _KEPT = 1 << 16  # bytes of each output stream that are kept
 _SHOWN = 12  # lines of it in an error
+_GPU = re.compile(r"CUDA|cuda|NVIDIA|flash_?attn|FLASH_ATTN|xformers|[Tt]riton")
 _MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|std::bad_alloc|OutOfMemoryError")
 
 
@@ -286,7 +287,9 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
     _, mark, words = done.error.rpartition(MARK)
     if mark:
         first, _, rest = words.strip().partition("\n")
-        return BadInputError(first[:500], found=rest[:2000] or None, hint=_again(exe, arguments))
+        gpu = _GPU.search(first) and not any(a.startswith("--shims") for a in arguments)
+        hint = "--shims runs on the CPU what asks for a GPU; or " if gpu else ""
+        return BadInputError(first[:500], found=rest[:2000] or None, hint=hint + _again(exe, arguments))
     if done.code == MissingError.exit_code:  # a recording program of porter's own says what it lacks
         return MissingError("the reference lacks something", found=said, hint=_again(exe, arguments))
     return BadInputError(f"the reference ended with exit code {done.code}", found=said, hint=_again(exe, arguments))

@@ -27,7 +27,8 @@ from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.recorder import file_sha256, seeded
+from parity.raised import told
+from parity.recorder import built_exactly, file_sha256, seeded
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from parity.truths import origin
@@ -87,8 +88,12 @@ def compare_case(
     module = filled(case, conversion, state, seed, result)
     if module is None:
         return result
-    if edit:
-        edit(module)
+    exact = None
+    if dtype == "float32" and case.candidate.float64 and trace.meta.get("float64", True):
+        exact = filled(case, conversion, state, seed, ComponentResult(case.name, "", "", ""), exactly=True)
+    for each in (module, exact):
+        if edit and each is not None:
+            edit(each)
     candidate = Candidate(
         result.candidate, lambda folder: module, case.candidate.passes, case.blocks,
         Rearranged(trace, case.layout),
@@ -96,10 +101,13 @@ def compare_case(
     compare_component(
         module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps,
         baseline=case.baseline, level=level, dtype="" if dtype == "float32" else dtype, device=device,
+        exact=exact,
     )  # fmt: skip
     if level == "module" and not result.taps and not result.reason:
         result.reason = "no module was compared: the case leaves all of them out, or nothing aligns them"
     result.notes += trace.meta.get("notes", [])
+    for side, name in ((case.reference, "reference"), (case.candidate, "candidate")):
+        result.notes += [] if side.halves else [f"casts of the {name} to half precision were left out"]
     if skipped := trace.meta.get("skipped"):
         result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")
     return result
@@ -180,14 +188,24 @@ def recipe_of(case: Case) -> Recipe | None:
     return found
 
 
-def filled(case: Case, conversion: Conversion, state: State, seed: int, result: ComponentResult) -> nn.Module | None:
-    """The candidate with the converted weights in it; None, with the result's reason, where they do not fit."""
+def filled(
+    case: Case, conversion: Conversion, state: State, seed: int, result: ComponentResult, *, exactly: bool = False
+) -> nn.Module | None:
+    """The candidate with the converted weights in it; None, with the result's reason, where they do not fit.
+
+    Args:
+        exactly: build it in float64, so that its tables have no float32 step inside.
+    """
+
+    def build() -> nn.Module:
+        return case.candidate.build(dict(case.config))
+
     seeded(seed)
     try:
         stubs.install(case.candidate.stubs)
-        module = case.candidate.build(dict(case.config)).float().eval()
+        module = built_exactly(build).eval() if exactly else build().float().eval()
     except (Exception, SystemExit) as error:
-        result.reason = f"the candidate does not build: {type(error).__name__}: {error}"
+        result.reason = f"the candidate does not build: {told(error)}"
         return None
     result.candidate = case.candidate.name or type(module).__qualname__
     try:

@@ -40,10 +40,15 @@ Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 _DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
 
 
+_LARGER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+_SMALLER = {large: small for small, large in _LARGER.items()}
+
+
 class Float64(TorchFunctionMode):
     """Keeps arithmetic in float64: a request for float32, by `.float()`, a dtype argument or a factory, gives float64.
 
-    Integer, boolean and half-precision requests stay as they are: a cast to bfloat16 is a deviation, not an upcast.
+    Integer, boolean and half-precision requests stay as they are: a cast to bfloat16 is a deviation, not an upcast. A
+    tensor of float64 says that it is of float32, so that code which asks goes the way that it went in float32.
     """
 
     def __torch_function__(
@@ -57,9 +62,16 @@ class Float64(TorchFunctionMode):
             return drawn.double() if drawn.dtype == torch.float32 else drawn
         if func is torch.Tensor.float:
             return torch.Tensor.double(*args, **kwargs)
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        if getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) is torch.Tensor.dtype:
+            found = func(*args)
+            return _SMALLER.get(found, found)
+        args = tuple(_larger(a) for a in args)
+        kwargs = {k: _larger(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _larger(value: Any) -> Any:
+    return _LARGER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 @contextmanager
@@ -79,6 +91,18 @@ def float64(*modules: nn.Module) -> Iterator[None]:
         for tensors in saved:
             for tensor, data in tensors:
                 tensor.data = data
+
+
+def built_exactly(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module as `build` makes it when all that it computes meanwhile, such as tables, is computed in float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Float64():
+            module = build()
+        return module.double()
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextmanager
@@ -315,6 +339,7 @@ def record(
     *,
     seed: int = 0,
     double: bool = True,
+    exact: nn.Module | None = None,
     dtypes: Sequence[str] = (),
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
@@ -329,12 +354,15 @@ def record(
         seed: of the global generators before each run.
         dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
         double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
+        exact: the same module built in float64, for that run; its tables have no float32 step left inside.
     """
 
     def watch_of(path: str) -> Watch | None:
         return next((w for w in watches if w.matches(path)), None)
 
     module.eval()
+    if exact is not None:
+        exact.eval()
     recording = Recording(dict(meta))
     casts: dict[str, set[str]] = {}
     ran: set[str] = set()
@@ -347,7 +375,7 @@ def record(
         again = seen
         if double:
             seeded(seed)
-            again, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+            again, _, _ = _run(exact or module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
         rough = {}
         for dtype in dtypes:
             seeded(seed)
@@ -360,10 +388,10 @@ def record(
             casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
-            exact = value.reshape(-1).float()
+            flat = value.reshape(-1).float()
             kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-            high = exact if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
-            recording.add(f"{name}/=.in.{key}", value.shape, kind, exact, high.double())
+            high = flat if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
+            recording.add(f"{name}/=.in.{key}", value.shape, kind, flat, high.double())
         for key, (shape, dtype, value) in seen.items():
             recording.add(
                 f"{name}/{key}",

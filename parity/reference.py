@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from parity import stubs
 from parity.case import Case, Named
 from parity.drawn import draw
-from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded
+from parity.raised import told
+from parity.recorder import Recording, Watch, attributes, built_exactly, file_sha256, owners, record, seeded
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -57,7 +58,7 @@ def load_case(name: str) -> Case:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise CaseError(f"{path.name} does not run: {type(error).__name__}: {error}") from error
+        raise CaseError(f"{path.name} does not run: {told(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     found = {key: value for key, value in vars(module).items() if isinstance(value, Case)}
@@ -79,10 +80,25 @@ def built(case: Case, seed: int) -> nn.Module:
         stubs.install(case.reference.stubs)
         module = case.reference.build(dict(case.config))
     except (Exception, SystemExit) as error:
-        raise CaseError(f"the reference does not build: {type(error).__name__}: {error}") from error
+        raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
     return module.float().eval()
+
+
+def built_in_float64(case: Case, seed: int, state: Mapping[str, Tensor]) -> nn.Module | None:
+    """The reference again with tables computed in float64, filled; None where it cannot be built so."""
+
+    def build() -> nn.Module:
+        return case.reference.build(dict(case.config))
+
+    seeded(seed)
+    try:
+        module = built_exactly(build)
+        module.load_state_dict(state, strict=True)
+    except (Exception, SystemExit):
+        return None
+    return module.eval()
 
 
 def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -251,8 +267,9 @@ def record_reference(
     lossy = [dtype] if dtype != "float32" else []
     watched = watches(case, module, level, inside)
     double = case.reference.float64
+    exact = built_in_float64(case, seed, state) if double else None
     try:
-        recording = record(module, passes, watched, meta, seed=seed, double=double, dtypes=lossy)
+        recording = record(module, passes, watched, meta, seed=seed, double=double, exact=exact, dtypes=lossy)
     except (Exception, SystemExit) as error:
         recording, double = (
             _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
@@ -268,10 +285,11 @@ def record_reference(
     for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
         call = case.reference.passes[name.partition(PERTURBED)[0]]
         try:
-            changed = record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double, dtypes=lossy)
+            only = {name: (call, inputs)}
+            changed = record(module, only, [], {}, seed=seed, double=double, exact=exact, dtypes=lossy)
             recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
-            recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
+            recording.meta.setdefault("unperturbed", {})[name] = told(error)
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
         if case.weights is None and (not tensor.is_floating_point() or (case.keep and re.fullmatch(case.keep, name))):
             recording.tensors[f"state/{name}"] = tensor.contiguous()
@@ -289,8 +307,8 @@ def _single(error: BaseException, case: Case, again: Callable[[], Recording]) ->
             raise error
         recording = again()
     except (Exception, SystemExit) as last:
-        raise CaseError(f"the reference does not run: {type(last).__name__}: {last}") from last
-    why = f"the reference does not run in float64 ({type(error).__name__}: {error})"
+        raise CaseError(f"the reference does not run: {told(last)}") from last
+    why = f"the reference does not run in float64 ({told(error)})"
     recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     return recording
 
@@ -304,7 +322,7 @@ def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
     try:
         given = case.inputs_of(seed)
     except Exception as error:
-        raise CaseError(f"the case's inputs cannot be made: {type(error).__name__}: {error}") from error
+        raise CaseError(f"the case's inputs cannot be made: {told(error)}") from error
     for name, inputs in given.items():
         for key, value in inputs.items():
             if not isinstance(value, Tensor):

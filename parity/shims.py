@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from parity import shims_cuda as cuda
 from parity import shims_flash as flash
 from parity import shims_others as others
 from parity import shims_timm as timm
@@ -45,16 +46,17 @@ VERSIONS = {
     "apex": "0.1",
     "timm": "1.0.0",
 }
+CUDA = "cuda"  # no package: the device
 # flash_attn_interface is prepared on demand only: projects prefer it, and its answer changed between its versions.
-USUAL = ("flash_attn", "xformers", "apex", "timm")
+USUAL = ("flash_attn", "xformers", "apex", "timm", CUDA)
 
 
 def install(names: Iterable[str] | None = None) -> list[str]:
     """Make stand-ins importable -> the packages that were not there and now are.
 
     Args:
-        names: of `VERSIONS`; `flash_attn==2.6` asks for the conventions of a version. None: all but
-            flash_attn_interface.
+        names: of `VERSIONS`, or `cuda` for the device; `flash_attn==2.6` asks for the conventions of a version. None:
+            all but flash_attn_interface.
 
     Raises:
         ValueError: there are no stand-ins for such a package or version.
@@ -62,8 +64,11 @@ def install(names: Iterable[str] | None = None) -> list[str]:
     made = []
     for text in USUAL if names is None else names:
         name, _, version = text.partition("==")
+        if text == CUDA:
+            made += [CUDA] if cuda.install() else []
+            continue
         if name not in VERSIONS:
-            raise ValueError(f"parity/shims.py has no stand-in for {name!r}; it has {', '.join(VERSIONS)}")
+            raise ValueError(f"parity/shims.py has no stand-in for {name!r}; it has {', '.join(VERSIONS)}, {CUDA}")
         if name == "flash_attn" and version and _numbers(version) < (2, 1):
             raise ValueError("parity/shims.py: flash_attn before 2.1 aligns causal masks otherwise")
         if _importable(name):

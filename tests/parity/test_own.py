@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.case import Side
-from parity.compare import DIFFERS, OVER, ROUNDING, SKIPPED
+from parity.compare import DIFFERS, OVER, PRECISION, ROUNDING, SKIPPED
 from parity.outcome import reason_of
 from parity.own import assert_parity, compare_case
 from porter.core.errors import BadInputError
@@ -140,7 +140,7 @@ def test_a_conversion_that_loses_or_leaves_weights_is_no_pass() -> None:
 def test_float32_only_sides_are_judged_by_the_baseline() -> None:
     class Single(Original):
         def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            if self.out.weight.dtype == torch.float64:
+            if self.out.weight.element_size() == 8:
                 raise TypeError("this kernel takes float32 only")
             return super().forward(x, t, text, mask)
 
@@ -193,3 +193,54 @@ def test_a_module_whose_weights_another_uses_took_part() -> None:
     assert compare_case(pool, level="component").passed
     unused = Side(lambda c: nn.ModuleDict({"pool": Pool(c), "more": nn.Linear(2, 2)}), lambda m, x: m["pool"](**x))
     assert not compare_case(replace(pool, reference=unused, candidate=unused), level="component").passed
+
+
+def test_casts_that_a_kernel_forces_can_be_left_out() -> None:
+    class Forced(Original):
+        def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x, t, text.to(torch.bfloat16).type_as(text).half().to(text.dtype), mask)
+
+    forced = compare_case(replace(case, reference=Side(Forced)))
+    assert not forced.passed and any("halves=False" in note for note in forced.notes)
+    left_out = compare_case(replace(case, reference=Side(Forced, halves=False)))
+    assert left_out.status == ROUNDING and "casts of the reference to half precision were left out" in left_out.notes
+    assert compare_case(replace(case, reference=Side(Forced, halves=False)), dtype="bfloat16").passed
+
+
+class Waves(Original):
+    """Its time is a sinusoid of float64, its table is made when it is built."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.table = (torch.arange(4, dtype=torch.float64) * 0.7).sin()
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        wave = (t.double() * 900).sin().to(t.dtype)
+        return super().forward(x * self.table.to(x.dtype)[:, None], wave, text, mask)
+
+
+class PortOfWaves(Port):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.table = (torch.arange(4, dtype=torch.float64) * 0.7).sin().float()
+
+
+def waves(dtype: torch.dtype) -> Any:
+    def call(m: Any, x: Any) -> Any:
+        wave = (x["t"].to(dtype) * 900).sin().to(x["t"].dtype)
+        return {"0": answer(m, {**x, "t": wave, "x": x["x"] * m.table[:, None]})["sample"]}
+
+    return replace(case, reference=Side(Waves), candidate=Side(PortOfWaves, call))
+
+
+def test_tables_that_are_rounded_when_they_are_made_are_rounding() -> None:
+    result = compare_case(waves(torch.float64))
+    assert result.status == ROUNDING and (result.headline and result.headline.max_abs64 < 1e-13)
+
+
+def test_code_in_lower_precision_is_found_where_it_is_and_can_be_accepted() -> None:
+    result = compare_case(waves(torch.float32))
+    assert result.status == PRECISION
+    assert [str(fault) for fault in result.faults] == ["the code before time_embed ↔ time, call 0"]
+    assert compare_case(replace(waves(torch.float32), baseline=1e-4)).status == ROUNDING
+    assert compare_case(replace(waves(torch.float32), baseline=1e-9)).status == PRECISION

@@ -74,7 +74,7 @@ def only_float32(side: PipelineSide) -> PipelineSide:
 
     def run(*request: Any) -> Tensor:
         image = side.run(*request)
-        if image.dtype == torch.float64:
+        if image.element_size() == 8:
             raise RuntimeError("expected scalar type Float but found Double")
         return image
 

@@ -92,12 +92,28 @@ def test_float64_restores_everything() -> None:
     net = Net()
     before = {k: (v.data_ptr(), v.dtype) for k, v in net.state_dict().items()}
     with pytest.raises(ZeroDivisionError), float64(net):
-        assert net.block.a.weight.dtype == torch.float64 and torch.zeros(1).dtype == torch.float64
-        assert torch.ones(1).to(torch.float32).dtype == torch.float64 and torch.ones(1).float().dtype == torch.float64
+        made = [net.block.a.weight, torch.zeros(1), torch.ones(1).to(torch.float32), torch.ones(1).float()]
+        assert all(t.element_size() == 8 for t in made)
         assert torch.ones(1).to(torch.bfloat16).dtype == torch.bfloat16
         raise ZeroDivisionError
     assert {k: (v.data_ptr(), v.dtype) for k, v in net.state_dict().items()} == before
     assert torch.zeros(1).dtype == torch.float32 and torch.ones(1).float().dtype == torch.float32
+
+
+def test_code_that_asks_for_the_dtype_goes_the_way_it_went_in_float32() -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.float32, "as some originals have it"
+            turned = torch.view_as_complex(x.reshape(-1, 2)).to(torch.complex64) * torch.polar(x[:1], x[1:2])
+            return torch.view_as_real(turned).to(x.dtype)
+
+    x = torch.linspace(0.1, 1, 8)
+    trace = Trace.of(record(Strict(), {"forward": (lambda m, i: m(i["x"]), {"x": x})}, [], {}))
+    exact = x.double().reshape(-1, 2)
+    spun = torch.view_as_complex(exact) * torch.polar(exact[0, 0], exact[0, 1])
+    assert trace.meta.get("float64") is None
+    gap = trace.value("forward/=.out.0").high.reshape(-1, 2) - torch.view_as_real(spun)
+    assert gap.abs().max() < 1e-14
 
 
 def test_modules_that_never_ran_are_named(trace: Trace) -> None:

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parity import shims, shims_kernels
+from parity.foreign import record_elsewhere
 from parity.recorder import float64
+from porter.core.errors import BadInputError
+from tests.parity.cases import write_case
 
 PACKAGES = tuple(shims.VERSIONS)
 
@@ -445,3 +448,30 @@ def test_timm() -> None:
     for refused in (lambda: layers.Attention(8, gated=True), lambda: layers.Mlp(8, odd=1)):
         with pytest.raises(NotImplementedError, match=r"timm\.layers"):
             refused()
+
+
+NEEDS_A_GPU = """
+class Reference(Net):
+    def __init__(self):
+        super().__init__()
+        self.to("cuda")
+        self.register_buffer("table", torch.arange(4.0, device=torch.device("cuda", 0)), persistent=False)
+    def forward(self, x):
+        assert x.device.type == "cuda" and x.dtype == torch.float32
+        shift = torch.zeros(4, device=torch.cuda.current_device()).to(x.device) + self.table.cuda()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return super().forward(x + shift.to(0) - shift)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_code_that_asks_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
+    path = write_case(tmp_path, NEEDS_A_GPU)
+    with pytest.raises(BadInputError, match=r"case.py:\d+: self.to\(\"cuda\"\)") as refused:
+        record_elsewhere(path)
+    assert refused.value.hint and "--shims" in refused.value.hint
+    trace = record_elsewhere(path, shims=())
+    assert trace.meta["shims"] == ["torch's device cuda"]
+    plain = record_elsewhere(write_case(tmp_path, name="plain.py"))
+    key = "forward/=.out.0"
+    assert (trace.value(key).high - plain.value(key).high).abs().max() < 1e-12 and "float64" not in trace.meta

@@ -422,6 +422,16 @@ def owners(module: nn.Module) -> list[str]:
     return [path for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
 
 
+def plain_modules(module: nn.Module) -> dict[str, str]:
+    """Modules that compute without weights and have no parts: path -> class; not those that only hand on."""
+    return {
+        path: type(m).__name__
+        for path, m in module.named_modules()
+        if path and not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        if not isinstance(m, (nn.Identity, nn.Dropout))
+    }
+
+
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Plain settings (eps, heads, theta …) of every submodule, as they are, whatever a config says."""
     found: dict[str, dict[str, Any]] = {}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from parity import stubs
 from parity.case import Case, Named
 from parity.drawn import draw
-from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded
+from parity.recorder import Recording, Watch, attributes, file_sha256, owners, plain_modules, record, seeded
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -156,9 +156,11 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
         paths = [p for p in leaves if p.startswith(inside + ".")]
     declared = [p for p, _ in module.named_modules() if any(b.matches(p) for b in case.blocks)]
     skip = re.compile(case.skip) if case.skip else None
+    plain = plain_modules(module) if level == "module" else {}
     # Of a block that no argument map describes only the outputs can be compared, where both sides cut it alike.
     whole = [*declared, *paths] if level != "block" or inside else declared
-    kinds = ((whole, True), ([p for p in paths if p not in whole], False))
+    inner = [p for p in plain if not inside or p.startswith(inside + ".")]
+    kinds = (([*whole, *inner], True), ([p for p in paths if p not in whole], False))
     found = []
     for chosen, inputs in kinds:
         keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
@@ -246,6 +248,7 @@ def record_reference(
         "leaves": leaves,
         "attributes": attributes(module),
         "level": "inside" if inside else level,
+        "plain": {p: kind for p, kind in plain_modules(module).items() if p not in case.modules},
         "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }
     lossy = [dtype] if dtype != "float32" else []

@@ -86,7 +86,41 @@ def test_one_fault_is_found_alone_at_its_place(fault: FaultOf) -> None:
     assert result.status in (DIFFERS, OVER)
     (found,) = result.faults
     assert (found.candidate, found.reference, found.step) == FAULTS[fault]
-    assert result.guilty is not None and found.reference.startswith(result.guilty.reference)
+    named = result.guilty and f"{result.guilty.candidate} ↔ {result.guilty.reference}"
+    assert result.guilty is not None
+    assert found.by.startswith(str(named)) if found.by else found.reference.startswith(result.guilty.reference)
+
+
+def test_modules_without_weights_are_named() -> None:
+    bare = replace(
+        case,
+        reference=Side(lambda c: norms(Original(c))),
+        candidate=replace(case.candidate, build=lambda c: norms(Port(c))),
+    )
+
+    def planted(m: Any) -> None:
+        m.layers[0].norm_a.eps = m.layers[2].norm_b.eps = 1e-5
+        m.layers[1].act = nn.GELU()
+
+    assert compare_case(bare).passed
+    result = compare_case(bare, edit=planted)
+    said = "eps 1e-06 in the reference, 1e-05 in the candidate"
+    assert result.guilty is not None and said in result.guilty.why
+    assert (result.guilty.candidate, result.guilty.reference) == ("layers.0.norm_a", "blocks.0.norm1")
+    assert [fault.by for fault in result.faults] == [
+        f"layers.0.norm_a ↔ blocks.0.norm1 ({said})",
+        "layers.1.act ↔ blocks.1.mlp.1 (approximate 'tanh' in the reference, 'none' in the candidate)",
+        f"layers.2.norm_b ↔ blocks.2.norm2 ({said})",
+    ]
+
+
+def norms(m: Any) -> Any:
+    """The model with norms that have no weights."""
+    for block in (*getattr(m, "blocks", ()), *getattr(m, "layers", ())):
+        for name in ("norm1", "norm2", "norm_a", "norm_b"):
+            if hasattr(block, name):
+                setattr(block, name, nn.LayerNorm(16, eps=1e-6, elementwise_affine=False))
+    return m
 
 
 def test_several_faults_are_all_found() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of
+from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of, uncompiled
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -75,6 +75,7 @@ def capture(
     kind = torch.float64 if double else getattr(torch, dtype or "float32")
     values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         if double:
             stack.enter_context(float64(module))
         if dtype:

@@ -24,7 +24,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,12 @@ def float64(*modules: nn.Module) -> Iterator[None]:
         for tensors in saved:
             for tensor, data in tensors:
                 tensor.data = data
+
+
+def uncompiled() -> Any:
+    """Let functions that a project compiles (`torch.compile`) run as they are written, inside the block."""
+    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    return stance("force_eager") if stance else nullcontext()
 
 
 @contextmanager
@@ -471,6 +477,7 @@ def _run(
     kind = torch.float64 if double else getattr(torch, dtype)
     values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         if double:
             stack.enter_context(float64(module))
         ran = stack.enter_context(

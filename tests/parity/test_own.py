@@ -227,3 +227,21 @@ def test_a_module_whose_weights_another_uses_took_part() -> None:
     assert compare_case(pool, level="component").passed
     unused = Side(lambda c: nn.ModuleDict({"pool": Pool(c), "more": nn.Linear(2, 2)}), lambda m, x: m["pool"](**x))
     assert not compare_case(replace(pool, reference=unused, candidate=unused), level="component").passed
+
+
+def test_compiled_code_runs_as_it_is_written() -> None:
+    def compiled(of: Callable[[Any], Any]) -> Callable[[Any], nn.Module]:
+        def build(config: Any) -> nn.Module:
+            made: nn.Module = of(config)
+            for name in ("blocks", "layers"):
+                for block in getattr(made, name, ()):
+                    block.forward = torch.compile(block.forward, backend=refuses)
+            return made
+
+        return build
+
+    def refuses(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("compiled")
+
+    both = replace(case, reference=Side(compiled(Original)), candidate=replace(case.candidate, build=compiled(Port)))
+    assert compare_case(both).passed

@@ -172,12 +172,16 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
 def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
     """An input with some of its elements changed, as its kind allows; None where nothing can be.
 
-    Masks (boolean, or only zeros and ones) lose the last of what they show, whole numbers are exchanged, others get
-    noise of a tenth of their size.
+    Masks (boolean, or only zeros and ones) lose the last of what they show, whole numbers (also as floating-point
+    ones: positions) change places, others get noise of a tenth of their size. What is the same for all of a batch
+    stays so: an implementation may take it once.
     """
-    flat = value.reshape(-1)
-    if not flat.numel():
+    if not value.numel():
         return None
+    if value.ndim > 1 and len(value) > 1 and torch.equal(value, value[:1].expand_as(value)):
+        one = perturbed(name, value[:1], seed)
+        return None if one is None else one.expand_as(value).clone()
+    flat = value.reshape(-1)
     if value.dtype == torch.bool or bool(((flat == 0) | (flat == 1)).all()):
         shown = flat.nonzero().flatten()
         changed = flat.clone()
@@ -188,10 +192,10 @@ def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
         else:
             changed[-1] = 1
         return changed.reshape(value.shape)
-    if not value.is_floating_point():
-        changed = flat.flip(0)
-        changed = changed if not torch.equal(changed, flat) else torch.where(flat > 0, flat - 1, flat + 1)
-        return changed.reshape(value.shape)
+    if torch.equal(flat, flat.round()):
+        turned = (value.flip(axis) for axis in (*range(1, value.ndim), 0) if value.ndim)
+        other = next((t for t in turned if not torch.equal(t, value)), None)
+        return torch.where(value > 0, value - 1, value + 1) if other is None else other
     size = float(flat.abs().float().mean()) or 1.0
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed)).to(value.dtype)
     return (flat + 0.1 * size * noise).reshape(value.shape)

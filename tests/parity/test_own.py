@@ -14,6 +14,7 @@ from parity.case import Side
 from parity.compare import DIFFERS, OVER, ROUNDING, SKIPPED
 from parity.outcome import reason_of
 from parity.own import assert_parity, compare_case
+from parity.reference import perturbed
 from porter.core.errors import BadInputError
 from tests.parity.pair import Original, Port, answer, case, convert
 
@@ -245,3 +246,26 @@ def test_compiled_code_runs_as_it_is_written() -> None:
 
     both = replace(case, reference=Side(compiled(Original)), candidate=replace(case.candidate, build=compiled(Port)))
     assert compare_case(both).passed
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (
+            torch.tensor([[[0.0, 1], [0, 2]]] * 2),
+            torch.tensor([[[0.0, 2], [0, 1]]] * 2),
+        ),  # places, as all of a batch have
+        (torch.tensor([937.0, 21.0]), torch.tensor([21.0, 937.0])),
+        (torch.tensor([[3, 3], [5, 5]]), torch.tensor([[5, 5], [3, 3]])),
+        (torch.tensor(7), torch.tensor(6)),
+        (torch.tensor([[True, True], [True, True]]), torch.tensor([[True, False], [True, False]])),
+        (torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1, 1], [0, 0]])),
+        (torch.zeros(2, 1, 2), torch.tensor([[[0.0, 1]]] * 2)),
+        (torch.zeros(0, 3), None),
+    ],
+)
+def test_an_input_changes_as_its_kind_allows(given: Tensor, wanted: Tensor | None) -> None:
+    changed = perturbed("x", given, 0)
+    assert (changed is None and wanted is None) or torch.equal(changed, wanted)  # type: ignore[arg-type]
+    real = perturbed("x", torch.tensor([[0.5, 1.5]] * 2), 0)
+    assert real is not None and torch.equal(real[0], real[1]) and not torch.equal(real[0], torch.tensor([0.5, 1.5]))

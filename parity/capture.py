@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of
+from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of, uncompiled
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -21,11 +21,13 @@ class Capture:
     """Activations of one pass: `tensors` by `<module>#<call>.<in|out>.<name>`, the output under `=`.
 
     `producers` names, for each captured input, the innermost module whose output it is; inputs computed in between by
-    plain operations have none. `casts` holds the floating-point dtypes computed inside each module, `ran` the modules
-    that were called or whose parameters another one used.
+    plain operations have none. Inputs that are one and the same tensor have one number in `handed`. `casts` holds the
+    floating-point dtypes computed inside each module, `ran` the modules that were called or whose parameters another
+    one used.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    handed: dict[str, int] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)
     casts: dict[str, list[str]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
@@ -56,8 +58,12 @@ def capture(
     result = Capture()
     made: dict[int, tuple[Tensor, str]] = {}  # id -> the tensor itself (kept alive, so that ids stay unique), its maker
 
+    given: list[Tensor] = []  # kept alive for the same reason
+
     def sink(key: str, path: str, kind: str, tensor: Tensor) -> None:
         if kind == "in":
+            given.append(tensor)
+            result.handed[key] = id(tensor)
             maker = made.get(id(tensor))
             if maker:
                 result.producers[key] = maker[1]
@@ -69,6 +75,7 @@ def capture(
     kind = torch.float64 if double else getattr(torch, dtype or "float32")
     values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         if double:
             stack.enter_context(float64(module))
         if dtype:

@@ -22,6 +22,7 @@ from parity.events import Judge, Runner, events, settle
 from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
+from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.raised import told
 from parity.recorder import owners
@@ -114,6 +115,7 @@ def compare_component(
             each.to(device)
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
+    plain_ones = Plain.of(trace, module)
     ran: set[str] = set()
     runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
@@ -153,11 +155,11 @@ def compare_component(
                 kept = judge(event, reset)
             taps.append(Tap(event.key, event.path, event.kind, judge(event, free), kept))
         result.taps += taps
-        result.faults += faults(taps, alignment) if alone is not None else []
+        result.faults += faults(taps, alignment, plain_ones, alone.high) if alone is not None else []
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
         step = (step_names or {}).get(plain(name), "the steps after its last module")
-        found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step)
+        found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step, plain_ones)
         result.guilty = result.guilty or (found and found.because(settings))
     result.outputs += effects(trace)
     result.notes += runner.notes

@@ -170,6 +170,8 @@ def _environment(root: Path, exe: str) -> dict[str, str]:
     return kept | {
         "PYTHONPATH": os.pathsep.join([str(root), *([before] if before else [])]),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # compiling takes minutes, and only rounds otherwise
+        "TORCH_COMPILE_DISABLE": "1",
         "PYTHONFAULTHANDLER": "1",
         "PYTHONIOENCODING": "utf-8:backslashreplace",
     }

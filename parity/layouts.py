@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from parity.recorder import sample_indices
@@ -50,6 +51,7 @@ class Rearranged:
             ways = list(rearrangements(tuple(tensor.shape), shape))
         else:
             ways = [way for mask in self._masks for way in packings(mask, tuple(tensor.shape), shape)]
+            ways += cuts(tuple(tensor.shape), shape)
         if not ways:
             return lambda t: t
         key = self._values.get((path, shape))
@@ -95,6 +97,15 @@ def packings(mask: Tensor, old: Shape, new: Shape) -> Iterator[Callable[[Tensor]
             rest = (*old[1:axis], *old[axis + 1 :])
             for way in rearrangements((int(mask.sum()), *rest), new):
                 yield partial(_packed, mask=mask.reshape(sizes), axis=axis, way=way)
+
+
+def cuts(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways from tokens padded to a fixed number to those that `new` has: the first of one axis, or the last."""
+    longer = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b] if len(old) == len(new) else []
+    if len(longer) == 1 and 0 < longer[0] < len(old) - 1 and old[longer[0]] > new[longer[0]]:
+        axis, length = longer[0], new[longer[0]]
+        for start in (0, old[axis] - length):
+            yield partial(torch.narrow, dim=axis, start=start, length=length)
 
 
 def _packed(tensor: Tensor, mask: Tensor, axis: int, way: Callable[[Tensor], Tensor]) -> Tensor:

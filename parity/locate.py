@@ -16,6 +16,7 @@ from parity.align import Alignment, Place, common_path, read
 from parity.capture import Capture
 from parity.case import Candidate
 from parity.compare import FALL, SKIPPED, Verdict
+from parity.plain import Plain
 from parity.recorder import sample_indices
 from parity.trace import Trace, split_key
 
@@ -64,7 +65,8 @@ class Guilty:
 class Fault:
     """A leaf, or the step before it, that differs although the reference's values surround it.
 
-    `step` tells the code before the module from the module itself.
+    `step` tells the code before the module from the module itself, `by` names the module without weights in it that
+    answers otherwise.
     """
 
     candidate: str
@@ -73,20 +75,31 @@ class Fault:
     step: bool
     verdict: Verdict
     rule: str = ""
+    by: str = ""
 
     def __str__(self) -> str:
-        return f"{'the code before ' if self.step else ''}{self.candidate} ↔ {self.reference}, call {self.call}"
+        by = f": {self.by}" if self.by else ""
+        return f"{'the code before ' if self.step else ''}{self.candidate} ↔ {self.reference}, call {self.call}{by}"
 
 
-def faults(taps: Sequence[Tap], alignment: Alignment) -> list[Fault]:
-    """Every leaf and every step that fails by itself, in order of execution; not what others hand on to it."""
-    found = []
+def faults(
+    taps: Sequence[Tap], alignment: Alignment, plain: Plain | None = None, alone: Capture | None = None
+) -> list[Fault]:
+    """Every leaf and every step that fails by itself, in order of execution; not what others hand on to it.
+
+    Args:
+        alone: the candidate's run in float64 with the reference's values around every leaf.
+    """
+    found, since = [], ""
     for tap in taps:
         if tap.reset is None or tap.reset.passed or tap.module not in alignment.parts:
             continue
         ours, theirs, rule = _names(alignment, tap.module)
         call = int(split_key(tap.key)[0].rpartition("#")[2])
-        found.append(Fault(ours, theirs, call, tap.kind == "in", tap.reset, "" if tap.kind == "in" else rule))
+        step = tap.kind == "in"
+        by = plain.suspect(tap.key, alone, since) if step and plain and alone else None
+        since = tap.key
+        found.append(Fault(ours, theirs, call, step, tap.reset, "" if step else rule, str(by or "")))
     return found
 
 
@@ -99,12 +112,14 @@ def locate(
     candidate: Candidate,
     captured: Capture,
     step: str,
+    plain: Plain | None = None,
 ) -> Guilty | None:
     """The first fault of a pass in order of execution, as close to its cause as the taps allow; None without a fault.
 
     Args:
         captured: the candidate's free run in float64.
         step: what stands outside of all modules, for a fault that no module shows.
+        plain: the modules without weights, where they were recorded.
     """
     blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
     failing = [t for t in taps if not t.free.passed]
@@ -133,6 +148,10 @@ def locate(
         ours = _differing(trace, first, alignment, candidate, captured) or ours
         return Guilty(ours, theirs, rule, f"{also}, its output does not: {size}", within, others)
     # An input differs while everything before matches: the step that makes it is at fault, and it owns no recorded tap.
+    if plain is not None and (found := plain.suspect(first.key, captured)):
+        taken = f"seen in {split_key(first.key)[2]} of {_names(alignment, first.module)[0]}: {size}"
+        words = ["it has no weights, its input matches, its output does not", found.settings, taken]
+        return Guilty(found.candidate, found.reference, "", "; ".join(filter(None, words)), within, others)
     maker, taker = _maker(trace, first, alignment, candidate, captured)
     at = maker
     while at and not alignment.behind(at):
@@ -158,10 +177,24 @@ def _maker(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, c
     makers = [captured.producers[prefix + k] for k in own if prefix + k in captured.producers]
     if makers and makers[0] != taker:
         return makers[0], taker
-    parent = taker.rpartition(".")[0]
+    handed = {captured.handed.get(prefix + k) for k in own}
+    parent = _around(taker, captured)
+    while parent:  # who only hands on what it got did not make it
+        got = [k for k in captured.handed if k.startswith(f"{parent}#") and captured.handed[k] in handed]
+        if not got:
+            break
+        if made := [captured.producers[k] for k in got if k in captured.producers]:
+            return made[0], taker
+        parent = _around(parent, captured)
+    return parent, taker
+
+
+def _around(path: str, captured: Capture) -> str:
+    """The next module around a path that runs itself; empty for the outermost."""
+    parent = path.rpartition(".")[0]
     while parent and parent not in captured.ran:
         parent = parent.rpartition(".")[0]
-    return parent, taker
+    return parent
 
 
 def _differing(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, captured: Capture) -> str:

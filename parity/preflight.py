@@ -36,15 +36,19 @@ def differing_settings(
         ours = alignment.counterpart(path)
         if not ours or ours not in own or set(alignment.behind(ours)) != set(alignment.leaves(path)):
             continue
-        texts = [
-            f"{name} {a!r} in the reference, {b!r} in the candidate"
-            for name, a, b in _pairs(theirs, own[ours])
-            if type(a) in (bool, str) or type(b) in (bool, str) or not _close(a, b)
-            if a != b
-        ]
-        if texts:
-            found[path] = "; ".join(texts)
+        if text := pair_settings(theirs, own[ours]):
+            found[path] = text
     return found
+
+
+def pair_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Settings of two modules that differ: `eps 1e-06 in the reference, 1e-05 in the candidate`; empty for none."""
+    return "; ".join(
+        f"{name} {a!r} in the reference, {b!r} in the candidate"
+        for name, a, b in _pairs(theirs, ours)
+        if type(a) in (bool, str) or type(b) in (bool, str) or not _close(a, b)
+        if a != b
+    )
 
 
 def _pairs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -24,7 +24,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def built_exactly(build: Callable[[], nn.Module]) -> nn.Module:
         return module.double()
     finally:
         torch.set_default_dtype(default)
+
+
+def uncompiled() -> Any:
+    """Let functions that a project compiles (`torch.compile`) run as they are written, inside the block."""
+    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    return stance("force_eager") if stance else nullcontext()
 
 
 @contextmanager
@@ -450,6 +456,16 @@ def owners(module: nn.Module) -> list[str]:
     return [path for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
 
 
+def plain_modules(module: nn.Module) -> dict[str, str]:
+    """Modules that compute without weights and have no parts: path -> class; not those that only hand on."""
+    return {
+        path: type(m).__name__
+        for path, m in module.named_modules()
+        if path and not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        if not isinstance(m, (nn.Identity, nn.Dropout))
+    }
+
+
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Plain settings (eps, heads, theta …) of every submodule, as they are, whatever a config says."""
     found: dict[str, dict[str, Any]] = {}
@@ -489,6 +505,7 @@ def _run(
     kind = torch.float64 if double else getattr(torch, dtype)
     values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         if double:
             stack.enter_context(float64(module))
         ran = stack.enter_context(

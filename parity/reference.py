@@ -29,7 +29,17 @@ from parity import stubs
 from parity.case import Case, Named
 from parity.drawn import draw
 from parity.raised import told
-from parity.recorder import Recording, Watch, attributes, built_exactly, file_sha256, owners, record, seeded
+from parity.recorder import (
+    Recording,
+    Watch,
+    attributes,
+    built_exactly,
+    file_sha256,
+    owners,
+    plain_modules,
+    record,
+    seeded,
+)  # fmt: skip
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -172,9 +182,11 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
         paths = [p for p in leaves if p.startswith(inside + ".")]
     declared = [p for p, _ in module.named_modules() if any(b.matches(p) for b in case.blocks)]
     skip = re.compile(case.skip) if case.skip else None
+    plain = plain_modules(module) if level == "module" else {}
     # Of a block that no argument map describes only the outputs can be compared, where both sides cut it alike.
     whole = [*declared, *paths] if level != "block" or inside else declared
-    kinds = ((whole, True), ([p for p in paths if p not in whole], False))
+    inner = [p for p in plain if not inside or p.startswith(inside + ".")]
+    kinds = (([*whole, *inner], True), ([p for p in paths if p not in whole], False))
     found = []
     for chosen, inputs in kinds:
         keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
@@ -186,29 +198,42 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
 def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
     """An input with some of its elements changed, as its kind allows; None where nothing can be.
 
-    Masks (boolean, or only zeros and ones) lose the last of what they show, whole numbers are exchanged, others get
-    noise of a tenth of their size.
+    Masks (boolean, or only zeros and ones) lose the last of what they show, whole numbers (also as floating-point
+    ones: positions) change places, others get noise of a tenth of their size. What is the same for all of a batch
+    stays so: an implementation may take it once.
     """
-    flat = value.reshape(-1)
-    if not flat.numel():
+    if not value.numel():
         return None
+    if value.ndim > 1 and len(value) > 1 and torch.equal(value, value[:1].expand_as(value)):
+        one = perturbed(name, value[:1], seed)
+        return None if one is None else one.expand_as(value).clone()
+    flat = value.reshape(-1)
     if value.dtype == torch.bool or bool(((flat == 0) | (flat == 1)).all()):
-        shown = flat.nonzero().flatten()
-        changed = flat.clone()
-        if len(shown) == flat.numel() and len(shown) > 1:
-            changed[shown[-max(1, len(shown) // 4) :]] = 0
-        elif len(shown):
-            changed[shown[-1]] = 0
-        else:
-            changed[-1] = 1
-        return changed.reshape(value.shape)
-    if not value.is_floating_point():
-        changed = flat.flip(0)
-        changed = changed if not torch.equal(changed, flat) else torch.where(flat > 0, flat - 1, flat + 1)
-        return changed.reshape(value.shape)
+        return _hidden(value)
+    if torch.equal(flat, flat.round()):
+        turned = (value.flip(axis) for axis in (*range(1, value.ndim), 0) if value.ndim)
+        other = next((t for t in turned if not torch.equal(t, value)), None)
+        return torch.where(value > 0, value - 1, value + 1) if other is None else other
     size = float(flat.abs().float().mean()) or 1.0
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed)).to(value.dtype)
     return (flat + 0.1 * size * noise).reshape(value.shape)
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    """A mask whose last row that shows several things shows a quarter less; no row loses all, which would be NaN.
+
+    Where every row shows one thing or none, the last of what is hidden is shown, or else the last of all is hidden.
+    """
+    rows = mask.reshape(-1, mask.shape[-1] if mask.ndim else 1).clone()
+    several = (rows != 0).sum(-1).gt(1).nonzero().flatten()
+    if len(several):
+        shown = rows[several[-1]].nonzero().flatten()
+        rows[several[-1], shown[-max(1, len(shown) // 4) :]] = 0
+    else:
+        flat = rows.view(-1)
+        hidden = (flat == 0).nonzero().flatten()
+        flat[hidden[-1] if len(hidden) else -1] = 1 if len(hidden) else 0
+    return rows.reshape(mask.shape)
 
 
 def guard_passes(case: Case, given: Mapping[str, Named], seed: int) -> dict[str, dict[str, Tensor]]:
@@ -262,6 +287,7 @@ def record_reference(
         "leaves": leaves,
         "attributes": attributes(module),
         "level": "inside" if inside else level,
+        "plain": {p: kind for p, kind in plain_modules(module).items() if p not in case.modules},
         "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }
     lossy = [dtype] if dtype != "float32" else []

@@ -37,6 +37,11 @@ class Stub:
             raise AttributeError(name)
         return Stub(f"{self._path}.{name}")
 
+    def __instancecheck__(self, thing: Any) -> bool:  # nothing is one of a class that is not there
+        return False
+
+    __subclasscheck__ = __instancecheck__
+
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return ()
 

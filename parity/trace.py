@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -36,11 +37,16 @@ class Value:
 
 
 class Trace:
-    """A recorded run. `events` keep the order of execution; keys are `<pass>/<module>#<call>.<in|out>.<name>`."""
+    """A recorded run. `events` keep the order of execution; keys are `<pass>/<module>#<call>.<in|out>.<name>`.
+
+    Events of modules without weights, which the metadata's `plain` lists, are kept apart (`plain_before`).
+    """
 
     def __init__(self, meta: Mapping[str, Any], events: list[Event], tensors: Mapping[str, Tensor]) -> None:
         self.meta, self._tensors = dict(meta), tensors
-        self.events = {e.key: e for e in events}
+        plain = self.meta.get("plain", {})
+        self._order = {e.key: e for e in events}
+        self.events = {key: e for key, e in self._order.items() if not plain or _module(key) not in plain}
         self._calls: dict[str, list[str]] = {}
         for key in self.events:
             where, kind, _ = split_key(key)
@@ -101,9 +107,16 @@ class Trace:
 
     def value(self, key: str) -> Value:
         """The tensor of an event."""
-        event = self.events[key]
+        event = self._order[key]
         low = self._tensors[event.stored]
         return Value(event, low, low.double() + self._tensors[event.stored + "|delta"].double())
+
+    def plain_before(self, key: str, since: str = "") -> list[str]:
+        """Events of modules without weights in the pass of the event `key`, before it and behind `since`."""
+        name = key.partition("/")[0]
+        before = list(itertools.takewhile(lambda k: k != key, self._order))
+        before = before[before.index(since) + 1 :] if since in before else before
+        return [k for k in before if k not in self.events and k.partition("/")[0] == name]
 
     def extra(self, prefix: str) -> dict[str, Tensor]:
         """Tensors that are no events, by the beginning of their names."""
@@ -135,8 +148,12 @@ class Trace:
 # What other files of parity rely on in a trace's metadata, where it is there.
 _META: dict[str, type | tuple[type, ...]] = {
     "events": list, "source": dict, "reference": dict, "casts": dict, "idle": list, "notes": list, "parents": list,
-    "attributes": dict, "weights": dict, "seed": int, "float64": bool, "level": str, "component": str,
+    "attributes": dict, "weights": dict, "seed": int, "float64": bool, "level": str, "component": str, "plain": dict,
 }  # fmt: skip
+
+
+def _module(key: str) -> str:
+    return split_key(key)[0].partition("/")[2].rpartition("#")[0]
 
 
 def _event(row: list[Any]) -> Event:

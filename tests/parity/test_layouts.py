@@ -65,3 +65,39 @@ def test_another_choice_of_tokens_is_found() -> None:
 
     result = compare_case(Case(case.reference, Side(Other), inputs))
     assert not result.passed and result.faults[0].reference == "up" and result.faults[0].step
+
+
+class Free(nn.Module):
+    """Tokens (B, L, 6) -> (B, L, 8)."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.norm(self.up(x))))
+        return out
+
+
+class Filled(Free):
+    """The same with tokens of its own around them."""
+
+    before, behind = 0, 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = F.pad(x, (0, 0, self.before, self.behind), value=1.0)
+        return super().forward(filled)[:, self.before : self.before + x.shape[1]]
+
+
+class Led(Filled):
+    before, behind = 4, 0
+
+
+@pytest.mark.parametrize("padded", [Filled, Led])
+def test_tokens_padded_to_a_fixed_number_are_compared(padded: type[Filled]) -> None:
+    filled = Case(Side(Free), Side(padded), lambda c, draw: {"x": draw("x", 2, 5, 6)})
+    result = compare_case(filled)
+    assert result.passed and result.counts["skipped"] == 0, reason_of(result)
+    assert all(tap.reset is not None and tap.reset.passed for tap in result.taps)
+    result = compare_case(filled, edit=lambda m: m.norm.weight.data[1].mul_(1.01))
+    assert not result.passed and [fault.reference for fault in result.faults] == ["norm"]

@@ -14,6 +14,7 @@ from parity.case import Side
 from parity.compare import DIFFERS, OVER, PRECISION, ROUNDING, SKIPPED
 from parity.outcome import reason_of
 from parity.own import assert_parity, compare_case
+from parity.reference import perturbed
 from porter.core.errors import BadInputError
 from tests.parity.pair import Original, Port, answer, case, convert
 
@@ -86,7 +87,41 @@ def test_one_fault_is_found_alone_at_its_place(fault: FaultOf) -> None:
     assert result.status in (DIFFERS, OVER)
     (found,) = result.faults
     assert (found.candidate, found.reference, found.step) == FAULTS[fault]
-    assert result.guilty is not None and found.reference.startswith(result.guilty.reference)
+    named = result.guilty and f"{result.guilty.candidate} ↔ {result.guilty.reference}"
+    assert result.guilty is not None
+    assert found.by.startswith(str(named)) if found.by else found.reference.startswith(result.guilty.reference)
+
+
+def test_modules_without_weights_are_named() -> None:
+    bare = replace(
+        case,
+        reference=Side(lambda c: norms(Original(c))),
+        candidate=replace(case.candidate, build=lambda c: norms(Port(c))),
+    )
+
+    def planted(m: Any) -> None:
+        m.layers[0].norm_a.eps = m.layers[2].norm_b.eps = 1e-5
+        m.layers[1].act = nn.GELU()
+
+    assert compare_case(bare).passed
+    result = compare_case(bare, edit=planted)
+    said = "eps 1e-06 in the reference, 1e-05 in the candidate"
+    assert result.guilty is not None and said in result.guilty.why
+    assert (result.guilty.candidate, result.guilty.reference) == ("layers.0.norm_a", "blocks.0.norm1")
+    assert [fault.by for fault in result.faults] == [
+        f"layers.0.norm_a ↔ blocks.0.norm1 ({said})",
+        "layers.1.act ↔ blocks.1.mlp.1 (approximate 'tanh' in the reference, 'none' in the candidate)",
+        f"layers.2.norm_b ↔ blocks.2.norm2 ({said})",
+    ]
+
+
+def norms(m: Any) -> Any:
+    """The model with norms that have no weights."""
+    for block in (*getattr(m, "blocks", ()), *getattr(m, "layers", ())):
+        for name in ("norm1", "norm2", "norm_a", "norm_b"):
+            if hasattr(block, name):
+                setattr(block, name, nn.LayerNorm(16, eps=1e-6, elementwise_affine=False))
+    return m
 
 
 def test_several_faults_are_all_found() -> None:
@@ -244,3 +279,47 @@ def test_code_in_lower_precision_is_found_where_it_is_and_can_be_accepted() -> N
     assert [str(fault) for fault in result.faults] == ["the code before time_embed ↔ time, call 0"]
     assert compare_case(replace(waves(torch.float32), baseline=1e-4)).status == ROUNDING
     assert compare_case(replace(waves(torch.float32), baseline=1e-9)).status == PRECISION
+
+
+def test_compiled_code_runs_as_it_is_written() -> None:
+    def compiled(of: Callable[[Any], Any]) -> Callable[[Any], nn.Module]:
+        def build(config: Any) -> nn.Module:
+            made: nn.Module = of(config)
+            for name in ("blocks", "layers"):
+                for block in getattr(made, name, ()):
+                    block.forward = torch.compile(block.forward, backend=refuses)
+            return made
+
+        return build
+
+    def refuses(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("compiled")
+
+    both = replace(case, reference=Side(compiled(Original)), candidate=replace(case.candidate, build=compiled(Port)))
+    assert compare_case(both).passed
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (
+            torch.tensor([[[0.0, 1], [0, 2]]] * 2),
+            torch.tensor([[[0.0, 2], [0, 1]]] * 2),
+        ),  # places, as all of a batch have
+        (torch.tensor([937.0, 21.0]), torch.tensor([21.0, 937.0])),
+        (torch.tensor([[3, 3], [5, 5]]), torch.tensor([[5, 5], [3, 3]])),
+        (torch.tensor(7), torch.tensor(6)),
+        (torch.tensor([[True, True], [True, True]]), torch.tensor([[True, False], [True, False]])),
+        (torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1, 0], [1, 0]])),  # a row that shows nothing gives NaN
+        (torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 1]])),
+        (torch.tensor([1.0, 1, 0]), torch.tensor([1.0, 0, 0])),
+        (torch.tensor(True), torch.tensor(False)),
+        (torch.zeros(2, 1, 2), torch.tensor([[[0.0, 1]]] * 2)),
+        (torch.zeros(0, 3), None),
+    ],
+)
+def test_an_input_changes_as_its_kind_allows(given: Tensor, wanted: Tensor | None) -> None:
+    changed = perturbed("x", given, 0)
+    assert (changed is None and wanted is None) or torch.equal(changed, wanted)  # type: ignore[arg-type]
+    real = perturbed("x", torch.tensor([[0.5, 1.5]] * 2), 0)
+    assert real is not None and torch.equal(real[0], real[1]) and not torch.equal(real[0], torch.tensor([0.5, 1.5]))

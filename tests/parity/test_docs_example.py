@@ -52,7 +52,8 @@ def test_the_documented_case_runs_as_it_stands(
     (tmp_path / "checkout" / "their_repo" / "model.py").write_text(THEIRS)
     monkeypatch.chdir(tmp_path)
     found = main(["parity", "--case", "my_case.py", "--reference-repo", "checkout", "-o", "report"])
-    assert found == (0 if right else 1), capsys.readouterr()
+    out = capsys.readouterr()
+    assert found == (0 if right else 1), out.out + out.err
     (result,) = json.loads((tmp_path / "report" / "parity.json").read_text())["components"]
     assert result["passed"] == right and result["counts"]["compared"] > 30
     assert right or str(result["faults"][0]["text"]).startswith("the code before time_embed ↔ time")

@@ -138,7 +138,7 @@ def compare_component(
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
         judge = Judge(trace, candidate, alignment, gate, casts, single, dtype, baseline)
         forced = [f.path for f in forcing.values() if not f.unfit]
-        taps, outputs = [], []
+        taps, outputs, differing = [], [], []
         for event in events(trace, name):
             if event.path == "=":
                 outputs.append(judge(event, free))
@@ -146,12 +146,27 @@ def compare_component(
             if level == "component" or (level == "block" and event.path in alignment.parts):
                 continue
             inside = any(event.path == p or event.path.startswith(p + ".") for p in forced)
-            kept = None
+            given = None
             if alone is not None and (event.path, event.call) in isolation.given:
-                kept = judge(event, alone)
+                given = alone
             elif inside and reset is not None:
-                kept = judge(event, reset)
-            taps.append(Tap(event.key, event.path, event.kind, judge(event, free), kept))
+                given = reset
+            taps.append(
+                Tap(event.key, event.path, event.kind, judge(event, free), judge(event, given) if given else None)
+            )
+            if event.path in alignment.parts and not dtype and taps[-1].differs:
+                differing.append((len(taps) - 1, event, given))
+        if differing:
+            paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}
+            reach = runner.reach(candidate.passes[plain(name)], trace.inputs(name), paths)
+            for at, event, given in differing if reach else ():
+                taps[at] = taps[at].judged(judge(event, free, reach), judge(event, given, reach) if given else None)
+            hidden = [event.path for at, event, _ in differing if not taps[at].differs]
+            if hidden:
+                result.notes.append(
+                    f"{name}: what differs in {len(hidden)} tensors reaches no output of the candidate (padding, rows "
+                    f"that nothing uses) and was not judged: {', '.join(dict.fromkeys(hidden))}"
+                )
         result.taps += taps
         result.faults += faults(taps, alignment) if alone is not None else []
         result.outputs += outputs

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parity.asserts import without_asserts
 from parity.halves import without_halves
 
 Named = Mapping[str, Tensor]
@@ -104,6 +105,7 @@ class Side:
         float64: whether it can run in float64. Where it cannot, `Case.baseline` decides.
         halves: whether its casts to float16 and bfloat16 are done. Where a kernel forces them that takes nothing else,
             False leaves them out; the report says so.
+        asserts: whether the assertions of the code that it imports first while it builds hold; False leaves them out.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -111,6 +113,12 @@ class Side:
     name: str = ""
     float64: bool = True
     halves: bool = True
+    asserts: bool = True
+
+    def module(self, config: Mapping[str, Any]) -> nn.Module:
+        """What `build` makes of a config of its own."""
+        with without_asserts(not self.asserts):
+            return self.build(dict(config))
 
     @property
     def passes(self) -> Mapping[str, Callable[[Any, Named], Any]]:

@@ -28,8 +28,8 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
-    "__init__.py", "case.py", "drawn.py", "halves.py", "raised.py", "recorder.py", "reference.py", "shims.py",
-    "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py",
+    "__init__.py", "asserts.py", "case.py", "drawn.py", "halves.py", "raised.py", "recorder.py", "reference.py",
+    "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
 # Runs a module with this file's folder as sys.path[0]: neither the working folder nor the kit's own files can hide what
@@ -164,6 +164,7 @@ def _environment(root: Path, exe: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(root), *([before] if before else [])]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONFAULTHANDLER": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # hooks see no module inside of a compiled function
         "PYTHONIOENCODING": "utf-8:backslashreplace",
     }
 
@@ -279,6 +280,8 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
         first, _, rest = words.strip().partition("\n")
         gpu = _GPU.search(first) and not any(a.startswith("--shims") for a in arguments)
         hint = "--shims runs on the CPU what asks for a GPU; or " if gpu else ""
+        if not hint and "AssertionError" in first:
+            hint = "Side(..., asserts=False) in the case leaves its assertions out; or "
         return BadInputError(first[:500], found=rest[:2000] or None, hint=hint + _again(exe, arguments))
     return BadInputError(f"the reference ended with exit code {done.code}", found=said, hint=_again(exe, arguments))
 

@@ -90,7 +90,10 @@ def compare_case(
         return result
     exact = None
     if dtype == "float32" and case.candidate.float64 and trace.meta.get("float64", True):
-        exact = filled(case, conversion, state, seed, ComponentResult(case.name, "", "", ""), exactly=True)
+        other = ComponentResult(case.name, "", "", "")
+        exact = filled(case, conversion, state, seed, other, exactly=True)
+        if exact is None:
+            result.notes.append(f"the candidate is not built in float64, so its tables stay float32 ({other.reason})")
     for each in (module, exact):
         if edit and each is not None:
             edit(each)
@@ -108,6 +111,7 @@ def compare_case(
     result.notes += trace.meta.get("notes", [])
     for side, name in ((case.reference, "reference"), (case.candidate, "candidate")):
         result.notes += [] if side.halves else [f"casts of the {name} to half precision were left out"]
+        result.notes += [] if side.asserts else [f"assertions of the {name} were left out"]
     if skipped := trace.meta.get("skipped"):
         result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")
     return result
@@ -198,7 +202,7 @@ def filled(
     """
 
     def build() -> nn.Module:
-        return case.candidate.build(dict(case.config))
+        return case.candidate.module(case.config)
 
     seeded(seed)
     try:

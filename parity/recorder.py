@@ -40,6 +40,7 @@ Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 _DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
 
 
+_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
 _LARGER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _SMALLER = {large: small for small, large in _LARGER.items()}
 
@@ -67,6 +68,8 @@ class Float64(TorchFunctionMode):
             return _SMALLER.get(found, found)
         args = tuple(_larger(a) for a in args)
         kwargs = {k: _larger(v) for k, v in kwargs.items()}
+        if func in _NORMS and len(args) < 4 and kwargs.get("eps") is None and args[0].element_size() == 8:
+            kwargs["eps"] = torch.finfo(torch.float32).eps  # what none means follows the dtype
         return func(*args, **kwargs)
 
 

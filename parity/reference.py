@@ -76,7 +76,7 @@ def built(case: Case, seed: int) -> nn.Module:
     """
     seeded(seed)
     try:
-        module = case.reference.build(dict(case.config))
+        module = case.reference.module(case.config)
     except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
@@ -84,18 +84,14 @@ def built(case: Case, seed: int) -> nn.Module:
     return module.float().eval()
 
 
-def built_in_float64(case: Case, seed: int, state: Mapping[str, Tensor]) -> nn.Module | None:
-    """The reference again with tables computed in float64, filled; None where it cannot be built so."""
-
-    def build() -> nn.Module:
-        return case.reference.build(dict(case.config))
-
+def built_in_float64(case: Case, seed: int, state: Mapping[str, Tensor]) -> nn.Module | str:
+    """The reference again with tables computed in float64, filled; or why it cannot be built so."""
     seeded(seed)
     try:
-        module = built_exactly(build)
+        module = built_exactly(lambda: case.reference.module(case.config))
         module.load_state_dict(state, strict=True)
-    except (Exception, SystemExit):
-        return None
+    except (Exception, SystemExit) as error:
+        return f"the reference is not built in float64, so its tables stay float32 ({told(error)})"
     return module.eval()
 
 
@@ -265,7 +261,8 @@ def record_reference(
     lossy = [dtype] if dtype != "float32" else []
     watched = watches(case, module, level, inside)
     double = case.reference.float64
-    exact = built_in_float64(case, seed, state) if double else None
+    found = built_in_float64(case, seed, state) if double else None
+    exact = found if isinstance(found, nn.Module) else None
     try:
         recording = record(module, passes, watched, meta, seed=seed, double=double, exact=exact, dtypes=lossy)
     except (Exception, SystemExit) as error:
@@ -273,6 +270,8 @@ def record_reference(
             _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
             False,
         )
+    if isinstance(found, str):
+        recording.meta["notes"] = [*recording.meta.get("notes", []), found]
     for name in passes:
         if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
             raise CaseError(

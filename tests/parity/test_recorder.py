@@ -116,6 +116,13 @@ def test_code_that_asks_for_the_dtype_goes_the_way_it_went_in_float32() -> None:
     assert gap.abs().max() < 1e-14
 
 
+def test_an_eps_that_follows_the_dtype_stays_that_of_float32() -> None:
+    net, x = nn.RMSNorm(4), torch.full((1, 4), 1e-4)
+    trace = Trace.of(record(net, {"forward": (lambda m, i: m(i["x"]), {"x": x})}, [], {}))
+    value = trace.value("forward/=.out.0")
+    assert (value.high - value.low.double()).abs().max() < 1e-6
+
+
 def test_modules_that_never_ran_are_named(trace: Trace) -> None:
     assert trace.meta["idle"] == ["unused"]
 

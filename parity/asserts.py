@@ -1,14 +1,34 @@
-"""Assertions of a model's code left out: those that a run on the CPU or in another precision would only break.
+"""A model's code imported without what keeps it from running here: its assertions, its packages' `__init__`.
 
 Stand-alone (the standard library only).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
+from types import ModuleType
 from typing import Any
+
+
+def without_init(packages: Iterable[str]) -> None:
+    """Make packages importable whose `__init__` is not run: outer ones before those inside.
+
+    Raises:
+        ModuleNotFoundError: there is no such package.
+    """
+    for name in packages:
+        if name in sys.modules:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"no package {name}, of which a case's `bare` speaks", name=name)
+        module = sys.modules[name] = ModuleType(name, "Its `__init__` was not run: a case's `bare`.")
+        module.__path__ = list(spec.submodule_search_locations)
+        module.__spec__ = spec
 
 
 @contextmanager

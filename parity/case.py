@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.asserts import without_asserts
+from parity.asserts import without_asserts, without_init
 from parity.halves import without_halves
 
 Named = Mapping[str, Tensor]
@@ -106,6 +106,7 @@ class Side:
         halves: whether its casts to float16 and bfloat16 are done. Where a kernel forces them that takes nothing else,
             False leaves them out; the report says so.
         asserts: whether the assertions of the code that it imports first while it builds hold; False leaves them out.
+        bare: packages whose `__init__` is not run, where it imports more than the model needs: outer ones first.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -114,9 +115,11 @@ class Side:
     float64: bool = True
     halves: bool = True
     asserts: bool = True
+    bare: tuple[str, ...] = ()
 
     def module(self, config: Mapping[str, Any]) -> nn.Module:
         """What `build` makes of a config of its own."""
+        without_init(self.bare)
         with without_asserts(not self.asserts):
             return self.build(dict(config))
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import gc
 import hashlib
 import importlib
 import inspect
@@ -40,6 +42,8 @@ Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 _DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
 
 
+_CACHE = type(functools.lru_cache(str))
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "einops"}
 _NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
 _LARGER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _SMALLER = {large: small for small, large in _LARGER.items()}
@@ -77,6 +81,13 @@ def _larger(value: Any) -> Any:
     return _LARGER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
+def forget() -> None:
+    """Empty the `lru_cache` of every function of a model's code: what it keeps is of the precision it was made in."""
+    for kept in gc.get_objects():
+        if type(kept) is _CACHE and kept.__module__ and kept.__module__.partition(".")[0] not in _LIBRARIES:
+            kept.cache_clear()
+
+
 @contextmanager
 def float64(*modules: nn.Module) -> Iterator[None]:
     """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly."""
@@ -87,10 +98,12 @@ def float64(*modules: nn.Module) -> Iterator[None]:
             for tensor, data in tensors:
                 tensor.data = data.double()
         torch.set_default_dtype(torch.float64)
+        forget()
         with Float64():
             yield
     finally:
         torch.set_default_dtype(default)
+        forget()
         for tensors in saved:
             for tensor, data in tensors:
                 tensor.data = data

@@ -366,3 +366,24 @@ class Reference(Net):
 """
     trace = record_elsewhere(write_case(tmp_path, compiled))
     assert {"embed", "blocks.1.down", "head"} <= set(trace.modules("forward"))
+
+
+def test_a_package_whose_init_imports_too_much(tmp_path: Path) -> None:
+    package = tmp_path / "big" / "models"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("import a_package_that_nobody_has\n")
+    (package / "net.py").write_text("from .parts import SCALE\n")
+    (package / "parts.py").write_text("SCALE = 2.0\n")
+    uses = """
+class Reference(Net):
+    def __init__(self):
+        super().__init__()
+        from big.models.net import SCALE
+"""
+    assert "a_package_that_nobody_has" in error_of(MissingError, write_case(tmp_path, uses))
+    path = Path(write_case(tmp_path, uses, "bare.py"))
+    path.write_text(
+        path.read_text().replace("build=lambda config: Ref", 'bare=("big", "big.models"), build=lambda c: Ref')
+    )
+    assert len(record_elsewhere(str(path)).modules("forward")) == 6

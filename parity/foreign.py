@@ -271,8 +271,9 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
     if missing:
         name = missing[1]
         where = "the reference's interpreter" if exe != sys.executable else "this interpreter"
+        bare = "Side(..., bare=(PACKAGE,)) does not run what only an __init__ imports"
         return MissingError(
-            f"{where} has no module {name}", found=said, hint=_remedy(name) + "; Side(..., bare=(PACKAGE,)) does not run what only an __init__ imports",
+            f"{where} has no module {name}", found=said, hint=f"{_remedy(name)}; {bare}",
             expected="torch, safetensors, numpy and what the reference needs",
         )  # fmt: skip
     _, mark, words = done.error.rpartition(MARK)

@@ -39,6 +39,8 @@ def install() -> bool:
         (torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(**_PROPERTIES)),
         (torch.cuda, "get_device_capability", lambda device=None: (_PROPERTIES["major"], _PROPERTIES["minor"])),
         (torch.cuda, "get_device_name", lambda device=None: _PROPERTIES["name"]),
+        (torch.cuda.nvtx, "range_push", lambda message: 0),
+        (torch.cuda.nvtx, "range_pop", lambda: 0),
         # A choice of kernels, which leaves none on the CPU.
         (torch.nn.attention, "sdpa_kernel", lambda *chosen, **how: nullcontext()),
         (torch.backends.cuda, "sdp_kernel", lambda *chosen, **how: nullcontext()),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of
+from parity.recorder import Dtypes, Exact, bind, float64, listen, lossy, tensors_of
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -41,6 +41,7 @@ def capture(
     isolation: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
     dtype: str = "",
     device: str = "cpu",
+    exact: Exact | None = None,
 ) -> Capture:
     """Run `call(module, inputs)` and keep what every submodule received and returned.
 
@@ -50,6 +51,7 @@ def capture(
         forcing: module path -> (call index, the module's own inputs) -> arguments to replace before it runs.
         dtype: run in this lossy dtype instead of float32.
         device: where the module is; what is kept comes to the CPU.
+        exact: see `recorder.float64`.
         isolation: what gives the reference's values to leaves, after their own were kept (`Isolation.of`).
     """
     result = Capture()
@@ -69,7 +71,7 @@ def capture(
     values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
         if double:
-            stack.enter_context(float64(module))
+            stack.enter_context(float64(module, exact=exact))
         if dtype:
             stack.enter_context(lossy(module, kind))
         for path, forced in (forcing or {}).items():

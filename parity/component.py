@@ -23,7 +23,7 @@ from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
-from parity.recorder import owners
+from parity.recorder import Exact, owners
 from parity.reference import PERTURBED
 from parity.trace import Trace
 
@@ -95,6 +95,7 @@ def compare_component(
     level: str = "module",
     dtype: str = "",
     device: str = "cpu",
+    exact: Exact | None = None,
 ) -> ComponentResult:
     """Run every recorded pass of `module` and fill `result`.
 
@@ -105,12 +106,13 @@ def compare_component(
         level: `component` compares outputs only.
         dtype: run the candidate in it (`bfloat16`), judged by the reference's own loss from its float64 run.
         device: where the candidate runs; what it computes is compared on the CPU.
+        exact: see `recorder.float64`.
     """
     module.to(device)
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     ran: set[str] = set()
-    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device)
+    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
         isolation = Isolation(trace, name, candidate, alignment)

@@ -13,7 +13,7 @@ from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
 from parity.compare import GATE, Verdict, judge, judge_lossy, skipped
-from parity.recorder import sample_indices, seeded
+from parity.recorder import Exact, sample_indices, seeded
 from parity.trace import Trace, split_key
 
 
@@ -32,6 +32,7 @@ class Runner:
     Attributes:
         double: whether it runs in float64; the first run finds out.
         dtype: a lossy one to run in instead.
+        exact: see `recorder.float64`.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Runner:
     double: bool
     dtype: str = ""
     device: str = "cpu"
+    exact: Exact | None = None
     notes: list[str] = field(default_factory=list)
 
     def pair(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Pair:
@@ -59,7 +61,7 @@ class Runner:
     def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
         seeded(self.seed)
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        return capture(self.module, call, given, device=self.device, **kind)
+        return capture(self.module, call, given, device=self.device, exact=self.exact, **kind)
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,25 @@
 """Where a conversion puts each weight, without reading its code: every element gets a number that names its place.
 
 A state of such numbers goes through the conversion, whatever it is (a project's own converter, a recipe), and what
-comes out says of every row where it was. So modules are aligned by what was done, never by order.
+comes out says of every row where it was. So modules are aligned by what was done, never by order. A second numbering
+tells what was moved from what was computed; of the latter, `parity.influence` says what it was computed from.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from parity.align import Alignment, Part
+from parity.influence import Moved, influences
+from parity.recorder import float64, owner
 from porter.core.errors import BadInputError
 
 State = dict[str, Tensor]
 _MOST_PARTS = 256  # of one module; beyond, rows are strewn and the whole is compared
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Rows `target` of a target tensor are rows `source` of a source tensor; None: all, in their order."""
-
-    source: str
-    target: str
-    source_rows: tuple[int, int] | None
-    target_rows: tuple[int, int] | None
 
 
 def fingerprints(state: Mapping[str, Tensor]) -> tuple[State, dict[str, tuple[int, Tensor]]]:
@@ -60,8 +52,10 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
         BadInputError: the conversion does not take this state.
     """
     numbered, places = fingerprints(state)
+    other = {name: t * 3 + 0.25 if name in places else t.clone() for name, t in numbered.items()}
     try:
-        made = convert(dict(numbered))
+        with float64():  # a cast to float32 would lose large numbers
+            made, again = convert(dict(numbered)), convert(other)
     except Exception as error:
         raise BadInputError(
             "the case's conversion does not take the reference's state", found=f"{type(error).__name__}: {error}",
@@ -71,10 +65,15 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
     starts = torch.tensor([at for at, _ in places.values()] or [0], dtype=torch.float64)
     end = float(sum(t.numel() for _, t in places.values()) + 1)
     found: list[Moved] = []
+    computed = []
     for target, tensor in made.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-            found += _rows(target, tensor.detach().double(), names, places, starts, end)
-    return found
+            exact, second = tensor.detach().double(), again[target].detach().double()
+            if second.shape == exact.shape and torch.equal(exact * 3 + 0.25, second):
+                found += _rows(target, exact, names, places, starts, end)
+            elif second.shape != exact.shape or not torch.equal(exact, second):  # equal: it depends on nothing
+                computed.append(target)
+    return [*found, *(influences(state, convert, computed) if computed else ())]
 
 
 def _rows(
@@ -128,7 +127,7 @@ def alignment(found: list[Moved], modules: Mapping[str, str] | None = None) -> A
     rules: dict[str, str] = {}
     for move in found:
         reference, _, kind = move.source.rpartition(".")
-        candidate = move.target.rpartition(".")[0]
+        reference, candidate = owner(reference), owner(move.target.rpartition(".")[0])
         part = Part(candidate, move.source_rows, move.target_rows)
         mine = parts.setdefault(reference, {}).setdefault(kind, [])
         if part not in mine:

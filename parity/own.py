@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from parity.case import Candidate, Case
 from parity.compare import GATE
 from parity.component import ComponentResult, compare_component
 from parity.drawn import draw
+from parity.exact import rounded, tables
 from parity.facts import environment
 from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.recorder import file_sha256, seeded
+from parity.recorder import Exact, file_sha256, float64, seeded
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from porter.core.checkpoint import spec
@@ -82,11 +83,10 @@ def compare_case(
         result.reason = "the trace is of other weights than this case's: record it again"
         return result
     conversion = conversion_of(case, state)
-    if own is not None:
-        conversion = replace(conversion, state=lambda _: own)
-    module = filled(case, conversion, state, seed, result)
-    if module is None:
+    made = filled(case, conversion, state, seed, result, exact_state(trace), own)
+    if made is None:
         return result
+    module, exact = made
     if edit:
         edit(module)
     candidate = Candidate(
@@ -96,6 +96,7 @@ def compare_case(
     compare_component(
         module, candidate, trace, conversion.alignment, result, gate=gate, step_names=case.steps,
         baseline=case.baseline, level=level, dtype="" if dtype == "float32" else dtype, device=device,
+        exact=exact,
     )  # fmt: skip
     if level == "module" and not result.taps and not result.reason:
         result.reason = "no module was compared: the case leaves all of them out, or nothing aligns them"
@@ -138,6 +139,11 @@ def reference_state(case: Case, trace: Trace) -> State:
     return drawn | kept
 
 
+def exact_state(trace: Trace) -> State:
+    """What of the reference's state is known more exactly than in float32: the tables that it computes."""
+    return {name.removeprefix("exact/"): tensor for name, tensor in trace.extra("exact/").items()}
+
+
 def conversion_of(case: Case, state: State) -> Conversion:
     """A case's conversion, from a recipe, a function, or nothing (the same names).
 
@@ -150,8 +156,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
         plan = compile_recipe(recipe, dict(case.config), header)
         alignment = Alignment.of_plan(plan)
         alignment.parts |= aligned([], case.modules).parts
-        floats = {name: t for name, t in state.items() if t.is_floating_point()}
-        return Conversion(lambda _: apply(plan, {n: floats[n] for n in plan.sources}), alignment)
+        return Conversion(lambda own: apply(plan, {n: own[n] for n in plan.sources}), alignment)
     function = case.convert or (lambda same: same)
     if not callable(function):
         raise BadInputError(
@@ -180,8 +185,23 @@ def recipe_of(case: Case) -> Recipe | None:
     return found
 
 
-def filled(case: Case, conversion: Conversion, state: State, seed: int, result: ComponentResult) -> nn.Module | None:
-    """The candidate with the converted weights in it; None, with the result's reason, where they do not fit."""
+def filled(
+    case: Case,
+    conversion: Conversion,
+    state: State,
+    seed: int,
+    result: ComponentResult,
+    exact: State,
+    own: Mapping[str, Tensor] | None = None,
+) -> tuple[nn.Module, Exact] | None:
+    """The candidate with the converted weights in it, and what float32 rounded of them and of its own tables.
+
+    None, with the result's reason, where they do not fit.
+
+    Args:
+        exact: what of the state is known more exactly.
+        own: see `compare_case`.
+    """
     seeded(seed)
     try:
         module = case.candidate.build(dict(case.config)).float().eval()
@@ -189,9 +209,10 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
         result.reason = f"the candidate does not build: {type(error).__name__}: {error}"
         return None
     result.candidate = case.candidate.name or type(module).__qualname__
+    known = tables(module, lambda: case.candidate.build(dict(case.config)), seed, result.notes)
     try:
         converted = {n: t for n, t in conversion.state(dict(state)).items() if isinstance(t, Tensor)}
-        missing, extra = module.load_state_dict(converted, strict=False)
+        missing, extra = module.load_state_dict(converted if own is None else own, strict=False)
     except RuntimeError as error:
         result.reason = f"the converted weights do not fit the candidate: {str(error).splitlines()[-1].strip()}"
         return None
@@ -209,7 +230,13 @@ def filled(case: Case, conversion: Conversion, state: State, seed: int, result: 
         result.warnings.append(
             f"the conversion drops {len(conversion.dropped)} tensors: {', '.join(conversion.dropped[:3])}"
         )
-    return module
+    try:
+        with float64():
+            wide = {n: exact.get(n, t).double() if t.is_floating_point() else t for n, t in state.items()}
+            known |= rounded(converted, conversion.state(wide))
+    except Exception as error:  # then a conversion that computes leaves its rounding in the comparison
+        result.notes.append(f"the conversion does not run in float64 ({type(error).__name__}: {error})")
+    return module, known
 
 
 def run_case(

@@ -62,15 +62,26 @@ class Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+Exact = Mapping[str, "tuple[Tensor, Tensor]"]  # tensor of a module -> as it is after rounding, and before
+
+
 @contextmanager
-def float64(*modules: nn.Module) -> Iterator[None]:
-    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly."""
-    saved = [[(t, t.data) for t in (*m.parameters(), *m.buffers()) if t.dtype == torch.float32] for m in modules]
+def float64(*modules: nn.Module, exact: Exact | None = None) -> Iterator[None]:
+    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly.
+
+    Args:
+        exact: of the first module, by names as `held` gives them: what was rounded to float32, and takes its exact
+            value wherever it still is that rounded one.
+    """
+    known = {id(t): exact[name] for name, t in held(modules[0]) if name in exact} if exact else {}
+    saved = [
+        [(t, t.data) for t in (*m.parameters(), *m.buffers(), *plain_tensors(m)) if t.dtype in _WIDER] for m in modules
+    ]
     default = torch.get_default_dtype()
     try:
         for tensors in saved:
             for tensor, data in tensors:
-                tensor.data = data.double()
+                tensor.data = _exact(data, known.get(id(tensor)))
         torch.set_default_dtype(torch.float64)
         with Float64():
             yield
@@ -79,6 +90,31 @@ def float64(*modules: nn.Module) -> Iterator[None]:
         for tensors in saved:
             for tensor, data in tensors:
                 tensor.data = data
+
+
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def _exact(data: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
+    wide = data.to(_WIDER[data.dtype])
+    if known is None or known[0].shape != data.shape:
+        return wide
+    return torch.where(data == known[0].to(data.device), known[1].to(wide), wide)
+
+
+def plain_tensors(module: nn.Module) -> list[Tensor]:
+    """Tensors that are attributes of a module or of one below it, and neither parameter nor buffer."""
+    return [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that a module holds, by `path.name`: parameters, buffers, attributes."""
+    for path, child in module.named_modules():
+        stem = path + "." if path else ""
+        own = {k: t for k, t in vars(child).items() if isinstance(t, Tensor)}
+        for name, tensor in {**child._parameters, **child._buffers, **own}.items():
+            if tensor is not None:
+                yield stem + name, tensor
 
 
 @contextmanager
@@ -304,6 +340,7 @@ def record(
     seed: int = 0,
     double: bool = True,
     dtypes: Sequence[str] = (),
+    exact: Exact | None = None,
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
 
@@ -317,6 +354,7 @@ def record(
         seed: of the global generators before each run.
         dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
         double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
+        exact: see `float64`.
     """
 
     def watch_of(path: str) -> Watch | None:
@@ -335,7 +373,9 @@ def record(
         again = seen
         if double:
             seeded(seed)
-            again, _, _ = _run(module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+            again, _, _ = _run(
+                module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True, exact=exact
+            )
         rough = {}
         for dtype in dtypes:
             seeded(seed)
@@ -348,10 +388,10 @@ def record(
             casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
-            exact = value.reshape(-1).float()
+            single = value.reshape(-1).float()
             kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-            high = exact if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
-            recording.add(f"{name}/=.in.{key}", value.shape, kind, exact, high.double())
+            high = single if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
+            recording.add(f"{name}/=.in.{key}", value.shape, kind, single, high.double())
         for key, (shape, dtype, value) in seen.items():
             recording.add(
                 f"{name}/{key}",
@@ -405,9 +445,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+def owner(path: str) -> str:
+    """The module whose weights are computed by `path`, where that is a parametrization (`torch.nn.utils`); else it."""
+    return f".{path}".partition(".parametrizations.")[0][1:]
+
+
 def owners(module: nn.Module) -> list[str]:
     """Paths of modules that have parameters of their own, the outermost (empty) among them."""
-    return [path for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    found = (owner(path) for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False)))
+    return list(dict.fromkeys(found))
 
 
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -431,6 +477,7 @@ def _run(
     *,
     double: bool,
     dtype: str = "float32",
+    exact: Exact | None = None,
 ) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
     """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
     seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
@@ -450,7 +497,7 @@ def _run(
     values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
         if double:
-            stack.enter_context(float64(module))
+            stack.enter_context(float64(module, exact=exact))
         ran = stack.enter_context(
             listen(module, lambda path: watch_of(path) is not None, sink, None if double else dtypes)
         )

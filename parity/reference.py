@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from parity.case import Case, Named
 from parity.drawn import draw
+from parity.exact import tables
 from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded
 
 LEVELS = ("component", "block", "module")
@@ -86,25 +87,26 @@ def built(case: Case, seed: int) -> nn.Module:
 def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
     """The reference's state: from the case's file, or drawn from names and the seed; float32.
 
-    What is not floating point, and what `case.keep` names, stays as the module computed it.
+    What is not floating point, and what `computed` names, stays as the module made it.
 
     Raises:
         CaseError: the file's tensors are not the module's.
     """
     own = module.state_dict()
-    kept = re.compile(case.keep) if case.keep else None
     if case.weights is None:
+        kept = computed(case, module)
         return {
             name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
-            if tensor.is_floating_point() and not (kept and kept.fullmatch(name))
+            if tensor.is_floating_point() and name not in kept
             else tensor.clone()
             for name, tensor in own.items()
         }
+    pattern = re.compile(case.keep) if case.keep else None
     try:
         given = load_file(case.weights)
     except Exception as error:  # safetensors' own, OSError and more
         raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
-    free = {name for name in own if kept and kept.fullmatch(name)}
+    free = {name for name in own if pattern and pattern.fullmatch(name)}
     if odd := sorted((own.keys() ^ given.keys()) - free):
         missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
         raise CaseError(f"{case.weights} is not of this module: missing {missing}, left over {extra}")
@@ -116,6 +118,24 @@ def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
         name: (given[name].float() if own[name].is_floating_point() else given[name]) if name in given else own[name]
         for name in own
     }
+
+
+def computed(case: Case, module: nn.Module) -> list[str]:
+    """The part of a built module's state that its class computes, so that it is not drawn: tables, frequencies.
+
+    `case.keep` names it; besides, buffers, and parameters that are not trained beside others that are, unless all of
+    their numbers are zero or one, which is what is filled later.
+    """
+    kept = re.compile(case.keep) if case.keep else None
+    parameters = dict(module.named_parameters())
+    trained = any(p.requires_grad for p in parameters.values())
+    found = []
+    for name, tensor in module.state_dict().items():
+        own = name not in parameters or (trained and not parameters[name].requires_grad)
+        filled = bool(((tensor != tensor.flatten()[:1]) | ((tensor != 0) & (tensor != 1))).any())
+        if (kept and kept.fullmatch(name)) or (own and filled and bool(tensor.isfinite().all())):
+            found.append(name)
+    return found
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
@@ -218,6 +238,9 @@ def record_reference(
         CaseError: the reference does not build, does not take its weights, or does not run.
     """
     module = built(case, seed)
+    kept = computed(case, module)
+    notes: list[str] = []
+    exact = tables(module, lambda: case.reference.build(dict(case.config)), seed, notes)
     state = state_of(case, module, seed)
     try:
         module.load_state_dict(state, strict=True)
@@ -250,12 +273,16 @@ def record_reference(
     watched = watches(case, module, level, inside)
     double = case.reference.float64
     try:
-        recording = record(module, passes, watched, meta, seed=seed, double=double, dtypes=lossy)
+        recording = record(module, passes, watched, meta, seed=seed, double=double, dtypes=lossy, exact=exact)
     except (Exception, SystemExit) as error:
         recording, double = (
             _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
             False,
         )
+    if kept and case.weights is None:
+        notes.append(f"not drawn, as its class computes it: {', '.join(kept[:3])}{' …' if len(kept) > 3 else ''}")
+    if notes:
+        recording.meta["notes"] = [*recording.meta.get("notes", []), *notes]
     for name in passes:
         if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
             raise CaseError(
@@ -264,13 +291,17 @@ def record_reference(
     for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
         call = case.reference.passes[name.partition(PERTURBED)[0]]
         try:
-            changed = record(module, {name: (call, inputs)}, [], {}, seed=seed, double=double, dtypes=lossy)
+            changed = record(
+                module, {name: (call, inputs)}, [], {}, seed=seed, double=double, dtypes=lossy, exact=exact
+            )
             recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
             recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
-        if case.weights is None and (not tensor.is_floating_point() or (case.keep and re.fullmatch(case.keep, name))):
+        if case.weights is None and (not tensor.is_floating_point() or name in kept):
             recording.tensors[f"state/{name}"] = tensor.contiguous()
+            if name in exact and tensor.is_floating_point():
+                recording.tensors[f"exact/{name}"] = exact[name][1].contiguous()
     return recording
 
 

@@ -147,7 +147,10 @@ def read(
         own_part = list(_named(captured, f"{part.candidate}#{call}.{kind}.").values())
         if not own_part:
             return f"{part.candidate} never ran (call {call})"
-        own_parts[part.candidate] = own_part[0]
+        at = place.position if kind == "in" and len(own_part) > 1 else 0
+        if at >= len(own_part):
+            return f"{part.candidate} has no in {at}"
+        own_parts[part.candidate] = own_part[at]
     return gather(alignment, candidate, place, shape, own_parts)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, Exact, bind, float64, listen, lossy, tensors_of
+from parity.recorder import Dtypes, Exact, bind, float64, listen, lossy, owner, tensors_of
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -21,13 +21,15 @@ class Capture:
     """Activations of one pass: `tensors` by `<module>#<call>.<in|out>.<name>`, the output under `=`.
 
     `producers` names, for each captured input, the innermost module whose output it is; inputs computed in between by
-    plain operations have none. `casts` holds the floating-point dtypes computed inside each module.
+    plain operations have none. `casts` holds the floating-point dtypes computed inside each module. `ran` are modules
+    that were called, or whose parameters were computed with; `untouched` are the outermost one's own of which none was.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)
     casts: dict[str, list[str]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    untouched: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()
@@ -84,6 +86,9 @@ def capture(
         out = call(module, values)
     for name, tensor in tensors_of(out):
         result.tensors[f"=.out.{name}"] = _kept(tensor)
+    used = [n for n, p in module.named_parameters(remove_duplicate=False) if id(p) in dtypes.used]
+    result.ran = {*result.ran, *(owner(n.rpartition(".")[0]) for n in used)}
+    result.untouched = {n for n, p in module.named_parameters(recurse=False) if id(p) not in dtypes.used}
     result.casts = {path: sorted(seen) for path, seen in dtypes.seen.items()}
     return result
 

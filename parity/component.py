@@ -7,6 +7,7 @@ it. `parity.locate` says from the verdicts which module is guilty.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ def compare_component(
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     ran: set[str] = set()
+    untouched: set[str] | None = None
     runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
@@ -130,6 +132,7 @@ def compare_component(
             result.reason = f"{name}: the candidate did not run: {type(error).__name__}: {error}"
             return result
         ran |= free.low.ran
+        untouched = free.low.untouched if untouched is None else untouched & free.low.untouched
         pairs = {p: c for p in trace.modules(name) if (c := alignment.counterpart(p))}
         single = None if runner.double else baseline or math.nan
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
@@ -160,7 +163,13 @@ def compare_component(
     result.notes += runner.notes
     result.notes += [f"{path}: {text}" for path, text in settings.items()]
     result.notes = list(dict.fromkeys(result.notes))
-    result.unused = [path for path in owners(module) if path not in ran]
+    skip = re.compile(str(trace.meta.get("skip", "")) or "$.")
+    result.unused = [
+        path
+        for path in owners(module)
+        if path and path not in ran and not all(skip.fullmatch(b) for b in alignment.behind(path) or ["-"])
+    ]
+    result.unused += sorted(name for name in untouched or () if not skip.fullmatch(name))
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
     recorded |= set(trace.meta.get("parents", ())) | set(trace.meta.get("skipped", ()))
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.

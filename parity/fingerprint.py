@@ -8,12 +8,12 @@ tells what was moved from what was computed; of the latter, `parity.influence` s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from parity.align import Alignment, Part
+from parity.align import Alignment, Part, common_path
 from parity.influence import Moved, influences
 from parity.recorder import float64, owner
 from porter.core.errors import BadInputError
@@ -121,18 +121,36 @@ def _distinct(indices: Tensor) -> list[int]:
     return sorted({int(index) for index in indices.reshape(-1).tolist()})
 
 
-def alignment(found: list[Moved], modules: Mapping[str, str] | None = None) -> Alignment:
-    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has."""
+def alignment(found: list[Moved], modules: Mapping[str, str] | None = None, leaves: Collection[str] = ()) -> Alignment:
+    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has.
+
+    Args:
+        modules: what weights do not say.
+        leaves: the reference's; one that holds the weights of modules below it answers to what holds all of these.
+    """
     parts: dict[str, dict[str, list[Part]]] = {}
     rules: dict[str, str] = {}
+    whole: set[str] = set()
     for move in found:
         reference, _, kind = move.source.rpartition(".")
         reference, candidate = owner(reference), owner(move.target.rpartition(".")[0])
+        above = next((leaf for leaf in _above(reference) if leaf in leaves), None)
+        if above is not None and reference not in leaves:
+            whole.add(above)
+            reference, kind = above, move.source.removeprefix(above + ".")
         part = Part(candidate, move.source_rows, move.target_rows)
         mine = parts.setdefault(reference, {}).setdefault(kind, [])
         if part not in mine:
             mine.append(part)
         rules.setdefault(reference, f"{move.source} -> {move.target}")
     chosen = {path: tuple(kinds.get("weight") or next(iter(kinds.values()))) for path, kinds in parts.items()}
+    for path in whole:
+        chosen[path] = (Part(common_path([part.candidate for kind in parts[path].values() for part in kind])),)
     chosen |= {path: (Part(candidate),) for path, candidate in (modules or {}).items()}
     return Alignment(chosen, rules)
+
+
+def _above(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def compare_case(
     if state_sha256(state) != trace.meta["source"]["sha256"]:
         result.reason = "the trace is of other weights than this case's: record it again"
         return result
-    conversion = conversion_of(case, state)
+    conversion = conversion_of(case, state, trace.meta.get("leaves", ()))
     made = filled(case, conversion, state, seed, result, exact_state(trace), own)
     if made is None:
         return result
@@ -144,7 +144,7 @@ def exact_state(trace: Trace) -> State:
     return {name.removeprefix("exact/"): tensor for name, tensor in trace.extra("exact/").items()}
 
 
-def conversion_of(case: Case, state: State) -> Conversion:
+def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Conversion:
     """A case's conversion, from a recipe, a function, or nothing (the same names).
 
     Raises:
@@ -166,7 +166,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
     found = moved(state, function)
     arrived = {move.source for move in found}
     dropped = tuple(n for n, t in state.items() if t.is_floating_point() and n not in arrived)
-    return Conversion(lambda own: function(dict(own)), aligned(found, case.modules), dropped)
+    return Conversion(lambda own: function(dict(own)), aligned(found, case.modules, leaves), dropped)
 
 
 def recipe_of(case: Case) -> Recipe | None:

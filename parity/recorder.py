@@ -131,17 +131,22 @@ def lossy(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class Dtypes(TorchFunctionMode):
-    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace."""
+    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace.
+
+    `used` holds the ids of the parameters that something was computed with, by whatever module.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         self.seen: dict[str, set[str]] = {}
+        self.used: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.used.update(id(a) for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
         if isinstance(out, Tensor) and out.is_floating_point():
             self.seen.setdefault(self.stack[-1], set()).add(str(out.dtype).removeprefix("torch."))
         return out
@@ -248,7 +253,8 @@ def listen(
             open_calls.setdefault(path, []).append(index)
             if dtypes is not None:
                 dtypes.stack.append(path)
-            for name, tensor in tensors_of(bind(m, args, kwargs)):
+            given = bind(m, args, kwargs)
+            for name, tensor in tensors_of(_distinct(given) if isinstance(m, WHOLE) else given):
                 sink(f"{path}#{index}.in.{name}", path, "in", tensor)
 
         return hook
@@ -258,7 +264,7 @@ def listen(
             index = open_calls[path].pop()
             if dtypes is not None:
                 dtypes.stack.pop()
-            for name, tensor in tensors_of(out):
+            for name, tensor in tensors_of(out[:1] if isinstance(m, WHOLE) and isinstance(out, tuple) else out):
                 sink(f"{path}#{index}.out.{name}", path, "out", tensor)
 
         return hook
@@ -273,6 +279,17 @@ def listen(
     finally:
         for handle in handles:
             handle.remove()
+
+
+# Modules that compute with their children's weights without calling them: compared as one.
+WHOLE = (nn.MultiheadAttention,)
+
+
+def _distinct(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are the same tensor as an earlier one."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    first = {id(value): name for name, value in reversed(tensors.items())}
+    return {name: value for name, value in tensors.items() if first[id(value)] == name}
 
 
 @dataclasses.dataclass
@@ -452,8 +469,9 @@ def owner(path: str) -> str:
 
 def owners(module: nn.Module) -> list[str]:
     """Paths of modules that have parameters of their own, the outermost (empty) among them."""
+    whole = tuple(f"{path}." for path, m in module.named_modules() if isinstance(m, WHOLE))
     found = (owner(path) for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False)))
-    return list(dict.fromkeys(found))
+    return [path for path in dict.fromkeys(found) if not path.startswith(whole)]
 
 
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -267,6 +267,7 @@ def record_reference(
         "leaves": leaves,
         "attributes": attributes(module),
         "level": "inside" if inside else level,
+        "skip": case.skip,
         "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }
     lossy = [dtype] if dtype != "float32" else []

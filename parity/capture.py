@@ -30,6 +30,17 @@ class Capture:
     casts: dict[str, list[str]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     untouched: set[str] = field(default_factory=set)
+    _places: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def at(self, place: str) -> Mapping[str, Tensor]:
+        """What `<module>#<call>.<in|out>` received or returned, by name; for a finished run."""
+        if sum(map(len, self._places.values())) != len(self.tensors):
+            self._places = {}
+            for key, tensor in self.tensors.items():
+                path, mark, rest = key.partition("#")
+                call, kind, name = rest.split(".", 2) if mark else ("", "", "")
+                self._places.setdefault(f"{path}#{call}.{kind}", {})[name] = tensor
+        return self._places.get(place, {})
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.preflight import constant_tensors, differing_settings
-from parity.recorder import Exact, owners
+from parity.recorder import Exact, owners, told
 from parity.reference import PERTURBED
 from parity.trace import Trace
 
@@ -129,7 +129,7 @@ def compare_component(
             reset = run(forcing=forcing) if forcing and deep else None
             alone = run(isolation=isolation.of) if isolation.holders and deep else None
         except (Exception, SystemExit) as error:  # whatever a project's code raises
-            result.reason = f"{name}: the candidate did not run: {type(error).__name__}: {error}"
+            result.reason = f"{name}: the candidate did not run: {told(error)}"
             return result
         ran |= free.low.ran
         untouched = free.low.untouched if untouched is None else untouched & free.low.untouched

@@ -13,7 +13,7 @@ from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
 from parity.compare import GATE, Verdict, judge, judge_lossy, skipped
-from parity.recorder import Exact, sample_indices, seeded
+from parity.recorder import Exact, sample_indices, seeded, told
 from parity.trace import Trace, split_key
 
 
@@ -55,7 +55,7 @@ class Runner:
             return Pair(low, self._one(call, inputs, double=True, **kind))
         except Exception as error:
             self.double = False
-            self.notes.append(f"the candidate does not run in float64 ({type(error).__name__}: {error})")
+            self.notes.append(f"the candidate does not run in float64 ({told(error)})")
             return Pair(low, low)
 
     def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import float64, held, seeded
+from parity.recorder import float64, held, seeded, told
 
 Rounded = tuple[Tensor, Tensor]
 _APART = 1e-2  # how far rounding can take a number, of the tensor's largest: sines of large angles lose most
@@ -52,7 +52,7 @@ def tables(module: nn.Module, build: Callable[[], nn.Module], seed: int, notes: 
         with float64():
             twin = build()
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}"
+        what = told(error)
         notes.append(f"{whose} does not build in float64, so what it computes in building stays in float32 ({what})")
         return {}
     return rounded(own, dict(held(twin)))

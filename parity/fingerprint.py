@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parity.align import Alignment, Part, common_path
 from parity.influence import Moved, influences
-from parity.recorder import float64, owner
+from parity.recorder import float64, owner, told
 from porter.core.errors import BadInputError
 
 State = dict[str, Tensor]
@@ -58,7 +58,7 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
             made, again = convert(dict(numbered)), convert(other)
     except Exception as error:
         raise BadInputError(
-            "the case's conversion does not take the reference's state", found=f"{type(error).__name__}: {error}",
+            "the case's conversion does not take the reference's state", found=f"{told(error)}",
             expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
         ) from error  # fmt: skip
     names = list(places)

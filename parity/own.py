@@ -27,7 +27,7 @@ from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.recorder import Exact, file_sha256, float64, seeded
+from parity.recorder import Exact, file_sha256, float64, seeded, told
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from porter.core.checkpoint import spec
@@ -206,7 +206,7 @@ def filled(
     try:
         module = case.candidate.build(dict(case.config)).float().eval()
     except (Exception, SystemExit) as error:
-        result.reason = f"the candidate does not build: {type(error).__name__}: {error}"
+        result.reason = f"the candidate does not build: {told(error)}"
         return None
     result.candidate = case.candidate.name or type(module).__qualname__
     known = tables(module, lambda: case.candidate.build(dict(case.config)), seed, result.notes)
@@ -235,7 +235,7 @@ def filled(
             wide = {n: exact.get(n, t).double() if t.is_floating_point() else t for n, t in state.items()}
             known |= rounded(converted, conversion.state(wide))
     except Exception as error:  # then a conversion that computes leaves its rounding in the comparison
-        result.notes.append(f"the conversion does not run in float64 ({type(error).__name__}: {error})")
+        result.notes.append(f"the conversion does not run in float64 ({told(error)})")
     return module, known
 
 

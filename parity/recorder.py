@@ -23,6 +23,7 @@ import os
 import random
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -184,6 +185,14 @@ class Event:
         numbers = [float(f"{x:.3g}") for x in (self.noise, self.peak)]
         losses = [self.losses] if self.losses else []
         return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers, *losses]
+
+
+def told(error: BaseException) -> str:
+    """`TypeError: what it says (model.py:12)`: where it happened in somebody's own code, so not in a package."""
+    files = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<"]
+    theirs = [(p, line) for p, line in files if "site-packages" not in p.parts and p.parent != Path(__file__).parent]
+    places = " < ".join(f"{path.name}:{line}" for path, line in reversed(theirs[-2:]))
+    return f"{type(error).__name__}: {error}" + (f" ({places})" if places else "")
 
 
 def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from parity.case import Case, Named
 from parity.drawn import draw
 from parity.exact import tables
-from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded
+from parity.recorder import Recording, Watch, attributes, file_sha256, owners, record, seeded, told
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -57,7 +57,7 @@ def load_case(name: str) -> Case:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise CaseError(f"{path.name} does not run: {type(error).__name__}: {error}") from error
+        raise CaseError(f"{path.name} does not run: {told(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     found = {key: value for key, value in vars(module).items() if isinstance(value, Case)}
@@ -78,7 +78,7 @@ def built(case: Case, seed: int) -> nn.Module:
     try:
         module = case.reference.build(dict(case.config))
     except (Exception, SystemExit) as error:
-        raise CaseError(f"the reference does not build: {type(error).__name__}: {error}") from error
+        raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
     return module.float().eval()
@@ -297,7 +297,7 @@ def record_reference(
             )
             recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
-            recording.meta.setdefault("unperturbed", {})[name] = f"{type(error).__name__}: {error}"
+            recording.meta.setdefault("unperturbed", {})[name] = told(error)
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
         if case.weights is None and (not tensor.is_floating_point() or name in kept):
             recording.tensors[f"state/{name}"] = tensor.contiguous()
@@ -317,7 +317,7 @@ def _single(error: BaseException, case: Case, again: Callable[[], Recording]) ->
             raise error
         recording = again()
     except (Exception, SystemExit) as last:
-        raise CaseError(f"the reference does not run: {type(last).__name__}: {last}") from last
+        raise CaseError(f"the reference does not run: {told(last)}") from last
     why = f"the reference does not run in float64 ({type(error).__name__}: {error})"
     recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     return recording
@@ -332,7 +332,7 @@ def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
     try:
         given = case.inputs_of(seed)
     except Exception as error:
-        raise CaseError(f"the case's inputs cannot be made: {type(error).__name__}: {error}") from error
+        raise CaseError(f"the case's inputs cannot be made: {told(error)}") from error
     for name, inputs in given.items():
         for key, value in inputs.items():
             if not isinstance(value, Tensor):

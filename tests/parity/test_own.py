@@ -143,6 +143,8 @@ def test_a_conversion_that_loses_or_leaves_weights_is_no_pass() -> None:
     assert left.status == SKIPPED and "1 left over: more" in left.reason
     with pytest.raises(BadInputError, match="does not take"):
         compare_case(replace(case, convert=lambda s: {"x": s["nothing"]}))
+    with pytest.raises(BadInputError, match=r"KeyError: 'nothing' \(test_own.py:\d+"):
+        compare_case(replace(case, convert=lambda s: {"x": s["nothing"]}))
 
 
 def test_float32_only_sides_are_judged_by_the_baseline() -> None:

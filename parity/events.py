@@ -13,9 +13,8 @@ from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
 from parity.compare import GATE, IDENTICAL, Verdict, judge, judge_lossy, skipped
-from parity.raised import told
 from parity.reach import reachable
-from parity.recorder import sample_indices, seeded
+from parity.recorder import Exact, sample_indices, seeded, told
 from parity.trace import Trace, split_key
 
 
@@ -33,8 +32,8 @@ class Runner:
 
     Attributes:
         double: whether it runs in float64; the first run finds out.
-        exact: the same module built in float64, for these runs.
         dtype: a lossy one to run in instead.
+        exact: see `recorder.float64`.
     """
 
     module: nn.Module
@@ -42,7 +41,7 @@ class Runner:
     double: bool
     dtype: str = ""
     device: str = "cpu"
-    exact: nn.Module | None = None
+    exact: Exact | None = None
     notes: list[str] = field(default_factory=list)
 
     def pair(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Pair:
@@ -62,15 +61,13 @@ class Runner:
 
     def reach(self, call: Callable[[Any, Named], Any], inputs: Named, paths: Collection[str]) -> Capture | None:
         """Which elements of modules' inputs and outputs reach an output of the call: `parity.reach`."""
-        module = self.exact if self.exact is not None and self.double else self.module
         given = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return reachable(module, call, given, paths, self.seed, double=self.double)
+        return reachable(self.module, call, given, paths, self.seed, double=self.double, exact=self.exact)
 
     def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
         seeded(self.seed)
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        module = self.exact if self.exact is not None and kind["double"] else self.module
-        return capture(module, call, given, device=self.device, **kind)
+        return capture(self.module, call, given, device=self.device, exact=self.exact, **kind)
 
 
 @dataclass(frozen=True)

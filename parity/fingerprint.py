@@ -1,34 +1,25 @@
 """Where a conversion puts each weight, without reading its code: every element gets a number that names its place.
 
 A state of such numbers goes through the conversion, whatever it is (a project's own converter, a recipe), and what
-comes out says of every row where it was. So modules are aligned by what was done, never by order.
+comes out says of every row where it was. So modules are aligned by what was done, never by order. A second numbering
+tells what was moved from what was computed; of the latter, `parity.influence` says what it was computed from.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from parity.align import Alignment, Part
-from parity.raised import told
+from parity.align import Alignment, Part, common_path
+from parity.influence import Moved, influences
+from parity.recorder import float64, owner, told
 from porter.core.errors import BadInputError
 
 State = dict[str, Tensor]
 _MOST_PARTS = 256  # of one module; beyond, rows are strewn and the whole is compared
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Rows `target` of a target tensor are rows `source` of a source tensor; None: all, in their order."""
-
-    source: str
-    target: str
-    source_rows: tuple[int, int] | None
-    target_rows: tuple[int, int] | None
 
 
 def fingerprints(state: Mapping[str, Tensor]) -> tuple[State, dict[str, tuple[int, Tensor]]]:
@@ -61,21 +52,28 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
         BadInputError: the conversion does not take this state.
     """
     numbered, places = fingerprints(state)
+    other = {name: t * 3 + 0.25 if name in places else t.clone() for name, t in numbered.items()}
     try:
-        made = convert(dict(numbered))
+        with float64():  # a cast to float32 would lose large numbers
+            made, again = convert(dict(numbered)), convert(other)
     except Exception as error:
         raise BadInputError(
-            "the case's conversion does not take the reference's state", found=told(error),
+            "the case's conversion does not take the reference's state", found=f"{told(error)}",
             expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
         ) from error  # fmt: skip
     names = list(places)
     starts = torch.tensor([at for at, _ in places.values()] or [0], dtype=torch.float64)
     end = float(sum(t.numel() for _, t in places.values()) + 1)
     found: list[Moved] = []
+    computed = []
     for target, tensor in made.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-            found += _rows(target, tensor.detach().double(), names, places, starts, end)
-    return found
+            exact, second = tensor.detach().double(), again[target].detach().double()
+            if second.shape == exact.shape and torch.equal(exact * 3 + 0.25, second):
+                found += _rows(target, exact, names, places, starts, end)
+            elif second.shape != exact.shape or not torch.equal(exact, second):  # equal: it depends on nothing
+                computed.append(target)
+    return [*found, *(influences(state, convert, computed) if computed else ())]
 
 
 def _rows(
@@ -123,18 +121,36 @@ def _distinct(indices: Tensor) -> list[int]:
     return sorted({int(index) for index in indices.reshape(-1).tolist()})
 
 
-def alignment(found: list[Moved], modules: Mapping[str, str] | None = None) -> Alignment:
-    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has."""
+def alignment(found: list[Moved], modules: Mapping[str, str] | None = None, leaves: Collection[str] = ()) -> Alignment:
+    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has.
+
+    Args:
+        modules: what weights do not say.
+        leaves: the reference's; one that holds the weights of modules below it answers to what holds all of these.
+    """
     parts: dict[str, dict[str, list[Part]]] = {}
     rules: dict[str, str] = {}
+    whole: set[str] = set()
     for move in found:
         reference, _, kind = move.source.rpartition(".")
-        candidate = move.target.rpartition(".")[0]
+        reference, candidate = owner(reference), owner(move.target.rpartition(".")[0])
+        above = next((leaf for leaf in _above(reference) if leaf in leaves), None)
+        if above is not None and reference not in leaves:
+            whole.add(above)
+            reference, kind = above, move.source.removeprefix(above + ".")
         part = Part(candidate, move.source_rows, move.target_rows)
         mine = parts.setdefault(reference, {}).setdefault(kind, [])
         if part not in mine:
             mine.append(part)
         rules.setdefault(reference, f"{move.source} -> {move.target}")
     chosen = {path: tuple(kinds.get("weight") or next(iter(kinds.values()))) for path, kinds in parts.items()}
+    for path in whole:
+        chosen[path] = (Part(common_path([part.candidate for kind in parts[path].values() for part in kind])),)
     chosen |= {path: (Part(candidate),) for path, candidate in (modules or {}).items()}
     return Alignment(chosen, rules)
+
+
+def _above(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path

@@ -28,7 +28,7 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
-    "__init__.py", "asserts.py", "case.py", "drawn.py", "halves.py", "raised.py", "recorder.py", "reference.py",
+    "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "recorder.py", "reference.py",
     "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds

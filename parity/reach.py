@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parity.capture import Capture
 from parity.case import Named
-from parity.recorder import float64, listen, seeded, tensors_of
+from parity.recorder import Exact, float64, listen, seeded, tensors_of
 
 _MOST_PARAMETERS = 5e8  # beyond, a run with gradients is too large
 _MOST_PROOFS = 48  # one run each
@@ -26,7 +26,14 @@ Call = Callable[[Any, Named], Any]
 
 
 def reachable(
-    module: nn.Module, call: Call, inputs: Named, paths: Collection[str], seed: int, *, double: bool
+    module: nn.Module,
+    call: Call,
+    inputs: Named,
+    paths: Collection[str],
+    seed: int,
+    *,
+    double: bool,
+    exact: Exact | None = None,
 ) -> Capture | None:
     """Of modules `paths`: 1 for every element of an input or output that may reach an output of the pass, else 0.
 
@@ -39,7 +46,7 @@ def reachable(
         seeded(seed)
         kind = torch.float64 if double else torch.float32
         given = {k: (v.to(kind) if v.is_floating_point() else v).clone() for k, v in inputs.items()}
-        with float64(module) if double else nullcontext():
+        with float64(module, exact=exact) if double else nullcontext():
             return call(module, given)
 
     try:

@@ -25,6 +25,7 @@ import os
 import random
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 _DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
 
 
+_LIBRARY = re.compile(r"/(site|dist)-packages/(torch|einops)/|/lib/python[\d.]+/(?!(site|dist)-packages)")
 _CACHE = type(functools.lru_cache(str))
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "einops"}
 _NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
@@ -88,15 +90,26 @@ def forget() -> None:
             kept.cache_clear()
 
 
+Exact = Mapping[str, "tuple[Tensor, Tensor]"]  # tensor of a module -> as it is after rounding, and before
+
+
 @contextmanager
-def float64(*modules: nn.Module) -> Iterator[None]:
-    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly."""
-    saved = [[(t, t.data) for t in (*m.parameters(), *m.buffers()) if t.dtype == torch.float32] for m in modules]
+def float64(*modules: nn.Module, exact: Exact | None = None) -> Iterator[None]:
+    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly.
+
+    Args:
+        exact: of the first module, by names as `held` gives them: what was rounded to float32, and takes its exact
+            value wherever it still is that rounded one.
+    """
+    known = {id(t): exact[name] for name, t in held(modules[0]) if name in exact} if exact else {}
+    saved = [
+        [(t, t.data) for t in (*m.parameters(), *m.buffers(), *plain_tensors(m)) if t.dtype in _LARGER] for m in modules
+    ]
     default = torch.get_default_dtype()
     try:
         for tensors in saved:
             for tensor, data in tensors:
-                tensor.data = data.double()
+                tensor.data = _exact(data, known.get(id(tensor)))
         torch.set_default_dtype(torch.float64)
         forget()
         with Float64():
@@ -109,16 +122,26 @@ def float64(*modules: nn.Module) -> Iterator[None]:
                 tensor.data = data
 
 
-def built_exactly(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module as `build` makes it when all that it computes meanwhile, such as tables, is computed in float64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Float64():
-            module = build()
-        return module.double()
-    finally:
-        torch.set_default_dtype(default)
+def _exact(data: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
+    wide = data.to(_LARGER[data.dtype])
+    if known is None or known[0].shape != data.shape:
+        return wide
+    return torch.where(data == known[0].to(data.device), known[1].to(wide), wide)
+
+
+def plain_tensors(module: nn.Module) -> list[Tensor]:
+    """Tensors that are attributes of a module or of one below it, and neither parameter nor buffer."""
+    return [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that a module holds, by `path.name`: parameters, buffers, attributes."""
+    for path, child in module.named_modules():
+        stem = path + "." if path else ""
+        own = {k: t for k, t in vars(child).items() if isinstance(t, Tensor)}
+        for name, tensor in {**child._parameters, **child._buffers, **own}.items():
+            if tensor is not None:
+                yield stem + name, tensor
 
 
 @contextmanager
@@ -135,17 +158,22 @@ def lossy(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class Dtypes(TorchFunctionMode):
-    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace."""
+    """Notes which floating-point dtypes are computed while each watched module runs: the cast trace.
+
+    `used` holds the ids of the parameters that something was computed with, by whatever module.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         self.seen: dict[str, set[str]] = {}
+        self.used: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.used.update(id(a) for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
         if isinstance(out, Tensor) and out.is_floating_point():
             self.seen.setdefault(self.stack[-1], set()).add(str(out.dtype).removeprefix("torch."))
         return out
@@ -183,6 +211,23 @@ class Event:
         numbers = [float(f"{x:.3g}") for x in (self.noise, self.peak)]
         losses = [self.losses] if self.losses else []
         return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers, *losses]
+
+
+def told(error: BaseException) -> str:
+    """`AssertionError: (no message), at wan/modules/attention.py:52: assert dtype in half_dtypes`.
+
+    The place is the last line of the model's own code, or of a library's that is not torch.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _of_a_model(f.filename)]
+    place = ""
+    if frames:
+        file, line = "/".join(Path(frames[-1].filename).parts[-3:]), " ".join((frames[-1].line or "").split())[:120]
+        place = f", at {file}:{frames[-1].lineno}: {line}"
+    return f"{type(error).__name__}: {str(error) or '(no message)'}{place}"
+
+
+def _of_a_model(file: str) -> bool:
+    return Path(file).parent != Path(__file__).parent and file[:1] != "<" and not _LIBRARY.search(file)
 
 
 def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -252,7 +297,8 @@ def listen(
             open_calls.setdefault(path, []).append(index)
             if dtypes is not None:
                 dtypes.stack.append(path)
-            for name, tensor in tensors_of(bind(m, args, kwargs)):
+            given = bind(m, args, kwargs)
+            for name, tensor in tensors_of(_distinct(given) if isinstance(m, WHOLE) else given):
                 sink(f"{path}#{index}.in.{name}", path, "in", tensor)
 
         return hook
@@ -262,7 +308,7 @@ def listen(
             index = open_calls[path].pop()
             if dtypes is not None:
                 dtypes.stack.pop()
-            for name, tensor in tensors_of(out):
+            for name, tensor in tensors_of(out[:1] if isinstance(m, WHOLE) and isinstance(out, tuple) else out):
                 sink(f"{path}#{index}.out.{name}", path, "out", tensor)
 
         return hook
@@ -277,6 +323,17 @@ def listen(
     finally:
         for handle in handles:
             handle.remove()
+
+
+# Modules that compute with their children's weights without calling them: compared as one.
+WHOLE = (nn.MultiheadAttention,)
+
+
+def _distinct(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are the same tensor as an earlier one."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    first = {id(value): name for name, value in reversed(tensors.items())}
+    return {name: value for name, value in tensors.items() if first[id(value)] == name}
 
 
 @dataclasses.dataclass
@@ -343,8 +400,8 @@ def record(
     *,
     seed: int = 0,
     double: bool = True,
-    exact: nn.Module | None = None,
     dtypes: Sequence[str] = (),
+    exact: Exact | None = None,
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
 
@@ -358,15 +415,13 @@ def record(
         seed: of the global generators before each run.
         dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
         double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
-        exact: the same module built in float64, for that run; its tables have no float32 step left inside.
+        exact: see `float64`.
     """
 
     def watch_of(path: str) -> Watch | None:
         return next((w for w in watches if w.matches(path)), None)
 
     module.eval()
-    if exact is not None:
-        exact.eval()
     recording = Recording(dict(meta))
     casts: dict[str, set[str]] = {}
     ran: set[str] = set()
@@ -379,7 +434,9 @@ def record(
         again = seen
         if double:
             seeded(seed)
-            again, _, _ = _run(exact or module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+            again, _, _ = _run(
+                module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True, exact=exact
+            )
         rough = {}
         for dtype in dtypes:
             seeded(seed)
@@ -392,10 +449,10 @@ def record(
             casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
-            flat = value.reshape(-1).float()
+            single = value.reshape(-1).float()
             kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-            high = flat if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
-            recording.add(f"{name}/=.in.{key}", value.shape, kind, flat, high.double())
+            high = single if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
+            recording.add(f"{name}/=.in.{key}", value.shape, kind, single, high.double())
         for key, (shape, dtype, value) in seen.items():
             recording.add(
                 f"{name}/{key}",
@@ -449,9 +506,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+def owner(path: str) -> str:
+    """The module whose weights are computed by `path`, where that is a parametrization (`torch.nn.utils`); else it."""
+    return f".{path}".partition(".parametrizations.")[0][1:]
+
+
 def owners(module: nn.Module) -> list[str]:
     """Paths of modules that have parameters of their own, the outermost (empty) among them."""
-    return [path for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    whole = tuple(f"{path}." for path, m in module.named_modules() if isinstance(m, WHOLE))
+    found = (owner(path) for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False)))
+    return [path for path in dict.fromkeys(found) if not path.startswith(whole)]
 
 
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -475,6 +539,7 @@ def _run(
     *,
     double: bool,
     dtype: str = "float32",
+    exact: Exact | None = None,
 ) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
     """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
     seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
@@ -494,7 +559,7 @@ def _run(
     values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
         if double:
-            stack.enter_context(float64(module))
+            stack.enter_context(float64(module, exact=exact))
         ran = stack.enter_context(
             listen(module, lambda path: watch_of(path) is not None, sink, None if double else dtypes)
         )

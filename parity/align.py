@@ -134,7 +134,7 @@ def read(
         ours = alignment.counterpart(path)
         if ours is None:
             return "no weights say which module answers to it, and the case declares none"
-        own = {k: _named(captured, f"{ours}#{call}.{k}.") for k in ("in", "out")}
+        own = {k: captured.at(f"{ours}#{call}.{k}") for k in ("in", "out")}
         if not own[kind]:
             return f"{ours} never ran (call {call})"
         if block:
@@ -144,10 +144,13 @@ def read(
         return fit(tensors[at], shape) if at < len(tensors) else f"{ours} has no {kind} {at}"
     own_parts: dict[str, Tensor] = {}
     for part in alignment.parts[path] if kind == "out" else alignment.parts[path][:1]:
-        own_part = list(_named(captured, f"{part.candidate}#{call}.{kind}.").values())
+        own_part = list(captured.at(f"{part.candidate}#{call}.{kind}").values())
         if not own_part:
             return f"{part.candidate} never ran (call {call})"
-        own_parts[part.candidate] = own_part[0]
+        at = place.position if kind == "in" and len(own_part) > 1 else 0
+        if at >= len(own_part):
+            return f"{part.candidate} has no in {at}"
+        own_parts[part.candidate] = own_part[at]
     return gather(alignment, candidate, place, shape, own_parts)
 
 
@@ -213,10 +216,6 @@ def _copies(parts: tuple[Part, ...]) -> list[tuple[Part, ...]]:
         by.setdefault(part.source, []).append(part)
     most = max(len(same) for same in by.values())
     return [tuple(same[min(i, len(same) - 1)] for same in by.values()) for i in range(most)]
-
-
-def _named(captured: Capture, prefix: str) -> Mapping[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
 
 
 def channels(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, bind, float64, listen, lossy, tensors_of, uncompiled
+from parity.recorder import Dtypes, Exact, bind, float64, listen, lossy, owner, tensors_of, uncompiled
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -22,8 +22,8 @@ class Capture:
 
     `producers` names, for each captured input, the innermost module whose output it is; inputs computed in between by
     plain operations have none. Inputs that are one and the same tensor have one number in `handed`. `casts` holds the
-    floating-point dtypes computed inside each module, `ran` the modules that were called or whose parameters another
-    one used.
+    floating-point dtypes computed inside each module. `ran` are modules that were called, or whose parameters were
+    computed with; `untouched` are the outermost one's own of which none was.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -31,6 +31,18 @@ class Capture:
     producers: dict[str, str] = field(default_factory=dict)
     casts: dict[str, list[str]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    untouched: set[str] = field(default_factory=set)
+    _places: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def at(self, place: str) -> Mapping[str, Tensor]:
+        """What `<module>#<call>.<in|out>` received or returned, by name; for a finished run."""
+        if sum(map(len, self._places.values())) != len(self.tensors):
+            self._places = {}
+            for key, tensor in self.tensors.items():
+                path, mark, rest = key.partition("#")
+                call, kind, name = rest.split(".", 2) if mark else ("", "", "")
+                self._places.setdefault(f"{path}#{call}.{kind}", {})[name] = tensor
+        return self._places.get(place, {})
 
 
 @torch.no_grad()
@@ -44,6 +56,7 @@ def capture(
     isolation: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
     dtype: str = "",
     device: str = "cpu",
+    exact: Exact | None = None,
 ) -> Capture:
     """Run `call(module, inputs)` and keep what every submodule received and returned.
 
@@ -53,6 +66,7 @@ def capture(
         forcing: module path -> (call index, the module's own inputs) -> arguments to replace before it runs.
         dtype: run in this lossy dtype instead of float32.
         device: where the module is; what is kept comes to the CPU.
+        exact: see `recorder.float64`.
         isolation: what gives the reference's values to leaves, after their own were kept (`Isolation.of`).
     """
     result = Capture()
@@ -71,13 +85,13 @@ def capture(
             made.setdefault(id(tensor), (tensor, path))
         result.tensors[key] = _kept(tensor)
 
-    dtypes = Dtypes(module)
+    dtypes = Dtypes()
     kind = torch.float64 if double else getattr(torch, dtype or "float32")
     values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         if double:
-            stack.enter_context(float64(module))
+            stack.enter_context(float64(module, exact=exact))
         if dtype:
             stack.enter_context(lossy(module, kind))
         for path, forced in (forcing or {}).items():
@@ -88,9 +102,11 @@ def capture(
         if not double:
             stack.enter_context(dtypes)
         out = call(module, values)
-    result.ran |= dtypes.read
     for name, tensor in tensors_of(out):
         result.tensors[f"=.out.{name}"] = _kept(tensor)
+    used = [n for n, p in module.named_parameters(remove_duplicate=False) if id(p) in dtypes.used]
+    result.ran = {*result.ran, *(owner(n.rpartition(".")[0]) for n in used)}
+    result.untouched = {n for n, p in module.named_parameters(recurse=False) if id(p) not in dtypes.used}
     result.casts = {path: sorted(seen) for path, seen in dtypes.seen.items()}
     return result
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parity import stubs
+from parity.asserts import without_asserts, without_init
 from parity.halves import without_halves
 
 Named = Mapping[str, Tensor]
@@ -105,6 +107,8 @@ class Side:
         stubs: packages that its code imports and computes nothing with: where they are missing, importable and empty.
         halves: whether its casts to float16 and bfloat16 are done. Where a kernel forces them that takes nothing else,
             False leaves them out; the report says so.
+        asserts: whether the assertions of the code that it imports first while it builds hold; False leaves them out.
+        bare: packages whose `__init__` is not run, where it imports more than the model needs: outer ones first.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -113,6 +117,15 @@ class Side:
     float64: bool = True
     stubs: tuple[str, ...] = ()
     halves: bool = True
+    asserts: bool = True
+    bare: tuple[str, ...] = ()
+
+    def module(self, config: Mapping[str, Any]) -> nn.Module:
+        """What `build` makes of a config of its own."""
+        stubs.install(self.stubs)
+        without_init(self.bare)
+        with without_asserts(not self.asserts):
+            return self.build(dict(config))
 
     @property
     def passes(self) -> Mapping[str, Callable[[Any, Named], Any]]:

@@ -7,6 +7,7 @@ it. `parity.locate` says from the verdicts which module is guilty.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,7 @@ from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
-from parity.raised import told
-from parity.recorder import owners
+from parity.recorder import Exact, owners, told
 from parity.reference import PERTURBED
 from parity.trace import Trace
 
@@ -97,7 +97,7 @@ def compare_component(
     level: str = "module",
     dtype: str = "",
     device: str = "cpu",
-    exact: nn.Module | None = None,
+    exact: Exact | None = None,
 ) -> ComponentResult:
     """Run every recorded pass of `module` and fill `result`.
 
@@ -108,15 +108,14 @@ def compare_component(
         level: `component` compares outputs only.
         dtype: run the candidate in it (`bfloat16`), judged by the reference's own loss from its float64 run.
         device: where the candidate runs; what it computes is compared on the CPU.
-        exact: the same module built in float64, for the runs in float64.
+        exact: see `recorder.float64`.
     """
-    for each in (module, exact):
-        if each is not None:
-            each.to(device)
+    module.to(device)
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     plain_ones = Plain.of(trace, module)
     ran: set[str] = set()
+    untouched: set[str] | None = None
     runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
@@ -135,12 +134,13 @@ def compare_component(
             result.reason = f"{name}: the candidate did not run: {told(error)}"
             return result
         ran |= free.low.ran
+        untouched = free.low.untouched if untouched is None else untouched & free.low.untouched
         pairs = {p: c for p in trace.modules(name) if (c := alignment.counterpart(p))}
         single = None if runner.double else baseline or math.nan
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
         judge = Judge(trace, candidate, alignment, gate, casts, single, dtype, baseline)
         forced = [f.path for f in forcing.values() if not f.unfit]
-        taps, outputs = [], []
+        taps, outputs, differing = [], [], []
         for event in events(trace, name):
             if event.path == "=":
                 outputs.append(judge(event, free))
@@ -148,12 +148,27 @@ def compare_component(
             if level == "component" or (level == "block" and event.path in alignment.parts):
                 continue
             inside = any(event.path == p or event.path.startswith(p + ".") for p in forced)
-            kept = None
+            given = None
             if alone is not None and (event.path, event.call) in isolation.given:
-                kept = judge(event, alone)
+                given = alone
             elif inside and reset is not None:
-                kept = judge(event, reset)
-            taps.append(Tap(event.key, event.path, event.kind, judge(event, free), kept))
+                given = reset
+            taps.append(
+                Tap(event.key, event.path, event.kind, judge(event, free), judge(event, given) if given else None)
+            )
+            if event.path in alignment.parts and not dtype and taps[-1].differs:
+                differing.append((len(taps) - 1, event, given))
+        if differing:
+            paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}
+            reach = runner.reach(candidate.passes[plain(name)], trace.inputs(name), paths)
+            for at, event, given in differing if reach else ():
+                taps[at] = taps[at].judged(judge(event, free, reach), judge(event, given, reach) if given else None)
+            hidden = [event.path for at, event, _ in differing if not taps[at].differs]
+            if hidden:
+                result.notes.append(
+                    f"{name}: what differs in {len(hidden)} tensors reaches no output of the candidate (padding, rows "
+                    f"that nothing uses) and was not judged: {', '.join(dict.fromkeys(hidden))}"
+                )
         result.taps += taps
         result.faults += faults(taps, alignment, plain_ones, alone.high) if alone is not None else []
         result.outputs += outputs
@@ -165,7 +180,13 @@ def compare_component(
     result.notes += runner.notes
     result.notes += [f"{path}: {text}" for path, text in settings.items()]
     result.notes = list(dict.fromkeys(result.notes))
-    result.unused = [path for path in owners(module) if path not in ran]
+    skip = re.compile(str(trace.meta.get("skip", "")) or "$.")
+    result.unused = [
+        path
+        for path in owners(module)
+        if path and path not in ran and not all(skip.fullmatch(b) for b in alignment.behind(path) or ["-"])
+    ]
+    result.unused += sorted(name for name in untouched or () if not skip.fullmatch(name))
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
     recorded |= set(trace.meta.get("parents", ())) | set(trace.meta.get("skipped", ()))
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,9 @@ from torch import nn
 from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
-from parity.compare import GATE, Verdict, judge, judge_lossy, skipped
-from parity.raised import told
-from parity.recorder import sample_indices, seeded
+from parity.compare import GATE, IDENTICAL, Verdict, judge, judge_lossy, skipped
+from parity.reach import reachable
+from parity.recorder import Exact, sample_indices, seeded, told
 from parity.trace import Trace, split_key
 
 
@@ -32,8 +32,8 @@ class Runner:
 
     Attributes:
         double: whether it runs in float64; the first run finds out.
-        exact: the same module built in float64, for these runs.
         dtype: a lossy one to run in instead.
+        exact: see `recorder.float64`.
     """
 
     module: nn.Module
@@ -41,7 +41,7 @@ class Runner:
     double: bool
     dtype: str = ""
     device: str = "cpu"
-    exact: nn.Module | None = None
+    exact: Exact | None = None
     notes: list[str] = field(default_factory=list)
 
     def pair(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Pair:
@@ -59,11 +59,15 @@ class Runner:
             self.notes.append(f"the candidate does not run in float64 ({told(error)})")
             return Pair(low, low)
 
+    def reach(self, call: Callable[[Any, Named], Any], inputs: Named, paths: Collection[str]) -> Capture | None:
+        """Which elements of modules' inputs and outputs reach an output of the call: `parity.reach`."""
+        given = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return reachable(self.module, call, given, paths, self.seed, double=self.double, exact=self.exact)
+
     def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
         seeded(self.seed)
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        module = self.exact if self.exact is not None and kind["double"] else self.module
-        return capture(module, call, given, device=self.device, **kind)
+        return capture(self.module, call, given, device=self.device, exact=self.exact, **kind)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,13 @@ class Judge:
     dtype: str = ""
     accepted: float | None = None
 
-    def __call__(self, event: Event, pair: Pair) -> Verdict:
-        """The verdict on an event; `not compared` where the candidate has no counterpart of it."""
+    def __call__(self, event: Event, pair: Pair, reach: Capture | None = None) -> Verdict:
+        """The verdict on an event; `not compared` where the candidate has no counterpart of it.
+
+        Args:
+            reach: 1 where the candidate's elements reach an output (see `parity.reach`); others are left out, and an
+                event without any that does so is `identical`, with no element compared.
+        """
         value, place = self.trace.value(event.key), event.place
         what = event.key.partition("/")[0] if event.path == "=" else event.key.partition("/")[2]
         shape = value.event.shape
@@ -105,6 +114,12 @@ class Judge:
         if isinstance(low, str) or isinstance(high, str):
             return skipped(what, low if isinstance(low, str) else str(high))
         index = sample_indices(low.numel(), value.event.elements)
+        live = read(reach, self.alignment, self.candidate, place, shape) if reach else ""
+        if not isinstance(live, str):
+            kept = live.reshape(-1)[index] != 0
+            if not bool(kept.any()):
+                return Verdict(what, IDENTICAL, max_abs=0.0, max_abs64=0.0, of=low.numel())
+            index, value = index[kept], replace(value, low=value.low[kept], high=value.high[kept])
         if self.dtype:
             return judge_lossy(what, value, low.reshape(-1)[index], self.dtype, positions=index)
         a, b = low.reshape(-1)[index].float(), high.reshape(-1)[index].double()

@@ -1,37 +1,28 @@
 """Where a conversion puts each weight, without reading its code: every element gets a number that names its place.
 
 A state of such numbers goes through the conversion, whatever it is (a project's own converter, a recipe), and what
-comes out says of every row where it was. So modules are aligned by what was done, never by order.
+comes out says of every row where it was. So modules are aligned by what was done, never by order. A second numbering
+tells what was moved from what was computed; of the latter, `parity.influence` says what it was computed from.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parity.align import Alignment, Part
-from parity.raised import told
+from parity.align import Alignment, Part, common_path
+from parity.influence import Moved, influences
+from parity.recorder import owner, told
 from porter.core.errors import BadInputError
 
 State = dict[str, Tensor]
 _MOST_PARTS = 256  # of one module; beyond, rows are strewn and the whole is compared
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Rows `target` of a target tensor are rows `source` of a source tensor; None: all, in their order."""
-
-    source: str
-    target: str
-    source_rows: tuple[int, int] | None
-    target_rows: tuple[int, int] | None
 
 
 class _Uncast(TorchFunctionMode):
@@ -82,7 +73,7 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
         exact = made(lambda p: _FIRST + _STEP * p)
     except Exception as error:
         raise BadInputError(
-            "the case's conversion does not take the reference's state", found=told(error),
+            "the case's conversion does not take the reference's state", found=f"{told(error)}",
             expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
         ) from error  # fmt: skip
     places = {target: _known((tensor - _FIRST) / _STEP, at) for target, tensor in exact.items()}
@@ -96,7 +87,12 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
                 near = torch.where((ratio - ratio.round()).abs() < _NEAR, ratio.round(), torch.nan)
                 places[target] = torch.where(places[target].isnan(), _known(near, at), places[target])
     shapes = {name: state[name].shape for name in sizes}
-    return [m for target, found in places.items() if found.numel() for m in _rows(target, found, shapes, firsts)]
+    rows = {target: list(_rows(target, found, shapes, firsts)) for target, found in places.items() if found.numel()}
+    computed = [target for target, found in rows.items() if not found]
+    return [
+        *itertools.chain.from_iterable(rows.values()),
+        *(influences(state, convert, computed) if computed and sizes else ()),
+    ]
 
 
 # Places are spaced and shifted so that no constant, and no value with something added, looks like another place.
@@ -172,18 +168,36 @@ def _distinct(indices: Tensor) -> list[int]:
     return sorted({int(index) for index in indices.reshape(-1).tolist()})
 
 
-def alignment(found: list[Moved], modules: Mapping[str, str] | None = None) -> Alignment:
-    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has."""
+def alignment(found: list[Moved], modules: Mapping[str, str] | None = None, leaves: Collection[str] = ()) -> Alignment:
+    """Modules by their weights' rows; a module's parts come from its weight, else from what else it has.
+
+    Args:
+        modules: what weights do not say.
+        leaves: the reference's; one that holds the weights of modules below it answers to what holds all of these.
+    """
     parts: dict[str, dict[str, list[Part]]] = {}
     rules: dict[str, str] = {}
+    whole: set[str] = set()
     for move in found:
         reference, _, kind = move.source.rpartition(".")
-        candidate = move.target.rpartition(".")[0]
+        reference, candidate = owner(reference), owner(move.target.rpartition(".")[0])
+        above = next((leaf for leaf in _above(reference) if leaf in leaves), None)
+        if above is not None and reference not in leaves:
+            whole.add(above)
+            reference, kind = above, move.source.removeprefix(above + ".")
         part = Part(candidate, move.source_rows, move.target_rows)
         mine = parts.setdefault(reference, {}).setdefault(kind, [])
         if part not in mine:
             mine.append(part)
         rules.setdefault(reference, f"{move.source} -> {move.target}")
     chosen = {path: tuple(kinds.get("weight") or next(iter(kinds.values()))) for path, kinds in parts.items()}
+    for path in whole:
+        chosen[path] = (Part(common_path([part.candidate for kind in parts[path].values() for part in kind])),)
     chosen |= {path: (Part(candidate),) for path, candidate in (modules or {}).items()}
     return Alignment(chosen, rules)
+
+
+def _above(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path

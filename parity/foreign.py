@@ -28,8 +28,8 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
-    "__init__.py", "case.py", "drawn.py", "halves.py", "raised.py", "recorder.py", "reference.py", "shims.py",
-    "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
+    "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "recorder.py", "reference.py",
+    "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,9 +170,9 @@ def _environment(root: Path, exe: str) -> dict[str, str]:
     return kept | {
         "PYTHONPATH": os.pathsep.join([str(root), *([before] if before else [])]),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # compiling takes minutes, and only rounds otherwise
-        "TORCH_COMPILE_DISABLE": "1",
+        "TORCH_COMPILE_DISABLE": "1",  # compiling takes minutes, and only rounds otherwise
         "PYTHONFAULTHANDLER": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # hooks see no module inside of a compiled function
         "PYTHONIOENCODING": "utf-8:backslashreplace",
     }
 
@@ -282,8 +282,9 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
     if missing:
         name = missing[1]
         where = "the reference's interpreter" if exe != sys.executable else "this interpreter"
+        bare = "Side(..., bare=(PACKAGE,)) does not run what only an __init__ imports"
         return MissingError(
-            f"{where} has no module {name}", found=said, hint=_remedy(name),
+            f"{where} has no module {name}", found=said, hint=f"{_remedy(name)}; {bare}",
             expected="torch, safetensors, numpy and what the reference needs",
         )  # fmt: skip
     _, mark, words = done.error.rpartition(MARK)
@@ -291,6 +292,8 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
         first, _, rest = words.strip().partition("\n")
         gpu = _GPU.search(first) and not any(a.startswith("--shims") for a in arguments)
         hint = "--shims runs on the CPU what asks for a GPU; or " if gpu else ""
+        if not hint and "AssertionError" in first:
+            hint = "Side(..., asserts=False) in the case leaves its assertions out; or "
         return BadInputError(first[:500], found=rest[:2000] or None, hint=hint + _again(exe, arguments))
     if done.code == MissingError.exit_code:  # a recording program of porter's own says what it lacks
         return MissingError("the reference lacks something", found=said, hint=_again(exe, arguments))

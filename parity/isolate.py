@@ -1,7 +1,8 @@
 """Each leaf and each step between two leaves by itself, all in one run.
 
 The reference's recorded input replaces a leaf's own after it was captured, and the reference's output replaces what it
-answers. So what a leaf answers, and what reaches the next one, depends on nothing that went wrong before.
+answers. So what a leaf answers, and what reaches the next one, depends on nothing that went wrong before. An input is
+replaced in place where it can be: then what reads the same tensor later (a residual) has the reference's values too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from parity.align import Alignment, Part, Place, channels, scatter
 from parity.case import Candidate
+from parity.recorder import held
 from parity.trace import Trace
 
 
@@ -32,27 +34,31 @@ class Isolation:
         self.unfit: dict[str, str] = {}
         self.holders: dict[str, list[tuple[str, Part]]] = {}  # candidate leaf -> reference leaves whose rows it has
         for path in trace.modules(name):
-            whole = all(self._whole(path, 0, kind) for kind in ("in", "out"))
+            whole = self._whole(path, 0, "in", 0) and self._whole(path, 0, "out")
             if path and path in alignment.parts and whole and not any(b.matches(path) for b in candidate.blocks):
                 for part in alignment.parts[path]:
                     self.holders.setdefault(part.candidate, []).append((path, part))
 
-    def _whole(self, path: str, call: int, kind: str) -> bool:
+    def _whole(self, path: str, call: int, kind: str, count: int = 1) -> bool:
+        """Whether all of a place was recorded: `count` tensors, or any number (0)."""
         keys = self.trace.keys(self.name, path, call, kind)
-        return len(keys) == 1 and self.trace.value(keys[0]).complete
+        return len(keys) == (count or max(len(keys), 1)) and all(self.trace.value(key).complete for key in keys)
 
-    def _value(self, path: str, call: int, kind: str) -> tuple[Place, Tensor] | None:
-        if not self._whole(path, call, kind):
+    def _value(self, path: str, call: int, kind: str, at: int, count: int) -> tuple[Place, Tensor] | None:
+        if not self._whole(path, call, kind, count):
             return None
-        (key,) = self.trace.keys(self.name, path, call, kind)
+        key = self.trace.keys(self.name, path, call, kind)[at]
         double = torch.get_default_dtype() == torch.float64
         return Place.of(self.trace, key), self.trace.value(key).tensor(double)
 
-    def replaced(self, leaf: str, call: int, kind: str, own: Tensor) -> Tensor | None:
-        """The reference's `in` or `out` in the layout of a candidate's leaf; None where it cannot be given."""
+    def replaced(self, leaf: str, call: int, kind: str, own: Tensor, at: int = 0, count: int = 1) -> Tensor | None:
+        """The reference's `in` (number `at` of `count`) or `out` in the layout of a candidate's leaf.
+
+        None where it cannot be given.
+        """
         result = None
         for path, part in self.holders[leaf] if kind == "out" else self.holders[leaf][:1]:
-            found = self._value(path, call, kind)
+            found = self._value(path, call, kind, at, count)
             if found is None:
                 return None
             place, value = found
@@ -80,21 +86,27 @@ class Isolation:
         self.given.clear()
         handles = []
         calls: dict[str, int] = {}
+        fixed = {tensor.untyped_storage().data_ptr() for _, tensor in held(module)}
 
         def enter(leaf: str) -> Any:
             def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 calls[leaf] = calls.get(leaf, -1) + 1
-                found = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-                named = [k for k, a in kwargs.items() if isinstance(a, Tensor)]
-                if len(found) + len(named) != 1:
+                given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+                alike = {id(a): key for key, a in reversed(given.items()) if isinstance(a, Tensor)}
+                own = {key: given[key] for key in reversed(alike.values())}
+                if not all(a.is_floating_point() for a in own.values()):
                     return None
-                own = args[found[0]] if found else kwargs[named[0]]
-                value = self.replaced(leaf, calls[leaf], "in", own) if own.is_floating_point() else None
-                if value is None:
+                count = len(own)
+                values = [self.replaced(leaf, calls[leaf], "in", a, i, count) for i, a in enumerate(own.values())]
+                whole = [value for value in values if value is not None]
+                if len(whole) < count:
                     return None
-                if found:
-                    return (*args[: found[0]], value, *args[found[0] + 1 :]), kwargs
-                return args, {**kwargs, named[0]: value}
+                for key, value in zip(own, whole, strict=True):
+                    if own[key].is_contiguous() and own[key].untyped_storage().data_ptr() not in fixed:
+                        own[key].copy_(value)
+                    else:
+                        given |= {k: value for k, a in given.items() if a is own[key]}
+                return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
 
             return hook
 

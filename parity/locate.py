@@ -31,6 +31,15 @@ class Tap:
     free: Verdict
     reset: Verdict | None = None
 
+    @property
+    def differs(self) -> bool:
+        """Whether it was compared, free or reset, and does not pass."""
+        return any(v is not None and not v.passed and v.status != SKIPPED for v in (self.free, self.reset))
+
+    def judged(self, free: Verdict, reset: Verdict | None) -> Tap:
+        """The same with other verdicts."""
+        return replace(self, free=free, reset=reset)
+
 
 @dataclass(frozen=True)
 class Guilty:

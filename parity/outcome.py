@@ -127,7 +127,9 @@ def reason_of(result: ComponentResult | PipelineResult) -> str:
     if result.guilty:
         return f"{result.guilty}: {result.guilty.why}"
     if result.unused:
-        return f"{len(result.unused)} modules with weights never ran: {', '.join(result.unused[:3])}"
+        names = ", ".join(result.unused[:3])
+        why = "no pass of the case uses them" if isinstance(result, ComponentResult) else "no stage uses them"
+        return f"{len(result.unused)} modules with weights never ran: {names}; {why}"
     if isinstance(result, ComponentResult) and result.unwatched:
         return f"the reference recorded nothing of {len(result.unwatched)} modules: {', '.join(result.unwatched[:3])}"
     left_out = next((v for v in result.verdicts if not v.passed), None)

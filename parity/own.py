@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parity import stubs
 from parity.align import Alignment
 from parity.case import Candidate, Case
 from parity.compare import GATE
 from parity.component import ComponentResult, compare_component
 from parity.drawn import draw
+from parity.exact import rounded, tables
 from parity.facts import environment
 from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.raised import told
-from parity.recorder import built_exactly, file_sha256, seeded
+from parity.recorder import Exact, file_sha256, float64, seeded, told
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from parity.truths import origin
@@ -82,18 +81,13 @@ def compare_case(
     if state_sha256(state) != trace.meta["source"]["sha256"]:
         result.reason = "the trace is of other weights than this case's: record it again"
         return result
-    conversion = conversion_of(case, state)
-    if own is not None:
-        conversion = replace(conversion, state=lambda _: own)
-    module = filled(case, conversion, state, seed, result)
-    if module is None:
+    conversion = conversion_of(case, state, trace.meta.get("leaves", ()))
+    made = filled(case, conversion, state, seed, result, exact_state(trace), own)
+    if made is None:
         return result
-    exact = None
-    if dtype == "float32" and case.candidate.float64 and trace.meta.get("float64", True):
-        exact = filled(case, conversion, state, seed, ComponentResult(case.name, "", "", ""), exactly=True)
-    for each in (module, exact):
-        if edit and each is not None:
-            edit(each)
+    module, exact = made
+    if edit:
+        edit(module)
     candidate = Candidate(
         result.candidate, lambda folder: module, case.candidate.passes, case.blocks,
         Rearranged(trace, case.layout),
@@ -108,6 +102,7 @@ def compare_case(
     result.notes += trace.meta.get("notes", [])
     for side, name in ((case.reference, "reference"), (case.candidate, "candidate")):
         result.notes += [] if side.halves else [f"casts of the {name} to half precision were left out"]
+        result.notes += [] if side.asserts else [f"assertions of the {name} were left out"]
     if skipped := trace.meta.get("skipped"):
         result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")
     return result
@@ -146,7 +141,12 @@ def reference_state(case: Case, trace: Trace) -> State:
     return drawn | kept
 
 
-def conversion_of(case: Case, state: State) -> Conversion:
+def exact_state(trace: Trace) -> State:
+    """What of the reference's state is known more exactly than in float32: the tables that it computes."""
+    return {name.removeprefix("exact/"): tensor for name, tensor in trace.extra("exact/").items()}
+
+
+def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Conversion:
     """A case's conversion, from a recipe, a function, or nothing (the same names).
 
     Raises:
@@ -158,8 +158,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
         plan = compile_recipe(recipe, dict(case.config), header)
         alignment = Alignment.of_plan(plan)
         alignment.parts |= aligned([], case.modules).parts
-        floats = {name: t for name, t in state.items() if t.is_floating_point()}
-        return Conversion(lambda _: apply(plan, {n: floats[n] for n in plan.sources}), alignment)
+        return Conversion(lambda own: apply(plan, {n: own[n] for n in plan.sources}), alignment)
     function = case.convert or (lambda same: same)
     if not callable(function):
         raise BadInputError(
@@ -169,7 +168,7 @@ def conversion_of(case: Case, state: State) -> Conversion:
     found = moved(state, function)
     arrived = {move.source for move in found}
     dropped = tuple(n for n, t in state.items() if t.is_floating_point() and n not in arrived)
-    return Conversion(lambda own: function(dict(own)), aligned(found, case.modules), dropped)
+    return Conversion(lambda own: function(dict(own)), aligned(found, case.modules, leaves), dropped)
 
 
 def recipe_of(case: Case) -> Recipe | None:
@@ -189,28 +188,33 @@ def recipe_of(case: Case) -> Recipe | None:
 
 
 def filled(
-    case: Case, conversion: Conversion, state: State, seed: int, result: ComponentResult, *, exactly: bool = False
-) -> nn.Module | None:
-    """The candidate with the converted weights in it; None, with the result's reason, where they do not fit.
+    case: Case,
+    conversion: Conversion,
+    state: State,
+    seed: int,
+    result: ComponentResult,
+    exact: State,
+    own: Mapping[str, Tensor] | None = None,
+) -> tuple[nn.Module, Exact] | None:
+    """The candidate with the converted weights in it, and what float32 rounded of them and of its own tables.
+
+    None, with the result's reason, where they do not fit.
 
     Args:
-        exactly: build it in float64, so that its tables have no float32 step inside.
+        exact: what of the state is known more exactly.
+        own: see `compare_case`.
     """
-
-    def build() -> nn.Module:
-        return case.candidate.build(dict(case.config))
-
     seeded(seed)
     try:
-        stubs.install(case.candidate.stubs)
-        module = built_exactly(build).eval() if exactly else build().float().eval()
+        module = case.candidate.module(case.config).float().eval()
     except (Exception, SystemExit) as error:
         result.reason = f"the candidate does not build: {told(error)}"
         return None
     result.candidate = case.candidate.name or type(module).__qualname__
+    known = tables(module, lambda: case.candidate.module(case.config), seed, result.notes)
     try:
         converted = {n: t for n, t in conversion.state(dict(state)).items() if isinstance(t, Tensor)}
-        missing, extra = module.load_state_dict(converted, strict=False)
+        missing, extra = module.load_state_dict(converted if own is None else own, strict=False)
     except RuntimeError as error:
         result.reason = f"the converted weights do not fit the candidate: {str(error).splitlines()[-1].strip()}"
         return None
@@ -228,7 +232,14 @@ def filled(
         result.warnings.append(
             f"the conversion drops {len(conversion.dropped)} tensors: {', '.join(conversion.dropped[:3])}"
         )
-    return module
+    try:
+        with float64():
+            wide = {n: exact.get(n, t).double() if t.is_floating_point() else t for n, t in state.items()}
+            made = conversion.state(wide)
+        known |= rounded(converted, made)
+    except Exception as error:  # then a conversion that computes leaves its rounding in the comparison
+        result.notes.append(f"the conversion does not run in float64 ({told(error)})")
+    return module, known
 
 
 def run_case(

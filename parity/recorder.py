@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import gc
 import hashlib
 import importlib
 import inspect
@@ -23,6 +25,7 @@ import os
 import random
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -40,6 +43,10 @@ Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 _DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
 
 
+_LIBRARY = re.compile(r"/(site|dist)-packages/(torch|einops)/|/lib/python[\d.]+/(?!(site|dist)-packages)")
+_CACHE = type(functools.lru_cache(str))
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "einops"}
+_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
 _LARGER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _SMALLER = {large: small for small, large in _LARGER.items()}
 
@@ -67,6 +74,8 @@ class Float64(TorchFunctionMode):
             return _SMALLER.get(found, found)
         args = tuple(_larger(a) for a in args)
         kwargs = {k: _larger(v) for k, v in kwargs.items()}
+        if func in _NORMS and len(args) < 4 and kwargs.get("eps") is None and args[0].element_size() == 8:
+            kwargs["eps"] = torch.finfo(torch.float32).eps  # what none means follows the dtype
         return func(*args, **kwargs)
 
 
@@ -74,35 +83,65 @@ def _larger(value: Any) -> Any:
     return _LARGER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
+def forget() -> None:
+    """Empty the `lru_cache` of every function of a model's code: what it keeps is of the precision it was made in."""
+    for kept in gc.get_objects():
+        if type(kept) is _CACHE and kept.__module__ and kept.__module__.partition(".")[0] not in _LIBRARIES:
+            kept.cache_clear()
+
+
+Exact = Mapping[str, "tuple[Tensor, Tensor]"]  # tensor of a module -> as it is after rounding, and before
+
+
 @contextmanager
-def float64(*modules: nn.Module) -> Iterator[None]:
-    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly."""
-    saved = [[(t, t.data) for t in (*m.parameters(), *m.buffers()) if t.dtype == torch.float32] for m in modules]
+def float64(*modules: nn.Module, exact: Exact | None = None) -> Iterator[None]:
+    """Run `modules` in float64 inside the block; parameters, buffers and the default dtype are restored exactly.
+
+    Args:
+        exact: of the first module, by names as `held` gives them: what was rounded to float32, and takes its exact
+            value wherever it still is that rounded one.
+    """
+    known = {id(t): exact[name] for name, t in held(modules[0]) if name in exact} if exact else {}
+    saved = [
+        [(t, t.data) for t in (*m.parameters(), *m.buffers(), *plain_tensors(m)) if t.dtype in _LARGER] for m in modules
+    ]
     default = torch.get_default_dtype()
     try:
         for tensors in saved:
             for tensor, data in tensors:
-                tensor.data = data.double()
+                tensor.data = _exact(data, known.get(id(tensor)))
         torch.set_default_dtype(torch.float64)
+        forget()
         with Float64():
             yield
     finally:
         torch.set_default_dtype(default)
+        forget()
         for tensors in saved:
             for tensor, data in tensors:
                 tensor.data = data
 
 
-def built_exactly(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module as `build` makes it when all that it computes meanwhile, such as tables, is computed in float64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Float64():
-            module = build()
-        return module.double()
-    finally:
-        torch.set_default_dtype(default)
+def _exact(data: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
+    wide = data.to(_LARGER[data.dtype])
+    if known is None or known[0].shape != data.shape:
+        return wide
+    return torch.where(data == known[0].to(data.device), known[1].to(wide), wide)
+
+
+def plain_tensors(module: nn.Module) -> list[Tensor]:
+    """Tensors that are attributes of a module or of one below it, and neither parameter nor buffer."""
+    return [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that a module holds, by `path.name`: parameters, buffers, attributes."""
+    for path, child in module.named_modules():
+        stem = path + "." if path else ""
+        own = {k: t for k, t in vars(child).items() if isinstance(t, Tensor)}
+        for name, tensor in {**child._parameters, **child._buffers, **own}.items():
+            if tensor is not None:
+                yield stem + name, tensor
 
 
 def uncompiled() -> Any:
@@ -127,27 +166,23 @@ def lossy(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 class Dtypes(TorchFunctionMode):
     """Notes which floating-point dtypes are computed while each watched module runs: the cast trace.
 
-    Of `module`, also whose parameters are read: one that is never called may have its weights used by another.
+    `used` holds the ids of the parameters that something was computed with, by whatever module.
     """
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         self.seen: dict[str, set[str]] = {}
-        self.read: set[str] = set()
-        self._owners: dict[int, list[str]] = {}
-        for path, child in module.named_modules() if module is not None else ():
-            for parameter in child.parameters(recurse=False):
-                self._owners.setdefault(id(parameter), []).append(path)
+        self.used: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._owners and getattr(func, "__name__", "") != "__get__":  # a look at its dtype or shape is no use of it
+        if getattr(func, "__name__", "") != "__get__":  # a look at its dtype or shape is no use of it
             for value in (*args, *(kwargs or {}).values()):
-                for item in value if isinstance(value, (list, tuple)) else (value,):
-                    self.read.update(self._owners.get(id(item), ()))
+                items = value if isinstance(value, (list, tuple)) else (value,)
+                self.used.update(id(item) for item in items if isinstance(item, nn.Parameter))
         if isinstance(out, Tensor) and out.is_floating_point():
             self.seen.setdefault(self.stack[-1], set()).add(str(out.dtype).removeprefix("torch."))
         return out
@@ -185,6 +220,23 @@ class Event:
         numbers = [float(f"{x:.3g}") for x in (self.noise, self.peak)]
         losses = [self.losses] if self.losses else []
         return [self.key, list(self.shape), self.dtype, self.elements, self.stored, *numbers, *losses]
+
+
+def told(error: BaseException) -> str:
+    """`AssertionError: (no message), at wan/modules/attention.py:52: assert dtype in half_dtypes`.
+
+    The place is the last line of the model's own code, or of a library's that is not torch.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _of_a_model(f.filename)]
+    place = ""
+    if frames:
+        file, line = "/".join(Path(frames[-1].filename).parts[-3:]), " ".join((frames[-1].line or "").split())[:120]
+        place = f", at {file}:{frames[-1].lineno}: {line}"
+    return f"{type(error).__name__}: {str(error) or '(no message)'}{place}"
+
+
+def _of_a_model(file: str) -> bool:
+    return Path(file).parent != Path(__file__).parent and file[:1] != "<" and not _LIBRARY.search(file)
 
 
 def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -254,7 +306,8 @@ def listen(
             open_calls.setdefault(path, []).append(index)
             if dtypes is not None:
                 dtypes.stack.append(path)
-            for name, tensor in tensors_of(bind(m, args, kwargs)):
+            given = bind(m, args, kwargs)
+            for name, tensor in tensors_of(_distinct(given) if isinstance(m, WHOLE) else given):
                 sink(f"{path}#{index}.in.{name}", path, "in", tensor)
 
         return hook
@@ -264,7 +317,7 @@ def listen(
             index = open_calls[path].pop()
             if dtypes is not None:
                 dtypes.stack.pop()
-            for name, tensor in tensors_of(out):
+            for name, tensor in tensors_of(out[:1] if isinstance(m, WHOLE) and isinstance(out, tuple) else out):
                 sink(f"{path}#{index}.out.{name}", path, "out", tensor)
 
         return hook
@@ -279,6 +332,17 @@ def listen(
     finally:
         for handle in handles:
             handle.remove()
+
+
+# Modules that compute with their children's weights without calling them: compared as one.
+WHOLE = (nn.MultiheadAttention,)
+
+
+def _distinct(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are the same tensor as an earlier one."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    first = {id(value): name for name, value in reversed(tensors.items())}
+    return {name: value for name, value in tensors.items() if first[id(value)] == name}
 
 
 @dataclasses.dataclass
@@ -345,8 +409,8 @@ def record(
     *,
     seed: int = 0,
     double: bool = True,
-    exact: nn.Module | None = None,
     dtypes: Sequence[str] = (),
+    exact: Exact | None = None,
 ) -> Recording:
     """Run every pass of `module` in float32 and float64 and keep what the first matching watch says.
 
@@ -360,15 +424,13 @@ def record(
         seed: of the global generators before each run.
         dtypes: lossy ones (`bfloat16`) to run it in too; the trace keeps how far each of them is from float64.
         double: whether the module can run in float64; otherwise the trace says that it did not (`float64: false`).
-        exact: the same module built in float64, for that run; its tables have no float32 step left inside.
+        exact: see `float64`.
     """
 
     def watch_of(path: str) -> Watch | None:
         return next((w for w in watches if w.matches(path)), None)
 
     module.eval()
-    if exact is not None:
-        exact.eval()
     recording = Recording(dict(meta))
     casts: dict[str, set[str]] = {}
     ran: set[str] = set()
@@ -381,7 +443,9 @@ def record(
         again = seen
         if double:
             seeded(seed)
-            again, _, _ = _run(exact or module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True)
+            again, _, _ = _run(
+                module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True, exact=exact
+            )
         rough = {}
         for dtype in dtypes:
             seeded(seed)
@@ -394,10 +458,10 @@ def record(
             casts.setdefault(path, set()).update(found)
         ran |= paths
         for key, value in inputs.items():
-            flat = value.reshape(-1).float()
+            single = value.reshape(-1).float()
             kind = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-            high = flat if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
-            recording.add(f"{name}/=.in.{key}", value.shape, kind, flat, high.double())
+            high = single if value.is_floating_point() else value.reshape(-1)  # token ids need more than 24 bits
+            recording.add(f"{name}/=.in.{key}", value.shape, kind, single, high.double())
         for key, (shape, dtype, value) in seen.items():
             recording.add(
                 f"{name}/{key}",
@@ -451,9 +515,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+def owner(path: str) -> str:
+    """The module whose weights are computed by `path`, where that is a parametrization (`torch.nn.utils`); else it."""
+    return f".{path}".partition(".parametrizations.")[0][1:]
+
+
 def owners(module: nn.Module) -> list[str]:
     """Paths of modules that have parameters of their own, the outermost (empty) among them."""
-    return [path for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    whole = tuple(f"{path}." for path, m in module.named_modules() if isinstance(m, WHOLE))
+    found = (owner(path) for path, m in module.named_modules() if any(True for _ in m.parameters(recurse=False)))
+    return [path for path in dict.fromkeys(found) if not path.startswith(whole)]
 
 
 def plain_modules(module: nn.Module) -> dict[str, str]:
@@ -487,6 +558,7 @@ def _run(
     *,
     double: bool,
     dtype: str = "float32",
+    exact: Exact | None = None,
 ) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
     """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
     seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
@@ -507,7 +579,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         if double:
-            stack.enter_context(float64(module))
+            stack.enter_context(float64(module, exact=exact))
         ran = stack.enter_context(
             listen(module, lambda path: watch_of(path) is not None, sink, None if double else dtypes)
         )

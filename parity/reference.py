@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from parity import stubs
 from parity.case import Case, Named
 from parity.drawn import draw
-from parity.raised import told
+from parity.exact import tables
 from parity.recorder import (
     Recording,
     Watch,
     attributes,
-    built_exactly,
     file_sha256,
     owners,
     plain_modules,
     record,
     seeded,
+    told,
 )  # fmt: skip
 
 LEVELS = ("component", "block", "module")
@@ -87,8 +87,7 @@ def built(case: Case, seed: int) -> nn.Module:
     """
     seeded(seed)
     try:
-        stubs.install(case.reference.stubs)
-        module = case.reference.build(dict(case.config))
+        module = case.reference.module(case.config)
     except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
@@ -96,43 +95,29 @@ def built(case: Case, seed: int) -> nn.Module:
     return module.float().eval()
 
 
-def built_in_float64(case: Case, seed: int, state: Mapping[str, Tensor]) -> nn.Module | None:
-    """The reference again with tables computed in float64, filled; None where it cannot be built so."""
-
-    def build() -> nn.Module:
-        return case.reference.build(dict(case.config))
-
-    seeded(seed)
-    try:
-        module = built_exactly(build)
-        module.load_state_dict(state, strict=True)
-    except (Exception, SystemExit):
-        return None
-    return module.eval()
-
-
 def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
     """The reference's state: from the case's file, or drawn from names and the seed; float32.
 
-    What is not floating point, and what `case.keep` names, stays as the module computed it.
+    What is not floating point, and what `computed` names, stays as the module made it.
 
     Raises:
         CaseError: the file's tensors are not the module's.
     """
     own = module.state_dict()
-    kept = re.compile(case.keep) if case.keep else None
     if case.weights is None:
+        kept = computed(case, module)
         return {
             name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
-            if tensor.is_floating_point() and not (kept and kept.fullmatch(name))
+            if tensor.is_floating_point() and name not in kept
             else tensor.clone()
             for name, tensor in own.items()
         }
+    pattern = re.compile(case.keep) if case.keep else None
     try:
         given = load_file(case.weights)
     except Exception as error:  # safetensors' own, OSError and more
         raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
-    free = {name for name in own if kept and kept.fullmatch(name)}
+    free = {name for name in own if pattern and pattern.fullmatch(name)}
     if odd := sorted((own.keys() ^ given.keys()) - free):
         missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
         raise CaseError(f"{case.weights} is not of this module: missing {missing}, left over {extra}")
@@ -144,6 +129,24 @@ def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
         name: (given[name].float() if own[name].is_floating_point() else given[name]) if name in given else own[name]
         for name in own
     }
+
+
+def computed(case: Case, module: nn.Module) -> list[str]:
+    """The part of a built module's state that its class computes, so that it is not drawn: tables, frequencies.
+
+    `case.keep` names it; besides, buffers, and parameters that are not trained beside others that are, unless all of
+    their numbers are zero or one, which is what is filled later.
+    """
+    kept = re.compile(case.keep) if case.keep else None
+    parameters = dict(module.named_parameters())
+    trained = any(p.requires_grad for p in parameters.values())
+    found = []
+    for name, tensor in module.state_dict().items():
+        own = name not in parameters or (trained and not parameters[name].requires_grad)
+        filled = bool(((tensor != tensor.flatten()[:1]) | ((tensor != 0) & (tensor != 1))).any())
+        if (kept and kept.fullmatch(name)) or (own and filled and bool(tensor.isfinite().all())):
+            found.append(name)
+    return found
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
@@ -261,6 +264,9 @@ def record_reference(
         CaseError: the reference does not build, does not take its weights, or does not run.
     """
     module = built(case, seed)
+    kept = computed(case, module)
+    notes: list[str] = []
+    exact = tables(module, lambda: case.reference.module(case.config), seed, notes)
     state = state_of(case, module, seed)
     try:
         module.load_state_dict(state, strict=True)
@@ -288,21 +294,25 @@ def record_reference(
         "attributes": attributes(module),
         "level": "inside" if inside else level,
         "plain": {p: kind for p, kind in plain_modules(module).items() if p not in case.modules},
+        "skip": case.skip,
         "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }
     lossy = [dtype] if dtype != "float32" else []
     watched = watches(case, module, level, inside)
     double = case.reference.float64
-    exact = built_in_float64(case, seed, state) if double else None
     try:
-        recording = record(module, passes, watched, meta, seed=seed, double=double, exact=exact, dtypes=lossy)
+        recording = record(module, passes, watched, meta, seed=seed, double=double, dtypes=lossy, exact=exact)
     except (Exception, SystemExit) as error:
         recording, double = (
             _single(error, case, lambda: record(module, passes, watched, meta, seed=seed, double=False)),
             False,
         )
     if empty := stubs.install(case.reference.stubs):
-        recording.meta["notes"] = [*recording.meta.get("notes", []), f"imported and empty: {', '.join(empty)}"]
+        notes.append(f"imported and empty: {', '.join(empty)}")
+    if kept and case.weights is None:
+        notes.append(f"not drawn, as its class computes it: {', '.join(kept[:3])}{' …' if len(kept) > 3 else ''}")
+    if notes:
+        recording.meta["notes"] = [*recording.meta.get("notes", []), *notes]
     for name in passes:
         if not any(event.key.startswith(f"{name}/=.out.") for event in recording.events):
             raise CaseError(
@@ -311,14 +321,17 @@ def record_reference(
     for name, inputs in (guard_passes(case, given, seed) if guards else {}).items():
         call = case.reference.passes[name.partition(PERTURBED)[0]]
         try:
-            only = {name: (call, inputs)}
-            changed = record(module, only, [], {}, seed=seed, double=double, exact=exact, dtypes=lossy)
+            changed = record(
+                module, {name: (call, inputs)}, [], {}, seed=seed, double=double, dtypes=lossy, exact=exact
+            )
             recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
             recording.meta.setdefault("unperturbed", {})[name] = told(error)
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
-        if case.weights is None and (not tensor.is_floating_point() or (case.keep and re.fullmatch(case.keep, name))):
+        if case.weights is None and (not tensor.is_floating_point() or name in kept):
             recording.tensors[f"state/{name}"] = tensor.contiguous()
+            if name in exact and tensor.is_floating_point():
+                recording.tensors[f"exact/{name}"] = exact[name][1].contiguous()
     return recording
 
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch.overrides import TorchFunctionMode
 
 from parity.shims_kernels import CALLED
 
 NAME = "torch's device cuda"
 _CUDA = re.compile(r"cuda(:\d+)?")
+_PROPERTIES: dict[str, Any] = {
+    "name": "the CPU (parity/shims.py)", "major": 8, "minor": 0, "total_memory": 80 << 30, "multi_processor_count": 108,
+}  # fmt: skip
 _OWN = ("torch", "parity", "safetensors", "numpy")  # these need to know where a tensor really is
 
 
@@ -26,9 +32,20 @@ def install() -> bool:
     """Pretend from here on to have a GPU -> whether that was needed: False where there is one."""
     if torch.cuda.is_available():
         return False
-    torch.cuda.current_device = _noted(lambda: 0)
-    torch.cuda.set_device = _noted(lambda device: None)
-    torch.cuda.synchronize = _noted(lambda device=None: None)
+    for owner, name, stand_in in (
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "set_device", lambda device: None),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(**_PROPERTIES)),
+        (torch.cuda, "get_device_capability", lambda device=None: (_PROPERTIES["major"], _PROPERTIES["minor"])),
+        (torch.cuda, "get_device_name", lambda device=None: _PROPERTIES["name"]),
+        (torch.cuda.nvtx, "range_push", lambda message: 0),
+        (torch.cuda.nvtx, "range_pop", lambda: 0),
+        # A choice of kernels, which leaves none on the CPU.
+        (torch.nn.attention, "sdpa_kernel", lambda *chosen, **how: nullcontext()),
+        (torch.backends.cuda, "sdp_kernel", lambda *chosen, **how: nullcontext()),
+    ):
+        setattr(owner, name, _noted(stand_in, getattr(owner, name)))
     _Pretended().__enter__()  # type: ignore[no-untyped-call]
     return True
 
@@ -74,9 +91,12 @@ def _own_code() -> bool:
     return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OWN
 
 
-def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _noted(function: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in place of `real`, which torch's compiler still finds behind it."""
+
     def noted(*args: Any, **kwargs: Any) -> Any:
         CALLED.add(NAME)
         return function(*args, **kwargs)
 
+    noted.__wrapped__ = real  # type: ignore[attr-defined]
     return noted

@@ -309,3 +309,59 @@ def test_a_module_without_a_case(bare_python: str, tmp_path: Path) -> None:
     arguments = ["parity.recorder", "--module", f"{tmp_path}/mine.py:build", "--inputs", source, "--source", source]
     trace = run_recorder([*arguments, "--watch", ".*"], python=bare_python)
     assert trace.value("forward/=.out.0").event.shape == (1, 2)
+
+
+def test_assertions_of_imported_code_are_left_out_where_a_case_says_so(tmp_path: Path) -> None:
+    (tmp_path / "strict_model.py").write_text(
+        "def half(x):\n    assert str(x.dtype) == 'torch.float16'\n    return x\n"
+    )
+    strict = """
+class Reference(Net):
+    def __init__(self):
+        super().__init__()
+        from strict_model import half
+        self.half = half
+    def forward(self, x):
+        return super().forward(self.half(x))
+"""
+    refused = error_of(BadInputError, write_case(tmp_path, strict))
+    assert "strict_model.py:2: assert" in refused and "asserts=False" in refused
+    path = Path(write_case(tmp_path, strict, "lenient.py"))
+    path.write_text(
+        path.read_text().replace("build=lambda config: Reference()", "asserts=False, build=lambda c: Reference()")
+    )
+    assert "forward/=.out.0" in record_elsewhere(str(path)).events
+
+
+def test_compiled_functions_run_as_they_are_written(tmp_path: Path) -> None:
+    compiled = """
+class Reference(Net):
+    @torch.compile()
+    def forward(self, x):
+        import torch._dynamo
+        assert not torch._dynamo.is_compiling()
+        return super().forward(x)
+"""
+    trace = record_elsewhere(write_case(tmp_path, compiled))
+    assert {"embed", "blocks.1.down", "head"} <= set(trace.modules("forward"))
+
+
+def test_a_package_whose_init_imports_too_much(tmp_path: Path) -> None:
+    package = tmp_path / "big" / "models"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("import a_package_that_nobody_has\n")
+    (package / "net.py").write_text("from .parts import SCALE\n")
+    (package / "parts.py").write_text("SCALE = 2.0\n")
+    uses = """
+class Reference(Net):
+    def __init__(self):
+        super().__init__()
+        from big.models.net import SCALE
+"""
+    assert "a_package_that_nobody_has" in error_of(MissingError, write_case(tmp_path, uses))
+    path = Path(write_case(tmp_path, uses, "bare.py"))
+    path.write_text(
+        path.read_text().replace("build=lambda config: Ref", 'bare=("big", "big.models"), build=lambda c: Ref')
+    )
+    assert len(record_elsewhere(str(path)).modules("forward")) == 6

@@ -130,6 +130,14 @@ def test_several_faults_are_all_found() -> None:
     assert {(f.candidate, f.reference, f.step) for f in result.faults} == {FAULTS[fault] for fault in planted}
 
 
+def test_what_a_residual_carries_on_is_blamed_once() -> None:
+    def shifted(m: Any) -> None:
+        m.layers[1].register_forward_pre_hook(lambda layer, args: (args[0], args[1] + 0.1))
+
+    (found,) = compare_case(case, edit=shifted).faults
+    assert (found.candidate, found.reference, found.step) == ("layers.1.norm_a", "blocks.1.norm1", True)
+
+
 def test_settings_of_the_live_modules_stand_in_the_reason() -> None:
     result = compare_case(case, edit=eps)
     assert "eps 1e-06 in the reference, 1e-05 in the candidate" in str(result.guilty and result.guilty.why)
@@ -169,6 +177,8 @@ def test_a_conversion_that_loses_or_leaves_weights_is_no_pass() -> None:
     left = compare_case(replace(case, convert=lambda s: {**convert(s), "more": s["out.bias"]}))
     assert left.status == SKIPPED and "1 left over: more" in left.reason
     with pytest.raises(BadInputError, match="does not take"):
+        compare_case(replace(case, convert=lambda s: {"x": s["nothing"]}))
+    with pytest.raises(BadInputError, match=r"KeyError: 'nothing', at .*test_own.py:\d+"):
         compare_case(replace(case, convert=lambda s: {"x": s["nothing"]}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -114,6 +115,31 @@ def test_code_that_asks_for_the_dtype_goes_the_way_it_went_in_float32() -> None:
     assert trace.meta.get("float64") is None
     gap = trace.value("forward/=.out.0").high.reshape(-1, 2) - torch.view_as_real(spun)
     assert gap.abs().max() < 1e-14
+
+
+def test_an_eps_that_follows_the_dtype_stays_that_of_float32() -> None:
+    net, x = nn.RMSNorm(4), torch.full((1, 4), 1e-4)
+    trace = Trace.of(record(net, {"forward": (lambda m, i: m(i["x"]), {"x": x})}, [], {}))
+    value = trace.value("forward/=.out.0")
+    assert (value.high - value.low.double()).abs().max() < 1e-6
+
+
+@functools.lru_cache
+def places(count: int) -> Tensor:
+    return (torch.arange(count, dtype=torch.float32) / 7).sin()
+
+
+def test_a_table_that_a_function_keeps_is_made_again_in_each_precision() -> None:
+    class Keeps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            table: Tensor = places(5)
+            return x * table
+
+    passes = {"forward": (lambda m, i: m(i["x"]), {"x": torch.ones(5)})}
+    for _ in range(2):
+        value = Trace.of(record(Keeps(), passes, [], {})).value("forward/=.out.0")
+        exact = (torch.arange(5, dtype=torch.float64) / 7).sin()
+        assert (value.high - exact).abs().max() < 1e-14 < (value.low.double() - exact).abs().max()
 
 
 def test_modules_that_never_ran_are_named(trace: Trace) -> None:

@@ -1,0 +1,119 @@
+"""Modules that compute with weights which are not theirs, or with their children's and without calling them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parity.case import Case, Draw, Side
+from parity.outcome import reason_of
+from parity.own import compare_case
+
+
+class Joined(nn.Module):
+    """x (B, L, 8) attends to itself, then to text (B, T, 8), with torch's own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.own = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.own(y, y, y)[0]
+        x = x + self.cross(x, text, text, need_weights=False)[0]
+        return F.linear(x, self.head.weight, self.head.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+        context = hidden if context is None else context
+        q, k, v = (
+            t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (self.to_q(hidden), self.to_k(context), self.to_v(context))
+        )
+        y: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.attn1, self.attn2 = Attention(), Attention()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm(x))
+        x = x + self.attn2(x, text)
+        out: Tensor = self.head(x)
+        return out
+
+
+def split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made = {}
+    for name, tensor in state.items():
+        new = name.replace("own.", "attn1.").replace("cross.", "attn2.").replace("out_proj", "to_out")
+        if "in_proj_" in new:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                made[new.replace("in_proj_", f"to_{letter}.")] = part
+        else:
+            made[new] = tensor
+    return made
+
+
+def inputs(config: Mapping[str, Any], draw: Draw) -> dict[str, Tensor]:
+    return {"x": draw("x", 2, 5, 8), "text": draw("text", 2, 4, 8)}
+
+
+def call(m: Any, given: Mapping[str, Tensor]) -> Any:
+    return m(given["x"], given["text"])
+
+
+case = Case(Side(lambda c: Joined(), call), Side(lambda c: Split(), call), inputs, split)
+
+
+def test_torch_s_attention_is_one_module() -> None:
+    result = compare_case(case)
+    assert result.passed, reason_of(result)
+    assert {t.module for t in result.taps} == {"norm", "own", "cross"}
+    for path, part in (("own", "attn1.to_k"), ("cross", "attn2.to_out")):
+        found = compare_case(case, edit=lambda m, part=part: m.get_submodule(part).weight.data.mul_(1.01))  # type: ignore[misc]
+        assert found.faults[0].reference == path and found.guilty and found.guilty.reference == path
+    assert compare_case(Case(case.reference, case.reference, inputs)).passed  # on both sides, with the same names
+
+
+def test_a_weight_that_is_used_without_its_module_took_part() -> None:
+    """`head` runs in the reference as a function; what no pass uses at all is no pass."""
+    both = Case(case.candidate, case.reference, inputs, joined)
+    result = compare_case(both, level="component")
+    assert result.passed, reason_of(result)
+
+    class More(Split):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    side = Side(lambda c: More(), call)
+    result = compare_case(Case(side, side, inputs))
+    assert not result.passed and "never ran: temperature" in reason_of(result)
+    assert compare_case(Case(side, side, inputs, skip="temperature")).passed
+
+
+def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made = {}
+    for name, tensor in state.items():
+        new = name.replace("attn1.", "own.").replace("attn2.", "cross.").replace("to_out", "out_proj")
+        if ".to_q." in new:
+            parts = [state[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
+            made[new.replace("to_q.", "in_proj_")] = torch.cat(parts)
+        elif ".to_k." not in new and ".to_v." not in new:
+            made[new] = tensor
+    return made

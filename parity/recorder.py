@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import gc
 import hashlib
 import importlib
 import inspect
@@ -45,7 +44,7 @@ _DRAWS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_li
 
 _LIBRARY = re.compile(r"/(site|dist)-packages/(torch|einops)/|/lib/python[\d.]+/(?!(site|dist)-packages)")
 _CACHE = type(functools.lru_cache(str))
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "einops"}
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "einops", "porter", "parity"}
 _NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
 _LARGER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _SMALLER = {large: small for small, large in _LARGER.items()}
@@ -83,11 +82,31 @@ def _larger(value: Any) -> Any:
     return _LARGER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
-def forget() -> None:
+def forget(*modules: nn.Module) -> None:
     """Empty the `lru_cache` of every function of a model's code: what it keeps is of the precision it was made in."""
-    for kept in gc.get_objects():
-        if type(kept) is _CACHE and kept.__module__ and kept.__module__.partition(".")[0] not in _LIBRARIES:
-            kept.cache_clear()
+    for name, code in list(sys.modules.items()):
+        if name.partition(".")[0] not in _LIBRARIES:
+            known = _caches.setdefault(name, (code, None))
+            if known[1] is None or known[0] is not code:
+                known = _caches[name] = (code, _caches_of(code))
+            for kept in known[1] or ():
+                kept.cache_clear()
+    for module in modules:
+        for child in module.modules():
+            for value in vars(child).values():
+                if type(value) is _CACHE:
+                    value.cache_clear()
+
+
+_caches: dict[str, tuple[Any, list[Any] | None]] = {}  # a look at all objects would take 0.2 s each time
+
+
+def _caches_of(code: Any) -> list[Any]:
+    """Functions with a cache that a module or one of its classes holds."""
+    own = [v for v in vars(code).values() if isinstance(v, (_CACHE, type))] if hasattr(code, "__dict__") else []
+    methods = [v for c in own if isinstance(c, type) for v in vars(c).values()]
+    found = [getattr(v, "__func__", v) for v in (*own, *methods)]
+    return [v for v in found if type(v) is _CACHE]
 
 
 Exact = Mapping[str, "tuple[Tensor, Tensor]"]  # tensor of a module -> as it is after rounding, and before
@@ -111,12 +130,12 @@ def float64(*modules: nn.Module, exact: Exact | None = None) -> Iterator[None]:
             for tensor, data in tensors:
                 tensor.data = _exact(data, known.get(id(tensor)))
         torch.set_default_dtype(torch.float64)
-        forget()
+        forget(*modules)
         with Float64():
             yield
     finally:
         torch.set_default_dtype(default)
-        forget()
+        forget(*modules)
         for tensors in saved:
             for tensor, data in tensors:
                 tensor.data = data

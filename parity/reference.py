@@ -43,6 +43,7 @@ from parity.recorder import (
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
+ALSO = "also missing: "  # before the names of further packages
 PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
 
 
@@ -88,11 +89,31 @@ def built(case: Case, seed: int) -> nn.Module:
     seeded(seed)
     try:
         module = case.reference.module(case.config)
+    except ModuleNotFoundError as error:
+        also = _also_missing(case, error)
+        more = f" ({ALSO}{', '.join(also)})" if also else ""
+        raise CaseError(f"the reference does not build: {told(error)}{more}") from error
     except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
     return module.float().eval()
+
+
+def _also_missing(case: Case, error: BaseException) -> list[str]:
+    """The packages that would be missing next: what fails once those before are there, but empty."""
+    found: list[str] = []
+    while isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        if name in found or not stubs.install([name]):
+            break
+        found.append(name)
+        try:
+            case.reference.module(case.config)
+            break
+        except (Exception, SystemExit) as following:
+            error = following
+    return found[1:]
 
 
 def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:

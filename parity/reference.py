@@ -18,6 +18,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ class CaseError(Exception):
     """A case that cannot be used: what is wrong with it, in one line."""
 
 
+class _Aside(MetaPathFinder):
+    """Lets a checkout's folder be imported that a case is named after: a file goes before a folder without code."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if path is not None or fullname != self.file.stem:
+            return None
+        return PathFinder.find_spec(fullname, [p for p in sys.path if Path(p).absolute() != self.file.parent])
+
+
 def load_case(name: str) -> Case:
     """The case of `FILE.py` (its one Case, or the one called `case`) or `FILE.py:NAME`; the file is run.
 
@@ -61,6 +75,8 @@ def load_case(name: str) -> Case:
     path = Path(file if not wanted else f"{file}.py").absolute()
     if not path.is_file() or path.suffix != ".py":
         raise CaseError(f"no such case file: {path}; a case is FILE.py or FILE.py:NAME")
+    if not any(isinstance(finder, _Aside) and finder.file == path for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Aside(path))
     spec = importlib.util.spec_from_file_location(f"parity_case_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

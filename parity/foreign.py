@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from parity.reference import MARK
+from parity.reference import ALSO, MARK
 from parity.trace import Trace
 from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
 
@@ -31,6 +31,7 @@ KIT = (
     "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "recorder.py", "reference.py",
     "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
 )  # fmt: skip
+SHIMMED = ("flash_attn", "flash_attn_interface", "xformers", "apex", "timm")  # what parity/shims.py has
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent
 # Runs a module with this file's folder as sys.path[0]: neither the working folder nor the kit's own files can hide what
@@ -281,10 +282,13 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
     missing = re.search(r"No module named '([\w.]+)'", done.error)
     if missing:
         name = missing[1]
+        also = re.search(re.escape(ALSO) + r"([\w, ]+)", done.error)
+        others = also[1].split(", ") if also else []
         where = "the reference's interpreter" if exe != sys.executable else "this interpreter"
         bare = "Side(..., bare=(PACKAGE,)) does not run what only an __init__ imports"
         return MissingError(
-            f"{where} has no module {name}", found=said, hint=f"{_remedy(name)}; {bare}",
+            f"{where} has no module {', '.join([name, *others])}", found=said,
+            hint=f"{_remedy(name, *others)}; {bare}",
             expected="torch, safetensors, numpy and what the reference needs",
         )  # fmt: skip
     _, mark, words = done.error.rpartition(MARK)
@@ -300,11 +304,13 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
     return BadInputError(f"the reference ended with exit code {done.code}", found=said, hint=_again(exe, arguments))
 
 
-def _remedy(name: str) -> str:
-    if name.partition(".")[0] in ("flash_attn", "flash_attn_interface", "xformers", "apex", "timm"):
-        return f"--shims={name.partition('.')[0]} stands in for it on the CPU"
-    top = name.partition(".")[0]
-    return (
-        "--reference-repo <checkout> if it is the original code, else --reference-python <a Python that has it>; "
-        f"if it is imported and nothing is computed with it: Side(..., stubs=({top!r},)) in the case"
-    )
+def _remedy(*missing: str) -> str:
+    names = list(dict.fromkeys(name.partition(".")[0] for name in missing))
+    shimmed = [name for name in names if name in SHIMMED]
+    told = [f"--shims={','.join(shimmed)} stands in for it on the CPU"] if shimmed else []
+    if rest := tuple(name for name in names if name not in SHIMMED):
+        told += [
+            "--reference-repo <checkout> if it is the original code, else --reference-python <a Python that has it>",
+            f"if it is imported and nothing is computed with it: Side(..., stubs={rest!r}) in the case",
+        ]
+    return "; ".join(told)

@@ -18,6 +18,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,24 @@ from parity.recorder import (
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
+ALSO = "also missing: "  # before the names of further packages
 PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
 
 
 class CaseError(Exception):
     """A case that cannot be used: what is wrong with it, in one line."""
+
+
+class _Aside(MetaPathFinder):
+    """Lets a checkout's folder be imported that a case is named after: a file goes before a folder without code."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if path is not None or fullname != self.file.stem:
+            return None
+        return PathFinder.find_spec(fullname, [p for p in sys.path if Path(p).absolute() != self.file.parent])
 
 
 def load_case(name: str) -> Case:
@@ -60,6 +75,8 @@ def load_case(name: str) -> Case:
     path = Path(file if not wanted else f"{file}.py").absolute()
     if not path.is_file() or path.suffix != ".py":
         raise CaseError(f"no such case file: {path}; a case is FILE.py or FILE.py:NAME")
+    if not any(isinstance(finder, _Aside) and finder.file == path for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Aside(path))
     spec = importlib.util.spec_from_file_location(f"parity_case_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -88,11 +105,31 @@ def built(case: Case, seed: int) -> nn.Module:
     seeded(seed)
     try:
         module = case.reference.module(case.config)
+    except ModuleNotFoundError as error:
+        also = _also_missing(case, error)
+        more = f" ({ALSO}{', '.join(also)})" if also else ""
+        raise CaseError(f"the reference does not build: {told(error)}{more}") from error
     except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
     return module.float().eval()
+
+
+def _also_missing(case: Case, error: BaseException) -> list[str]:
+    """The packages that would be missing next: what fails once those before are there, but empty."""
+    found: list[str] = []
+    while isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        if name in found or not stubs.install([name]):
+            break
+        found.append(name)
+        try:
+            case.reference.module(case.config)
+            break
+        except (Exception, SystemExit) as following:
+            error = following
+    return found[1:]
 
 
 def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:

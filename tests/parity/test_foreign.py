@@ -365,3 +365,14 @@ class Reference(Net):
         path.read_text().replace("build=lambda config: Ref", 'bare=("big", "big.models"), build=lambda c: Ref')
     )
     assert len(record_elsewhere(str(path)).modules("forward")) == 6
+
+
+def test_a_case_may_be_named_like_the_code_it_imports(tmp_path: Path) -> None:
+    """A folder without __init__.py, which a file of its name would hide."""
+    repo = tmp_path / "checkout"
+    (repo / "theirs").mkdir(parents=True)
+    (repo / "theirs" / "net.py").write_text("width = 4")
+    text = "def Reference():\n    from theirs.net import width\n    assert width == 4\n    return Net()"
+    assert record_elsewhere(write_case(tmp_path, text, "theirs.py"), repo=repo).events
+    itself = "def Reference():\n    import theirs\n    assert theirs.HERE\n    return Net()\nHERE = True"
+    assert record_elsewhere(write_case(tmp_path, itself, "theirs.py")).events

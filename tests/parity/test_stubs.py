@@ -19,6 +19,7 @@ REFERENCE = """
 def Reference():
     from nowhere.registry import Registry, Base
     from nowhere import logging as log
+    import neither.deep, apex
     MODELS = Registry("models")
     @MODELS.register_module(name="net")
     class Theirs(Net, Base):
@@ -44,17 +45,18 @@ def test_a_package_that_is_only_imported(tmp_path: Path) -> None:
     case = write_case(tmp_path, REFERENCE.format("pass"))
     with pytest.raises(MissingError) as caught:
         record_elsewhere(case)
-    assert "stubs=('nowhere',)" in str(caught.value.hint)
-    text = Path(case).read_text().replace("call=", "stubs=('nowhere', 'torch'), call=")
+    assert "stubs=('nowhere', 'neither')" in str(caught.value.hint)
+    assert "no module nowhere, neither, apex" in str(caught.value) and "--shims=apex" in str(caught.value.hint)
+    text = Path(case).read_text().replace("call=", "stubs=('nowhere', 'neither', 'apex', 'torch'), call=")
     Path(case).write_text(text)
     trace = record_elsewhere(case)
-    assert "imported and empty: nowhere" in trace.meta["notes"]  # torch is there, and stays
+    assert "imported and empty: nowhere, neither, apex" in trace.meta["notes"]  # torch is there, and stays
     assert trace.events["forward/=.out.0"].noise > 0
 
 
 def test_nothing_is_computed_with_it(tmp_path: Path) -> None:
     case = write_case(tmp_path, REFERENCE.format("x = Registry.scale(x)"))
-    Path(case).write_text(Path(case).read_text().replace("call=", "stubs=('nowhere',), call="))
+    Path(case).write_text(Path(case).read_text().replace("call=", "stubs=('nowhere', 'neither', 'apex'), call="))
     with pytest.raises(BadInputError, match=r"nowhere.registry.Registry.scale is called with a tensor"):
         record_elsewhere(case)
     stubs.install(["nowhere"])

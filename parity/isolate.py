@@ -34,7 +34,8 @@ class Isolation:
         self.unfit: dict[str, str] = {}
         self.holders: dict[str, list[tuple[str, Part]]] = {}  # candidate leaf -> reference leaves whose rows it has
         for path in trace.modules(name):
-            whole = self._whole(path, 0, "in", 0) and self._whole(path, 0, "out")
+            taken = trace.keys(name, path, 0, "in")  # none where it takes whole numbers only, as embeddings do
+            whole = (self._whole(path, 0, "in", 0) or not taken) and self._whole(path, 0, "out")
             if path and path in alignment.parts and whole and not any(b.matches(path) for b in candidate.blocks):
                 for part in alignment.parts[path]:
                     self.holders.setdefault(part.candidate, []).append((path, part))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parity.case import Side
+from parity.case import Case, Draw, Side
 from parity.compare import DIFFERS, OVER, PRECISION, ROUNDING, SKIPPED
 from parity.outcome import reason_of
 from parity.own import assert_parity, compare_case
@@ -227,3 +227,24 @@ def test_code_in_lower_precision_is_found_where_it_is_and_can_be_accepted() -> N
     assert [str(fault) for fault in result.faults] == ["the code before time_embed ↔ time, call 0"]
     assert compare_case(replace(waves(torch.float32), baseline=1e-4)).status == ROUNDING
     assert compare_case(replace(waves(torch.float32), baseline=1e-9)).status == PRECISION
+
+
+def test_a_fault_in_an_embedding_is_not_handed_on() -> None:
+    class Kinds(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.kind, self.a, self.b = nn.Embedding(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+            made: Tensor = self.b(self.a(x + self.kind(kinds)) + self.kind(torch.ones_like(kinds)))
+            return made
+
+    def given(config: Any, draw: Draw) -> dict[str, Tensor]:
+        return {"x": draw("x", 2, 3, 8), "kinds": torch.tensor([[0, 2, 2], [2, 0, 2]])}
+
+    def spoil(m: Any) -> None:
+        m.kind.weight.data[1] *= 1.01
+
+    own = Case(Side(Kinds), Side(Kinds), given)
+    assert compare_case(own).passed
+    assert [str(fault) for fault in compare_case(own, edit=spoil).faults] == ["kind ↔ kind, call 1"]

@@ -248,3 +248,29 @@ def test_a_fault_in_an_embedding_is_not_handed_on() -> None:
     own = Case(Side(Kinds), Side(Kinds), given)
     assert compare_case(own).passed
     assert [str(fault) for fault in compare_case(own, edit=spoil).faults] == ["kind ↔ kind, call 1"]
+
+
+def test_samples_that_the_reference_takes_one_by_one() -> None:
+    class OneByOne(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.out(torch.cat([self.embed(row) for row in x.split(2)]).sin())
+            return made
+
+    class AtOnce(OneByOne):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.out(self.embed(x).sin())
+            return made
+
+    def spoil(m: Any) -> None:
+        m.embed.bias.data[2] += 1e-3
+
+    own = Case(Side(OneByOne), Side(AtOnce), lambda config, draw: {"x": draw("x", 6, 3, 8)})
+    result = compare_case(own)
+    assert result.passed and result.counts["skipped"] == 0 and len(result.taps) == 8
+    wrong = compare_case(own, edit=spoil)
+    assert not wrong.passed and wrong.guilty and wrong.guilty.candidate == "embed"
+    assert [str(fault) for fault in wrong.faults] == [f"embed ↔ embed, call {call}" for call in range(3)]

@@ -99,6 +99,8 @@ class Place:
     """A recorded event: module (`=` is the pass itself), call, `in` or `out`, and name.
 
     `position` is its place among the call's events of this kind, `inputs` the shapes of the call's recorded inputs.
+    `share` is, of a module that is called several times, where this call's samples lie in all of them, and how many
+    these are: begin, end, all.
     """
 
     module: str
@@ -107,6 +109,7 @@ class Place:
     name: str
     position: int = 0
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    share: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, trace: Trace, key: str, position: int = 0) -> Place:
@@ -115,7 +118,19 @@ class Place:
         module, _, call = where.partition("/")[2].partition("#")
         prefix = f"{where}.in."
         shapes = {k.removeprefix(prefix): trace.events[k].shape for k in trace.beside(where, "in")}
-        return cls(module, int(call or 0), kind, name, position, shapes)
+        return cls(module, int(call or 0), kind, name, position, shapes, _share(trace, key))
+
+
+def _share(trace: Trace, key: str) -> tuple[int, int, int] | None:
+    where, kind, name = split_key(key)
+    module, mark, call = where.partition("#")
+    counts: list[int] = []
+    while mark and (event := trace.events.get(f"{module}#{len(counts)}.{kind}.{name}")) and event.shape:
+        counts.append(event.shape[0])
+    if len(counts) < 2 or int(call) >= len(counts):
+        return None
+    begin = sum(counts[: int(call)])
+    return begin, begin + counts[int(call)], sum(counts)
 
 
 def read(
@@ -145,6 +160,10 @@ def read(
     own_parts: dict[str, Tensor] = {}
     for part in alignment.parts[path] if kind == "out" else alignment.parts[path][:1]:
         own_part = list(captured.at(f"{part.candidate}#{call}.{kind}").values())
+        if place.share and not captured.at(f"{part.candidate}#1.{kind}"):  # called once for all of them
+            begin, end, count = place.share
+            whole = captured.at(f"{part.candidate}#0.{kind}").values()
+            own_part = [t[begin:end] for t in whole if t.ndim and t.shape[0] == count] or own_part
         if not own_part:
             return f"{part.candidate} never ran (call {call})"
         at = place.position if kind == "in" and len(own_part) > 1 else 0

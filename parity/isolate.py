@@ -34,7 +34,8 @@ class Isolation:
         self.unfit: dict[str, str] = {}
         self.holders: dict[str, list[tuple[str, Part]]] = {}  # candidate leaf -> reference leaves whose rows it has
         for path in trace.modules(name):
-            whole = self._whole(path, 0, "in", 0) and self._whole(path, 0, "out")
+            taken = trace.keys(name, path, 0, "in")  # none where it takes whole numbers only, as embeddings do
+            whole = (self._whole(path, 0, "in", 0) or not taken) and self._whole(path, 0, "out")
             if path and path in alignment.parts and whole and not any(b.matches(path) for b in candidate.blocks):
                 for part in alignment.parts[path]:
                     self.holders.setdefault(part.candidate, []).append((path, part))
@@ -62,6 +63,13 @@ class Isolation:
             if found is None:
                 return None
             place, value = found
+            calls = [call]
+            if place.share and own.ndim and call == 0 and own.shape[0] == place.share[2]:  # all samples in one call
+                calls = list(range(self.trace.modules(self.name)[path]))
+                each = [self._value(path, i, kind, at, count) for i in calls]
+                value = torch.cat([v for _, v in filter(None, each)])
+                if value.shape[0] != place.share[2]:
+                    return None
             parts = self.alignment.parts[path]
             # Only this leaf's rows are asked for: the others of a split are given to theirs.
             others = [p for p in parts if p.candidate == leaf] if kind == "out" else [part]
@@ -77,7 +85,7 @@ class Isolation:
                 self.unfit[path] = made
                 return None
             result = made[leaf]
-            self.given.add((path, call))
+            self.given |= {(path, i) for i in calls}
         return result
 
     @contextmanager

@@ -152,10 +152,11 @@ def locate(
     size = size if math.isfinite(first.free.max_abs) else first.free.note
     if first.kind == "out":
         inputs = [t for t in taps if t.module == first.module and t.kind == "in"]
-        also = "its inputs match" if inputs and all(t.free.passed for t in inputs) else "first output that differs"
+        match = inputs and all(t.free.passed for t in inputs)
+        also = "its inputs match, its output does not" if match else "its output is the first that does not match"
         ours, theirs, rule = _names(alignment, first.module)
         ours = _differing(trace, first, alignment, candidate, captured) or ours
-        return Guilty(ours, theirs, rule, f"{also}, its output does not: {size}", within, others)
+        return Guilty(ours, theirs, rule, f"{also}: {size}", within, others)
     # An input differs while everything before matches: the step that makes it is at fault, and it owns no recorded tap.
     if plain is not None and (found := plain.suspect(first.key, captured)):
         taken = f"seen in {split_key(first.key)[2]} of {_names(alignment, first.module)[0]}: {size}"

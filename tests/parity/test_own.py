@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parity.case import Side
+from parity.case import Case, Draw, Side
 from parity.compare import DIFFERS, OVER, PRECISION, ROUNDING, SKIPPED
 from parity.outcome import reason_of
 from parity.own import assert_parity, compare_case
@@ -333,3 +333,50 @@ def test_an_input_changes_as_its_kind_allows(given: Tensor, wanted: Tensor | Non
     assert (changed is None and wanted is None) or torch.equal(changed, wanted)  # type: ignore[arg-type]
     real = perturbed("x", torch.tensor([[0.5, 1.5]] * 2), 0)
     assert real is not None and torch.equal(real[0], real[1]) and not torch.equal(real[0], torch.tensor([0.5, 1.5]))
+
+
+def test_a_fault_in_an_embedding_is_not_handed_on() -> None:
+    class Kinds(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.kind, self.a, self.b = nn.Embedding(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+            made: Tensor = self.b(self.a(x + self.kind(kinds)) + self.kind(torch.ones_like(kinds)))
+            return made
+
+    def given(config: Any, draw: Draw) -> dict[str, Tensor]:
+        return {"x": draw("x", 2, 3, 8), "kinds": torch.tensor([[0, 2, 2], [2, 0, 2]])}
+
+    def spoil(m: Any) -> None:
+        m.kind.weight.data[1] *= 1.01
+
+    own = Case(Side(Kinds), Side(Kinds), given)
+    assert compare_case(own).passed
+    assert [str(fault) for fault in compare_case(own, edit=spoil).faults] == ["kind ↔ kind, call 1"]
+
+
+def test_samples_that_the_reference_takes_one_by_one() -> None:
+    class OneByOne(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.out(torch.cat([self.embed(row) for row in x.split(2)]).sin())
+            return made
+
+    class AtOnce(OneByOne):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.out(self.embed(x).sin())
+            return made
+
+    def spoil(m: Any) -> None:
+        m.embed.bias.data[2] += 1e-3
+
+    own = Case(Side(OneByOne), Side(AtOnce), lambda config, draw: {"x": draw("x", 6, 3, 8)})
+    result = compare_case(own)
+    assert result.passed and result.counts["skipped"] == 0 and len(result.taps) == 8
+    wrong = compare_case(own, edit=spoil)
+    assert not wrong.passed and wrong.guilty and wrong.guilty.candidate == "embed"
+    assert [str(fault) for fault in wrong.faults] == [f"embed ↔ embed, call {call}" for call in range(3)]

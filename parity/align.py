@@ -194,7 +194,7 @@ def scatter(
     for name in names:
         starts[name], at = at, at + own[name].numel()
     ids = {
-        name: torch.arange(starts[name], starts[name] + own[name].numel(), dtype=torch.float64).reshape(own[name].shape)
+        name: torch.arange(own[name].numel(), dtype=torch.float64).add(starts[name] + 1).reshape(own[name].shape)
         for name in names
     }
     buffer = torch.cat([own[name].reshape(-1) for name in names])
@@ -202,10 +202,11 @@ def scatter(
         found = gather(Alignment({place.module: chosen}), candidate, place, tuple(value.shape), ids)
         if isinstance(found, str):
             return found
-        flat = found.reshape(-1).long()
-        if flat.numel() != len(set(flat.tolist())):
+        flat = found.reshape(-1).long()  # zero: a border, which the candidate makes itself
+        there, values = flat[flat > 0] - 1, value.reshape(-1).to(buffer)[flat > 0]
+        buffer[there] = values
+        if not torch.equal(buffer[there], values):
             return "its layout is not a rearrangement"
-        buffer[flat] = value.reshape(-1).to(buffer)
     return {name: buffer[starts[name] : starts[name] + own[name].numel()].reshape(own[name].shape) for name in names}
 
 

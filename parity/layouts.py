@@ -1,5 +1,7 @@
 """Activations in the other side's layout: merged, split and reordered axes, by shape and, where several fit, by value.
 
+What one side pads before a convolution and the other in it is padded, or cut, in the same way.
+
 The same rearrangement is then used for every run, so that a fault cannot choose one that hides it.
 """
 
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from parity.recorder import sample_indices
 from parity.trace import Trace
@@ -36,22 +39,31 @@ class Rearranged:
 
     def __call__(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
         given = self.own(path, shape, tensor)
-        if tuple(given.shape) == shape or given.numel() != math.prod(shape):
+        if tuple(given.shape) == shape or not (given.numel() == math.prod(shape) or self._bordered(path, shape, given)):
             return given
         at = (path, shape, tuple(given.shape))
         if at not in self._chosen:
             self._chosen[at] = self._choose(path, shape, given)
         return self._chosen[at](given)
 
+    def _bordered(self, path: str, shape: Shape, tensor: Tensor) -> bool:
+        """Whether a recorded input has the same axes with more, or fewer, places along some of the last."""
+        key, old = self._values.get((path, shape), ""), tuple(tensor.shape)
+        if ".in." not in key or len(old) != len(shape) or len(shape) < 3 or old[:2] != shape[:2]:
+            return False
+        more = [new - size for new, size in zip(shape, old, strict=True)]
+        return all(n >= 0 for n in more) or all(n <= 0 for n in more)
+
     def _choose(self, path: str, shape: Shape, tensor: Tensor) -> Callable[[Tensor], Tensor]:
-        ways = list(rearrangements(tuple(tensor.shape), shape))
+        alike = tensor.numel() == math.prod(shape)
+        ways = list(rearrangements(tuple(tensor.shape), shape) if alike else borders(tuple(tensor.shape), shape))
         if not ways:
             return lambda t: t
         key = self._values.get((path, shape))
         if len(ways) == 1 or key is None:
             return ways[0]
         value = self.trace.value(key)
-        index = sample_indices(tensor.numel(), value.event.elements)
+        index = sample_indices(math.prod(shape), value.event.elements)
 
         def gap(way: Callable[[Tensor], Tensor]) -> float:
             return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
@@ -76,6 +88,19 @@ def rearrangements(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor
                 yield partial(_rearranged, first=moved, order=back, last=new)
             else:
                 yield partial(_rearranged, first=axes, order=order, last=new)
+
+
+def borders(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways to give an activation (B, C, places …) a border, or to cut one off: around, before or behind the places."""
+    more = [n - o for o, n in zip(old[2:], new[2:], strict=True)]
+    for share in (lambda n: n - n // 2, lambda n: n, lambda n: 0):
+        amounts = [amount for n in reversed(more) for amount in (n - share(n), share(n))]
+        for mode in ("constant", "replicate", "circular", "reflect") if max(more) > 0 else ("constant",):
+            fits = mode not in ("circular", "reflect") or all(
+                a < size for a, size in zip(amounts, [s for s in reversed(old[2:]) for _ in (0, 1)], strict=True)
+            )
+            if fits:
+                yield partial(pad, pad=amounts, mode=mode)
 
 
 def _rearranged(tensor: Tensor, first: Shape, order: Shape, last: Shape) -> Tensor:

@@ -117,3 +117,34 @@ def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif ".to_k." not in new and ".to_v." not in new:
             made[new] = tensor
     return made
+
+
+class Padded(nn.Module):
+    """Two convolutions that are padded before, the second with what lies at the border; x (B, 3, 6, 5)."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.first = nn.Conv2d(3, 4, 3, padding=1 if inside else 0)
+        self.second = nn.Conv2d(4, 2, 3, padding=1 if inside else 0, padding_mode="replicate" if inside else "zeros")
+        self.last = nn.Conv2d(2, 2, 3, stride=2)  # one more at the end
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x if self.inside else F.pad(x, (1, 1, 1, 1)))
+        x = self.second(x if self.inside else F.pad(x, (1, 1, 1, 1), mode="replicate"))
+        out: Tensor = self.last(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+def test_padding_before_a_convolution_or_in_it() -> None:
+    def picture(config: Mapping[str, Any], draw: Draw) -> dict[str, Tensor]:
+        return {"x": draw("x", 1, 3, 6, 5)}
+
+    for inside in (False, True):
+        sides = [Side(lambda c, i=i: Padded(i)) for i in (inside, not inside)]  # type: ignore[misc]
+        case = Case(sides[0], sides[1], picture)
+        result = compare_case(case)
+        assert result.passed, reason_of(result)
+        assert all(tap.reset is not None and tap.reset.passed for tap in result.taps)
+        fault = compare_case(case, edit=lambda m: m.second.weight.data[0, 1].mul_(1.01))
+        assert [f.reference for f in fault.faults] == ["second"]

@@ -20,6 +20,7 @@ from parity.trace import Trace
 
 Layout = Callable[[str, tuple[int, ...], Tensor], Tensor]
 Shape = tuple[int, ...]
+Way = Callable[[Tensor], Tensor]
 _MOST_AXES = 6
 
 
@@ -39,12 +40,36 @@ class Rearranged:
 
     def __call__(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
         given = self.own(path, shape, tensor)
-        if tuple(given.shape) == shape or not (given.numel() == math.prod(shape) or self._bordered(path, shape, given)):
+        if tuple(given.shape) == shape:
+            return (
+                self._chosen[path, shape, shape](given)
+                if (path, shape, shape) in self._chosen
+                else self._alike(path, given)
+            )
+        if not (given.numel() == math.prod(shape) or self._bordered(path, shape, given)):
             return given
         at = (path, shape, tuple(given.shape))
         if at not in self._chosen:
             self._chosen[at] = self._choose(path, shape, given)
         return self._chosen[at](given)
+
+    def _alike(self, path: str, tensor: Tensor) -> Tensor:
+        """Where there are as many channels as places, shapes do not say which come first: the values do, once."""
+        shape = tuple(tensor.shape)
+        ways: list[Way] = [lambda t: t]
+        if tensor.ndim > 2 and shape[1:] == (shape[1],) * (tensor.ndim - 1) and (path, shape) in self._values:
+            ways += [lambda t: t.movedim(1, -1), lambda t: t.movedim(-1, 1)]
+        gaps = [self._gap(way, path, shape, tensor) for way in ways] if len(ways) > 1 else [0.0]
+        best = min(range(len(ways)), key=lambda i: gaps[i])
+        chosen = ways[best] if gaps[best] < 1e-3 * gaps[0] else ways[0]
+        self._chosen[path, shape, shape] = chosen
+        return chosen(tensor)
+
+    def _gap(self, way: Way, path: str, shape: Shape, tensor: Tensor) -> float:
+        """How far a rearranged tensor is from what was recorded."""
+        value = self.trace.value(self._values[path, shape])
+        index = sample_indices(math.prod(shape), value.event.elements)
+        return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
 
     def _bordered(self, path: str, shape: Shape, tensor: Tensor) -> bool:
         """Whether a recorded input has the same axes with more, or fewer, places along some of the last."""
@@ -62,13 +87,7 @@ class Rearranged:
         key = self._values.get((path, shape))
         if len(ways) == 1 or key is None:
             return ways[0]
-        value = self.trace.value(key)
-        index = sample_indices(math.prod(shape), value.event.elements)
-
-        def gap(way: Callable[[Tensor], Tensor]) -> float:
-            return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
-
-        return min(ways, key=gap)
+        return min(ways, key=lambda way: self._gap(way, path, shape, tensor))
 
 
 def rearrangements(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -191,8 +191,9 @@ def gather(
             return f"{part.candidate} answers otherwise than another copy of {path}"
         pieces[first] = tensor
     rows = [pieces[first] for first in sorted(pieces)]
+    first_part = min(alignment.parts[path], key=lambda part: part.source[0] if part.source else 0)
     try:
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows, channels(rows[0]))
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows, channels(rows[0], _rows(first_part.source)))
     except RuntimeError as error:
         return f"its parts do not fit together: {error}"
     return fit(candidate.layout(path, shape, whole), shape)
@@ -213,7 +214,7 @@ def scatter(
     for name in names:
         starts[name], at = at, at + own[name].numel()
     ids = {
-        name: torch.arange(starts[name], starts[name] + own[name].numel(), dtype=torch.float64).reshape(own[name].shape)
+        name: torch.arange(own[name].numel(), dtype=torch.float64).add(starts[name] + 1).reshape(own[name].shape)
         for name in names
     }
     buffer = torch.cat([own[name].reshape(-1) for name in names])
@@ -221,10 +222,11 @@ def scatter(
         found = gather(Alignment({place.module: chosen}), candidate, place, tuple(value.shape), ids)
         if isinstance(found, str):
             return found
-        flat = found.reshape(-1).long()
-        if flat.numel() != len(set(flat.tolist())):
+        flat = found.reshape(-1).long()  # zero: a border, which the candidate makes itself
+        there, values = flat[flat > 0] - 1, value.reshape(-1).to(buffer)[flat > 0]
+        buffer[there] = values
+        if not torch.equal(buffer[there], values):
             return "its layout is not a rearrangement"
-        buffer[flat] = value.reshape(-1).to(buffer)
     return {name: buffer[starts[name] : starts[name] + own[name].numel()].reshape(own[name].shape) for name in names}
 
 
@@ -237,9 +239,15 @@ def _copies(parts: tuple[Part, ...]) -> list[tuple[Part, ...]]:
     return [tuple(same[min(i, len(same) - 1)] for same in by.values()) for i in range(most)]
 
 
-def channels(tensor: Tensor) -> int:
-    """Where a layer's output rows lie: axis 1 of a feature map (B, C, H, W), else the last."""
+def channels(tensor: Tensor, rows: int = 0) -> int:
+    """Where a layer's output rows lie: the axis of `rows`, or axis 1 of a feature map (B, C, H, W), else the last."""
+    if tensor.ndim > 3 and (tensor.shape[1] == rows) != (tensor.shape[-1] == rows):
+        return 1 if tensor.shape[1] == rows else -1
     return 1 if tensor.ndim == 4 else -1
+
+
+def _rows(span: tuple[int, int] | None) -> int:
+    return span[1] - span[0] if span else 0
 
 
 def fit(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | str:

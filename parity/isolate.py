@@ -77,7 +77,7 @@ class Isolation:
                 if any(p.source is None for p in others):
                     others = [p for p in others if p.source is None]
                 else:
-                    value = _rows(value, others)
+                    value = _rows(value, others, max(part.source[1] for part in parts if part.source))
                     others = _renumbered(others)
             only = Alignment({path: tuple(others)})
             made = scatter(only, self.candidate, place, value, {leaf: own if result is None else result})
@@ -135,9 +135,9 @@ class Isolation:
                 handle.remove()
 
 
-def _rows(value: Tensor, parts: list[Part]) -> Tensor:
-    """The rows of a reference leaf's output that these parts hold."""
-    axis = channels(value)
+def _rows(value: Tensor, parts: list[Part], count: int) -> Tensor:
+    """The rows of a reference leaf's output, of `count`, that these parts hold."""
+    axis = channels(value, count)
     pieces = [value.narrow(axis, *_span(part)) for part in parts]
     return torch.cat(pieces, axis)
 

@@ -1,5 +1,7 @@
 """Activations in the other side's layout: merged, split and reordered axes, by shape and, where several fit, by value.
 
+What one side pads before a convolution and the other in it is padded, or cut, in the same way.
+
 The same rearrangement is then used for every run, so that a fault cannot choose one that hides it.
 """
 
@@ -12,12 +14,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from parity.recorder import sample_indices
 from parity.trace import Trace
 
 Layout = Callable[[str, tuple[int, ...], Tensor], Tensor]
 Shape = tuple[int, ...]
+Way = Callable[[Tensor], Tensor]
 _MOST_AXES = 6
 
 
@@ -39,31 +43,59 @@ class Rearranged:
 
     def __call__(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
         given = self.own(path, shape, tensor)
-        if tuple(given.shape) == shape or given.numel() < math.prod(shape):
+        if tuple(given.shape) == shape:
+            return (
+                self._chosen[path, shape, shape](given)
+                if (path, shape, shape) in self._chosen
+                else self._alike(path, given)
+            )
+        if given.numel() < math.prod(shape) and not self._bordered(path, shape, given):
             return given
         at = (path, shape, tuple(given.shape))
         if at not in self._chosen:
             self._chosen[at] = self._choose(path, shape, given)
         return self._chosen[at](given)
 
+    def _alike(self, path: str, tensor: Tensor) -> Tensor:
+        """Where there are as many channels as places, shapes do not say which come first: the values do, once."""
+        shape = tuple(tensor.shape)
+        ways: list[Way] = [lambda t: t]
+        if tensor.ndim > 2 and shape[1:] == (shape[1],) * (tensor.ndim - 1) and (path, shape) in self._values:
+            ways += [lambda t: t.movedim(1, -1), lambda t: t.movedim(-1, 1)]
+        gaps = [self._gap(way, path, shape, tensor) for way in ways] if len(ways) > 1 else [0.0]
+        best = min(range(len(ways)), key=lambda i: gaps[i])
+        chosen = ways[best] if gaps[best] < 1e-3 * gaps[0] else ways[0]
+        self._chosen[path, shape, shape] = chosen
+        return chosen(tensor)
+
+    def _gap(self, way: Way, path: str, shape: Shape, tensor: Tensor) -> float:
+        """How far a rearranged tensor is from what was recorded."""
+        value = self.trace.value(self._values[path, shape])
+        index = sample_indices(math.prod(shape), value.event.elements)
+        return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
+
+    def _bordered(self, path: str, shape: Shape, tensor: Tensor) -> bool:
+        """Whether a recorded input has the same axes with more, or fewer, places along some of the last."""
+        key, old = self._values.get((path, shape), ""), tuple(tensor.shape)
+        if ".in." not in key or len(old) != len(shape) or len(shape) < 3 or old[:2] != shape[:2]:
+            return False
+        more = [new - size for new, size in zip(shape, old, strict=True)]
+        return all(n >= 0 for n in more) or all(n <= 0 for n in more)
+
     def _choose(self, path: str, shape: Shape, tensor: Tensor) -> Callable[[Tensor], Tensor]:
+        old = tuple(tensor.shape)
         if tensor.numel() == math.prod(shape):
-            ways = list(rearrangements(tuple(tensor.shape), shape))
+            ways = list(rearrangements(old, shape))
         else:
-            ways = [way for mask in self._masks for way in packings(mask, tuple(tensor.shape), shape)]
-            ways += cuts(tuple(tensor.shape), shape)
+            ways = [way for mask in self._masks for way in packings(mask, old, shape)]
+            ways += cuts(old, shape)
+            ways += borders(old, shape) if self._bordered(path, shape, tensor) else ()
         if not ways:
             return lambda t: t
         key = self._values.get((path, shape))
         if len(ways) == 1 or key is None:
             return ways[0]
-        value = self.trace.value(key)
-        index = sample_indices(math.prod(shape), value.event.elements)
-
-        def gap(way: Callable[[Tensor], Tensor]) -> float:
-            return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
-
-        return min(ways, key=gap)
+        return min(ways, key=lambda way: self._gap(way, path, shape, tensor))
 
 
 def rearrangements(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -110,6 +142,19 @@ def cuts(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
 
 def _packed(tensor: Tensor, mask: Tensor, axis: int, way: Callable[[Tensor], Tensor]) -> Tensor:
     return way(tensor.movedim(axis, 1)[mask])
+
+
+def borders(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways to give an activation (B, C, places …) a border, or to cut one off: around, before or behind the places."""
+    more = [n - o for o, n in zip(old[2:], new[2:], strict=True)]
+    for share in (lambda n: n - n // 2, lambda n: n, lambda n: 0):
+        amounts = [amount for n in reversed(more) for amount in (n - share(n), share(n))]
+        for mode in ("constant", "replicate", "circular", "reflect") if max(more) > 0 else ("constant",):
+            fits = mode not in ("circular", "reflect") or all(
+                a < size for a, size in zip(amounts, [s for s in reversed(old[2:]) for _ in (0, 1)], strict=True)
+            )
+            if fits:
+                yield partial(pad, pad=amounts, mode=mode)
 
 
 def _rearranged(tensor: Tensor, first: Shape, order: Shape, last: Shape) -> Tensor:

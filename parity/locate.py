@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from parity.align import Alignment, Place, common_path, read
 from parity.capture import Capture
@@ -170,6 +171,8 @@ def locate(
     reference = common_path(behind) or ", ".join(dict.fromkeys(b.partition(".")[0] for b in behind)) or name
     rule = alignment.rule(behind[0]) if len(behind) == 1 else ""
     why = f"the weights in it match, what it hands to {taker} ({split_key(first.key)[2]}) does not: {size}"
+    if passed := _between(first, taker, alignment, captured):
+        why += f"; without weights ran before it: {', '.join(passed)}"
     return Guilty(maker or "the model's own forward", reference, rule, why, within, others, code=True)
 
 
@@ -187,14 +190,17 @@ def _maker(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, c
     makers = [captured.producers[prefix + k] for k in own if prefix + k in captured.producers]
     if makers and makers[0] != taker:
         return makers[0], taker
+    value = next(iter(own.values()), None)
+    if value is not None and (maker := _source(value, taker, alignment, captured)):
+        return maker, taker
     handed = {captured.handed.get(prefix + k) for k in own}
     parent = _around(taker, captured)
     while parent:  # who only hands on what it got did not make it
         got = [k for k in captured.handed if k.startswith(f"{parent}#") and captured.handed[k] in handed]
-        if not got:
-            break
         if made := [captured.producers[k] for k in got if k in captured.producers]:
             return made[0], taker
+        if not got and not _received(value, parent, captured):
+            break
         parent = _around(parent, captured)
     return parent, taker
 
@@ -205,6 +211,49 @@ def _around(path: str, captured: Capture) -> str:
     while parent and parent not in captured.ran:
         parent = parent.rpartition(".")[0]
     return parent
+
+
+def _received(value: Tensor | None, module: str, captured: Capture) -> bool:
+    """Whether a module was handed these very numbers, so that it did not make them."""
+    if value is None:
+        return False
+    given = (t for k, t in captured.tensors.items() if k.startswith(f"{module}#") and ".in." in k)
+    return any(t.shape == value.shape and torch.equal(t, value) for t in given)
+
+
+def _source(value: Tensor, taker: str, alignment: Alignment, captured: Capture) -> str:
+    """The last module that answered these numbers, in whatever order; empty for one whose own answer is compared."""
+    leaves = {part.candidate for parts in alignment.parts.values() for part in parts}
+    sums = _sums(value)
+    found = ""
+    for key, tensor in captured.tensors.items():
+        path, mark, rest = key.partition("#")
+        if path == taker and ".in." in rest:
+            break
+        same = mark and ".out." in rest and tensor.numel() == value.numel() and tensor.is_floating_point()
+        if same and torch.allclose(_sums(tensor), sums, rtol=1e-12, atol=0):
+            found = path
+    return "" if found in leaves else found
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Numbers that no rearrangement changes, up to rounding: the ends, and the sums of two powers."""
+    flat = tensor.double().reshape(-1)
+    return torch.stack([flat.min(), flat.max(), flat.square().sum(), flat.pow(4).sum()])
+
+
+def _between(tap: Tap, taker: str, alignment: Alignment, captured: Capture) -> list[str]:
+    """Modules without weights that answered after the last compared one and before the module that takes the input."""
+    leaves = {part.candidate for parts in alignment.parts.values() for part in parts}
+    call = split_key(tap.key)[0].rpartition("#")[2]
+    found: list[str] = []
+    for key in captured.tensors:
+        path, _, rest = key.partition("#")
+        if path == taker and rest.startswith(f"{call}.in."):
+            return list(dict.fromkeys(found))
+        if ".out." in rest:
+            found = [] if path in leaves else [*found, path] if not alignment.behind(path) else found
+    return []
 
 
 def _differing(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, captured: Capture) -> str:

@@ -71,4 +71,5 @@ def test_places_survive_what_is_computed() -> None:
         Moved("b.weight", "joined.weight", None, (0, 2)),
         Moved("a.weight", "joined.weight", None, (2, 6)),
         Moved("n.weight", "norm.weight", None, None),
+        Moved("n.weight", "squared.weight", None, None),
     ]

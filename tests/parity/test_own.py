@@ -138,6 +138,16 @@ def test_what_a_residual_carries_on_is_blamed_once() -> None:
     assert (found.candidate, found.reference, found.step) == ("layers.1.norm_a", "blocks.1.norm1", True)
 
 
+def test_what_made_a_wrong_input_is_named_through_a_rearrangement() -> None:
+    def shifted(m: Any) -> None:
+        m.layers[2].register_forward_hook(lambda layer, args, out: out + 0.1)
+
+    guilty = compare_case(case, edit=shifted).guilty
+    assert guilty is not None and guilty.candidate == "layers.2" and "final_norm" in guilty.why
+    guilty = compare_case(case, edit=erf).guilty
+    assert guilty is not None and guilty.candidate == "layers.1.act" and "approximate 'tanh'" in guilty.why
+
+
 def test_settings_of_the_live_modules_stand_in_the_reason() -> None:
     result = compare_case(case, edit=eps)
     assert "eps 1e-06 in the reference, 1e-05 in the candidate" in str(result.guilty and result.guilty.why)

@@ -7,6 +7,7 @@ tensor nothing can be done, so that no number comes from it.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
@@ -94,6 +95,14 @@ class _Finder(MetaPathFinder, Loader):
 _FINDER = _Finder(())
 
 
+_find_spec_of = importlib.util.find_spec
+
+
+def _find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+    """`importlib.util.find_spec`, for which stubs are not there."""
+    return None if name.partition(".")[0] in _FINDER.names else _find_spec_of(name, package)
+
+
 def install(names: Iterable[str]) -> list[str]:
     """Make packages importable that are not there -> those of `names` that are not; a package that is there stays.
 
@@ -117,4 +126,6 @@ def install(names: Iterable[str]) -> list[str]:
     _FINDER.names |= set(made)
     if made and _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)
+    if made and importlib.util.find_spec is not _find_spec:
+        importlib.util.find_spec = _find_spec  # which libraries ask whether they may use a package
     return made

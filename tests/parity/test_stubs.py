@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_nothing_is_computed_with_it(tmp_path: Path) -> None:
         record_elsewhere(case)
     stubs.install(["nowhere"])
     thing = importlib.import_module("nowhere.deep").thing
+    assert importlib.util.find_spec("nowhere") is None and importlib.util.find_spec("torch") is not None
     for wrong in (lambda: thing + torch.ones(1), lambda: torch.ones(1) * thing, lambda: torch.as_tensor(thing)):
         with pytest.raises((TypeError, RuntimeError, ValueError)):
             wrong()

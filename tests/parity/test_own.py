@@ -390,3 +390,29 @@ def test_samples_that_the_reference_takes_one_by_one() -> None:
     wrong = compare_case(own, edit=spoil)
     assert not wrong.passed and wrong.guilty and wrong.guilty.candidate == "embed"
     assert [str(fault) for fault in wrong.faults] == [f"embed ↔ embed, call {call}" for call in range(3)]
+
+
+def test_what_differs_is_named_before_what_cannot_be_compared() -> None:
+    class Pair(nn.Module):
+        flat = False
+
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            t = self.a(t if self.flat else t[:, None].expand(-1, 3, -1))
+            made: Tensor = self.b(x + (t[:, None] if self.flat else t))
+            return made
+
+    class Flat(Pair):
+        flat = True
+
+    def spoil(m: Any) -> None:
+        m.b.weight.data[1] *= 1.01
+
+    own = Case(Side(Pair), Side(Flat), lambda config, draw: {"x": draw("x", 2, 3, 8), "t": draw("t", 2, 8)})
+    plain = compare_case(own)
+    assert plain.status == SKIPPED and plain.guilty and plain.guilty.reference == "a"
+    wrong = compare_case(own, edit=spoil)
+    assert wrong.guilty and wrong.guilty.reference == "b"

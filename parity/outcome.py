@@ -128,8 +128,8 @@ def reason_of(result: ComponentResult | PipelineResult) -> str:
         return f"{result.guilty}: {result.guilty.why}"
     if result.unused:
         names = ", ".join(result.unused[:3])
-        why = "no pass of the case uses them" if isinstance(result, ComponentResult) else "no stage uses them"
-        return f"{len(result.unused)} modules with weights never ran: {names}; {why}"
+        hint = "a case's further pass runs them, or its `skip` names them"
+        return f"{len(result.unused)} modules with weights never ran: {names}; {hint}"
     if isinstance(result, ComponentResult) and result.unwatched:
         return f"the reference recorded nothing of {len(result.unwatched)} modules: {', '.join(result.unwatched[:3])}"
     left_out = next((v for v in result.verdicts if not v.passed), None)

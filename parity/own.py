@@ -226,6 +226,7 @@ def filled(
             for what, names in (("missing", missing), ("left over", extra))
             if names
         ]
+        words += ["what its class fills itself is named by `keep`"] if missing else []
         result.reason = f"the converted weights are not the candidate's: {'; '.join(words)}"
         return None
     if conversion.dropped:

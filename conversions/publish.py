@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from conversions.record_reference import write_weights
-from parity.case import Case, ComponentCase, FamilyCases
+from parity.case import ComponentCase, FamilyCases
 from parity.casefile import compare_case_file
 from parity.document import write
 from parity.named import Pinned, case_file
@@ -42,18 +41,15 @@ def drawn_cases() -> list[tuple[str, ComponentCase]]:
     return found
 
 
-def original_cases() -> list[tuple[str, str]]:
-    """Every case against original code: its family and its name there."""
-    found = []
-    for name, family in families().items():
-        module = importlib.import_module(family.originals) if family.originals else None
-        found += [(name, key) for key, value in vars(module or object).items() if isinstance(value, Case)]
-    return found
+def original_cases(family: str) -> list[str]:
+    """`FAMILY:NAME` of every case of a family against original code."""
+    files = [module.replace(".", "/") + ".py" for module in families()[family].originals]
+    return [f"{family}:{name}" for file in files for name in Pinned.of(Path(__file__).parent.parent / file).cases]
 
 
-def checkout_of(family: str) -> Path | None:
-    """The folder of a family's original code in PORTER_REFERENCES, if it is there."""
-    root, repository = os.environ.get(REFERENCES), Pinned.of(case_file(family)).repository
+def checkout_of(case: str) -> Path | None:
+    """The folder of a case's original code in PORTER_REFERENCES, if it is there."""
+    root, repository = os.environ.get(REFERENCES), Pinned.of(case_file(case)).repository
     folder = Path(root or "") / repository.rpartition("/")[2]
     return folder if root and repository and folder.is_dir() else None
 
@@ -114,13 +110,12 @@ def main() -> None:
         if cases := [case for name, case in drawn_cases() if name == family]:
             publish(family, "components", (against_trace(family, case) for case in cases))
     for family in wanted:
-        names = [key for name, key in original_cases() if name == family]
-        checkout = checkout_of(family) if names else None
-        if checkout is not None:
-            asked = Options(reference_repo=checkout, shims=())
-            publish(family, "originals", (compare_case_file(f"{family}:{key}", None, asked) for key in names))
-        elif names:
-            print(f"{family}: {REFERENCES} has no {Pinned.of(case_file(family))}; its report stays as it is")
+        cases = {case: checkout_of(case) for case in original_cases(family)}
+        if absent := [case for case, checkout in cases.items() if checkout is None]:
+            print(f"{family}: {REFERENCES} has no {Pinned.of(case_file(absent[0]))}; its report stays as it is")
+        elif cases:
+            asked = {case: Options(reference_repo=checkout, shims=()) for case, checkout in cases.items()}
+            publish(family, "originals", (compare_case_file(case, None, asked[case]) for case in cases))
 
 
 if __name__ == "__main__":

@@ -49,11 +49,12 @@ def compare_case_file(
         raise UsageError(
             f"{shown} runs the original code", expected=f"a checkout of {pinned}", hint="--reference-repo <checkout>"
         )
+    repo = options.reference_repo / pinned.source if options.reference_repo is not None else None
     progress(f"{shown}: the reference")
 
     def recorded(level: str, inside: str = "") -> Trace:
         return record_elsewhere(
-            name, python=options.reference_python, repo=options.reference_repo, seed=options.seed, level=level,
+            name, python=options.reference_python, repo=repo, seed=options.seed, level=level,
             inside=inside, shims=options.shims, limit=options.time_limit, weights=weights, dtype=options.dtype,
         )  # fmt: skip
 

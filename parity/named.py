@@ -29,40 +29,61 @@ def case_file(name: str) -> str:
             f"no case {name}", expected="FILE.py, FILE.py:NAME, FAMILY or FAMILY:NAME",
             found=f"no family {family}" + (f"; the nearest is {near[0]}" if near else ""), hint="porter families",
         )  # fmt: skip
-    module = known[family].originals
-    spec = importlib.util.find_spec(module) if module else None
-    if spec is None or spec.origin is None:
+    files = [
+        Path(spec.origin) for m in known[family].originals if (spec := importlib.util.find_spec(m)) and spec.origin
+    ]
+    if not files:
         raise UsageError(
             f"{family} has no case of its own",
             expected=", ".join(n for n, f in known.items() if f.originals),
             hint="porter parity PORT compares its recorded reference; docs/parity.md, A case of your own"
             if known[family].cases else "docs/parity.md, A case of your own",
         )  # fmt: skip
-    return f"{spec.origin}:{which}" if which else spec.origin
+    cases = {case: file for file in files for case in Pinned.of(file).cases}
+    chosen = which or (next(iter(cases)) if len(cases) == 1 else "")
+    if chosen not in cases:
+        raise UsageError(
+            f"{family} has {f'no case {which}' if which else 'several cases'}", expected=" | ".join(cases),
+            hint=f"porter parity --case {family}:{next(iter(cases))}",
+        )  # fmt: skip
+    return f"{cases[chosen]}:{chosen}"
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """The original code that a case file was run with: `REPOSITORY` and `COMMIT` in it, empty where it has none."""
+    """What a case file says of the original code that it was run with, by constants of its own; empty where it is not.
+
+    Attributes:
+        repository, commit: `REPOSITORY` and `COMMIT`.
+        source: `SOURCE`, the folder of the checkout that its code is imported from.
+        cases: names that `Case(…)` or `replace(…)` is assigned to.
+    """
 
     repository: str = ""
     commit: str = ""
+    source: str = ""
+    cases: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str) -> Pinned:
-        """Read from the text of `FILE.py[:NAME]`, which is not run; a file that cannot be read has none."""
+    def of(cls, name: str | Path) -> Pinned:
+        """Read from the text of `FILE.py[:NAME]`, which is not run; a file that cannot be read says nothing."""
         try:
-            tree = ast.parse(Path(name.partition(".py")[0] + ".py").read_bytes())
+            tree = ast.parse(Path(str(name).partition(".py")[0] + ".py").read_bytes())
         except (OSError, SyntaxError, ValueError):
             return cls()
-        found = {
-            target.id: node.value.value
-            for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-            for target in node.targets
-            if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-        }
-        return cls(found.get("REPOSITORY", ""), found.get("COMMIT", ""))
+        found: dict[str, str] = {}
+        cases: list[str] = []
+        for node in (n for n in tree.body if isinstance(n, ast.Assign)):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts, strict=False) if several else [(target, value)]  # type: ignore[attr-defined]
+            for left, right in pairs:
+                if isinstance(left, ast.Name) and isinstance(right, ast.Constant) and isinstance(right.value, str):
+                    found[left.id] = right.value
+            if isinstance(target, ast.Name) and isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+                cases += [target.id] if value.func.id in ("Case", "replace") else []
+        repository, commit, source = (found.get(key, "") for key in ("REPOSITORY", "COMMIT", "SOURCE"))
+        return cls(repository, commit, source, tuple(cases))
 
     def __str__(self) -> str:
         return f"{self.repository} at {self.commit}" if self.commit else self.repository

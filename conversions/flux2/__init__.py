@@ -23,6 +23,7 @@ FAMILY = Family(
             original_files=("ae.safetensors", "flux2-vae.*", "full_encoder_small_decoder.safetensors"),
         ),
     ),
+    originals=("conversions.flux2.original",),
     style="Modular",
     style_reason="standard text-to-image; reference images are more tokens of the same sequence",
     license_hint=(

@@ -28,6 +28,7 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    originals=("conversions.hidream.original",),
     style="Modular",
     style_reason="standard text-to-image with four text encoders",
     license_hint="HiDream-I1 weights are under MIT, its Llama-3.1 text encoder under Meta's licence",

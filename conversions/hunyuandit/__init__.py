@@ -20,6 +20,7 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    originals=("conversions.hunyuandit.original",),
     style="Modular",
     style_reason="standard text-to-image",
     license_hint="weights are under the Tencent Hunyuan Community License; a port keeps its source's licence",

@@ -28,6 +28,10 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderKLHunyuanVideo",), original_files=("pytorch_model.pt",)),
     ),
+    originals=(
+        "conversions.hunyuanvideo.original",
+        "conversions.hunyuanvideo.original_vae",
+    ),
     style="Modular",
     style_reason="standard text-to-video and text+image-to-video",
     license_hint=(

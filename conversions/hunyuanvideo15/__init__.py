@@ -18,6 +18,7 @@ FAMILY = Family(
         Component("transformer", "diffusers", ("HunyuanVideo15Transformer3DModel",)),
         Component("vae", "diffusers", ("AutoencoderKLHunyuanVideo15",)),
     ),
+    originals=("conversions.hunyuanvideo15.original",),
     style="Modular",
     style_reason="standard text-to-video and text+image-to-video with a second text encoder for quoted glyphs",
     license_hint=(

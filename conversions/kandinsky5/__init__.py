@@ -25,6 +25,7 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderKLHunyuanVideo", "AutoencoderKL")),
     ),
+    originals=("conversions.kandinsky5.original",),
     style="Modular",
     style_reason="standard text-to-video, text-to-image and their variants with an input image",
     license_hint=(

@@ -47,6 +47,10 @@ FAMILY = Family(
             ),
         ),
     ),
+    originals=(
+        "conversions.ltx.original",
+        "conversions.ltx.original_vae",
+    ),
     style="Modular",
     style_reason="standard text-to-video and text+image-to-video",
     license_hint=(

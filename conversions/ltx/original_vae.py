@@ -8,6 +8,7 @@ What was measured is not in this file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,13 +100,10 @@ def _decode_diffusers(m: Any, x: Mapping[str, Tensor]) -> Any:
     return m.decode(x["z"], x.get("t"), return_dict=False)[0]
 
 
-def _case(config: Mapping[str, Any]) -> Case:
-    # The statistics of latents are no part of the original's module; they come from a file of their own.
-    return Case(
-        Side(_original_vae, {"encode": _encode, "decode": _decode_original}),
-        Side(_diffusers_vae, {"encode": _encode, "decode": _decode_diffusers}),
-        _videos, _convert_vae, config, keep="latents_(mean|std)", name="vae",
-    )  # fmt: skip
-
-
-vae_090, vae_091 = _case(CONFIG_090), _case(CONFIG_091)
+# The statistics of latents are no part of the original's module; they come from a file of their own.
+vae_090 = Case(
+    Side(_original_vae, {"encode": _encode, "decode": _decode_original}),
+    Side(_diffusers_vae, {"encode": _encode, "decode": _decode_diffusers}),
+    _videos, _convert_vae, CONFIG_090, keep="latents_(mean|std)", name="vae_090",
+)  # fmt: skip
+vae_091 = replace(vae_090, config=CONFIG_091, name="vae_091")

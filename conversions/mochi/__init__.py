@@ -18,6 +18,7 @@ FAMILY = Family(
             original_files=("encoder.safetensors", "decoder.safetensors"),
         ),
     ),
+    originals=("conversions.mochi.original",),
     style="Modular",
     style_reason="standard text-to-video",
     license_hint="Mochi 1 is under Apache-2.0; a port keeps its source's licence",

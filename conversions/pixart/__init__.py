@@ -18,6 +18,7 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    originals=("conversions.pixart.original",),
     style="Modular",
     style_reason="standard text-to-image",
     license_hint="weights are under the CreativeML Open RAIL++-M license; a port keeps its source's licence",

@@ -21,6 +21,7 @@ FAMILY = Family(
         Component("transformer", "diffusers", ("SkyReelsV2Transformer3DModel",)),
         Component("vae", "diffusers", ("AutoencoderKLWan",)),
     ),
+    originals=("conversions.skyreels_v2.original",),
     style="Hybrid",
     style_reason="diffusion forcing: every frame has its own timestep, and long videos are made chunk after chunk",
     license_hint="the weights are under a licence of Skywork's own; a port keeps its source's licence",

@@ -55,7 +55,7 @@ def _document(family: Family) -> dict[str, object]:
         "proven": bool(traces),
         "proven_against": family.reference_code if traces else None,
         "traces": traces,
-        "cases": family.originals,
+        "originals": list(family.originals),
         "licence": family.license_hint,
         "components": [
             {

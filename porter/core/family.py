@@ -65,7 +65,7 @@ class Family:
         components: its parts, in the pipeline's order.
         pipeline: `"module:attribute"` of the runtime's entry class.
         cases: `"module:attribute"` of the parity cases.
-        originals: module of the cases against the original code, `porter parity --case FAMILY`.
+        originals: modules of the cases against the original code, `porter parity --case FAMILY[:NAME]`.
         reference: what it is proven against: files of its `reference/` folder, or empty (unproven).
         reference_code: the original code, with the commit that was recorded.
         style: pipeline style of the native port, and why.
@@ -80,7 +80,7 @@ class Family:
     components: tuple[Component, ...]
     pipeline: str | None = None
     cases: str | None = None
-    originals: str | None = None
+    originals: tuple[str, ...] = ()
     reference: str | None = None
     reference_code: str | None = None
     style: Style = "Modular"

@@ -1,48 +1,41 @@
-"""Original implementations against diffusers, as `conversions/<family>/original.py` declares them."""
+"""Original implementations against diffusers, as the cases of each family declare them."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-import conversions
-from parity.case import Case
-from parity.foreign import record_elsewhere
-from parity.outcome import reason_of
-from parity.own import compare_case
-from parity.reference import commit_of
+from conversions.publish import checkout_of, original_cases
+from parity.casefile import compare_case_file
+from parity.named import Pinned, case_file
+from parity.outcome import Options, reason_of
+from parity.reference import commit_of, load_case
+from porter.core.family import families
 
-REFERENCES = os.environ.get("PORTER_REFERENCES")
-FILES = sorted(Path(conversions.__file__).parent.glob("*/original.py"))
-
-
-def declared() -> list[tuple[ModuleType, str]]:
-    """Every case of every family's file."""
-    modules = [importlib.import_module(f"conversions.{file.parent.name}.original") for file in FILES]
-    return [(module, name) for module in modules for name, value in vars(module).items() if isinstance(value, Case)]
+CASES = [case for family in families() for case in original_cases(family)]
 
 
-CASES = declared()
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_is_found_by_name_and_says_what_it_runs(case: str) -> None:
+    file = case_file(case)
+    pinned = Pinned.of(file)
+    assert load_case(file).name and len(pinned.commit) == 40 and pinned.repository.count("/") == 1
+
+
+def test_every_file_of_cases_belongs_to_its_family() -> None:
+    files = {path.relative_to(Path.cwd()) for path in Path("conversions").absolute().glob("*/original*.py")}
+    assert files == {Path(m.replace(".", "/") + ".py") for f in families().values() for m in f.originals} != set()
 
 
 @pytest.mark.slow
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore")  # what the originals use is theirs to mend
-@pytest.mark.skipif(not REFERENCES, reason="PORTER_REFERENCES names no folder with checkouts")
-@pytest.mark.parametrize(("module", "name"), CASES, ids=[f"{m.__name__.split('.')[1]}-{n}" for m, n in CASES])
-def test_the_original_and_diffusers_compute_the_same(module: ModuleType, name: str) -> None:
-    """Passes, or differs at the module that `KNOWN` names, as a real difference between the two."""
-    checkout = Path(str(REFERENCES)) / module.REPOSITORY.rpartition("/")[2]
-    assert commit_of(checkout) == module.COMMIT
-    repo = checkout / getattr(module, "SOURCE", "")
-    trace = record_elsewhere(f"{module.__file__}:{name}", repo=repo, shims=())
-    result = compare_case(getattr(module, name), trace=trace)
-    known = getattr(module, "KNOWN", {}).get(name)
-    if known is None:
-        assert result.passed, reason_of(result)
-    else:
-        assert (result.status, result.guilty and result.guilty.candidate) == known, reason_of(result)
+@pytest.mark.skipif(not os.environ.get("PORTER_REFERENCES"), reason="PORTER_REFERENCES names no folder with checkouts")
+@pytest.mark.parametrize("case", CASES)
+def test_the_original_and_diffusers_compute_the_same(case: str) -> None:
+    checkout = checkout_of(case)
+    assert checkout is not None and commit_of(checkout) == Pinned.of(case_file(case)).commit
+    (result,) = compare_case_file(case, None, Options(reference_repo=checkout, shims=())).components
+    assert result.passed, reason_of(result)

@@ -6,49 +6,25 @@ The reference is recorded first (here, or in a process of its own), and gone bef
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parity.align import Alignment
+from parity.candidate import conversion_of, filled, reference_state
 from parity.case import Candidate, Case
 from parity.compare import GATE
 from parity.component import ComponentResult, compare_component
-from parity.drawn import draw
-from parity.exact import rounded, tables
 from parity.facts import environment
-from parity.fingerprint import alignment as aligned
-from parity.fingerprint import moved
 from parity.layouts import Rearranged
 from parity.outcome import Options, Outcome, reason_of
-from parity.recorder import Exact, file_sha256, float64, seeded, told
+from parity.recorder import file_sha256
 from parity.reference import CaseError, record_reference, state_sha256
 from parity.trace import Trace
 from parity.truths import origin
-from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError
-from porter.core.execute import apply
-from porter.core.family import resolve
 from porter.core.port import code_sha256
-from porter.core.recipe import Recipe, compile_recipe
-from porter.core.userrecipe import read_recipes
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How the reference's state becomes the candidate's, and which modules follow from it."""
-
-    state: Callable[[State], Mapping[str, Tensor]]
-    alignment: Alignment
-    dropped: tuple[str, ...] = ()
 
 
 def compare_case(
@@ -82,7 +58,7 @@ def compare_case(
         result.reason = "the trace is of other weights than this case's: record it again"
         return result
     conversion = conversion_of(case, state, trace.meta.get("leaves", ()))
-    made = filled(case, conversion, state, seed, result, exact_state(trace), own)
+    made = filled(case, conversion, state, seed, result, trace, own)
     if made is None:
         return result
     module, exact = made
@@ -124,123 +100,6 @@ def _blocks_first(case: Case, trace: Trace, inside: Callable[[str], Trace], **ho
     names = ", ".join(list(open_blocks)[:3])
     found.notes.append(f"{len(open_blocks)} blocks differ or are cut differently on the two sides: {names}")
     return found
-
-
-def reference_state(case: Case, trace: Trace) -> State:
-    """The reference's state again: from its file, or drawn as the trace says; never from the reference's memory."""
-    kept = {name.removeprefix("state/"): tensor for name, tensor in trace.extra("state/").items()}
-    if case.weights is not None:
-        found = load_file(case.weights)
-        return {n: t.float() if t.is_floating_point() else t for n, t in found.items()} | kept
-    weights = trace.meta["weights"]
-    drawn = {
-        name: torch.from_numpy(draw(name, tuple(shape), weights["seed"]))
-        for name, shape in weights["shapes"].items()
-        if name not in kept
-    }
-    return drawn | kept
-
-
-def exact_state(trace: Trace) -> State:
-    """What of the reference's state is known more exactly than in float32: the tables that it computes."""
-    return {name.removeprefix("exact/"): tensor for name, tensor in trace.extra("exact/").items()}
-
-
-def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Conversion:
-    """A case's conversion, from a recipe, a function, or nothing (the same names).
-
-    Raises:
-        BadInputError: it is none of these, or does not take this state.
-    """
-    recipe = recipe_of(case)
-    if recipe is not None:
-        header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
-        plan = compile_recipe(recipe, dict(case.config), header)
-        alignment = Alignment.of_plan(plan)
-        alignment.parts |= aligned([], case.modules).parts
-        return Conversion(lambda own: apply(plan, {n: own[n] for n in plan.sources}), alignment)
-    function = case.convert or (lambda same: same)
-    if not callable(function):
-        raise BadInputError(
-            "the case's `convert` is neither a function nor a recipe", found=type(function).__name__,
-            expected="a function (state -> state), a Recipe, or the name of a recipe's file",
-        )  # fmt: skip
-    found = moved(state, function)
-    arrived = {move.source for move in found}
-    dropped = tuple(n for n, t in state.items() if t.is_floating_point() and n not in arrived)
-    return Conversion(lambda own: function(dict(own)), aligned(found, case.modules, leaves), dropped)
-
-
-def recipe_of(case: Case) -> Recipe | None:
-    """The recipe that a case's `convert` is or names; None where it is a function, or nothing."""
-    if isinstance(case.convert, Recipe):
-        return case.convert
-    if not isinstance(case.convert, str):
-        return None
-    file, _, name = case.convert.partition(".py")
-    if file != case.convert:
-        recipes = read_recipes(Path(file + ".py"), name.removeprefix(":") or case.name)
-        return recipes.get(name.removeprefix(":")) or next(iter(recipes.values()))
-    found = resolve(case.convert)
-    if not isinstance(found, Recipe):
-        raise BadInputError(f"{case.convert} is no recipe", found=type(found).__name__, expected="a Recipe")
-    return found
-
-
-def filled(
-    case: Case,
-    conversion: Conversion,
-    state: State,
-    seed: int,
-    result: ComponentResult,
-    exact: State,
-    own: Mapping[str, Tensor] | None = None,
-) -> tuple[nn.Module, Exact] | None:
-    """The candidate with the converted weights in it, and what float32 rounded of them and of its own tables.
-
-    None, with the result's reason, where they do not fit.
-
-    Args:
-        exact: what of the state is known more exactly.
-        own: see `compare_case`.
-    """
-    seeded(seed)
-    try:
-        module = case.candidate.module(case.config).float().eval()
-    except (Exception, SystemExit) as error:
-        result.reason = f"the candidate does not build: {told(error)}"
-        return None
-    result.candidate = case.candidate.name or type(module).__qualname__
-    known = tables(module, lambda: case.candidate.module(case.config), seed, result.notes)
-    try:
-        converted = {n: t for n, t in conversion.state(dict(state)).items() if isinstance(t, Tensor)}
-        missing, extra = module.load_state_dict(converted if own is None else own, strict=False)
-    except RuntimeError as error:
-        result.reason = f"the converted weights do not fit the candidate: {str(error).splitlines()[-1].strip()}"
-        return None
-    kept = re.compile(case.keep) if case.keep else None
-    missing = [n for n in missing if not (kept and kept.fullmatch(n))]
-    if missing or extra:
-        words = [
-            f"{len(names)} {what}: {', '.join(names[:3])}"
-            for what, names in (("missing", missing), ("left over", extra))
-            if names
-        ]
-        words += ["what its class fills itself is named by `keep`"] if missing else []
-        result.reason = f"the converted weights are not the candidate's: {'; '.join(words)}"
-        return None
-    if conversion.dropped:
-        result.warnings.append(
-            f"the conversion drops {len(conversion.dropped)} tensors: {', '.join(conversion.dropped[:3])}"
-        )
-    try:
-        with float64():
-            wide = {n: exact.get(n, t).double() if t.is_floating_point() else t for n, t in state.items()}
-            made = conversion.state(wide)
-        known |= rounded(converted, made)
-    except Exception as error:  # then a conversion that computes leaves its rounding in the comparison
-        result.notes.append(f"the conversion does not run in float64 ({told(error)})")
-    return module, known
 
 
 def run_case(

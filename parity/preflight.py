@@ -1,13 +1,15 @@
-"""What can be said before anything runs: settings of the live modules, and parameters that hide faults."""
+"""What can be said before anything runs: weights on their way, dtypes, settings, and parameters that hide faults."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from parity.align import Alignment
+from parity.influence import Moved
 from parity.recorder import attributes
 
 # Settings under the names that projects give them; a width or a number of features shows in the weights already.
@@ -69,3 +71,53 @@ def constant_tensors(module: nn.Module) -> list[str]:
             found.append(name)
     shown = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
     return [f"{len(found)} parameters are all zero or all one, so faults in them stay hidden: {shown}"] if found else []
+
+
+def round_trip(moves: Iterable[Moved], state: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> list[str]:
+    """What of the weights does not arrive as it was: rows left behind, values changed. Empty where a way back exists.
+
+    Args:
+        moves: of `parity.fingerprint.moved`; they say where each row went.
+        state, converted: before and after.
+    """
+    moves = list(moves)
+    left: dict[str, int] = {}
+    changed: dict[str, float] = {}
+    for name in dict.fromkeys(move.source for move in moves):
+        count = len(state[name]) if state[name].ndim else 1
+        arrived = torch.zeros(count, dtype=torch.bool)
+        for move in (m for m in moves if m.source == name):
+            arrived[slice(*(move.source_rows or (0, count)))] = True
+        if not bool(arrived.all()):
+            left[name] = int((~arrived).sum())
+    for move in moves:
+        before, after = _part(state[move.source], move.source_rows), _part(converted[move.target], move.target_rows)
+        if before.numel() != after.numel():  # one of several that a tensor was put together from
+            continue
+        # Within a row axes may change places, so that only the set of values is the same.
+        gap = float((before.reshape(-1).double().sort()[0] - after.reshape(-1).double().sort()[0]).abs().max())
+        if gap > 0 and before.is_floating_point():
+            changed[move.target] = max(gap, changed.get(move.target, 0.0))
+    found = []
+    if left:
+        shown = ", ".join(f"{count} rows of {name}" for name, count in list(left.items())[:3])
+        found.append(f"the conversion leaves behind {shown}{' …' if len(left) > 3 else ''}")
+    if changed:
+        shown = ", ".join(f"{name} (by {gap:.1e})" for name, gap in list(changed.items())[:3])
+        found.append(f"the conversion changes the values of {len(changed)} tensors: {shown}")
+    return found
+
+
+def _part(tensor: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    return tensor if rows is None else tensor[slice(*rows)]
+
+
+def differing_dtypes(reference: Mapping[str, int], candidate: Mapping[str, int]) -> list[str]:
+    """A note where one side builds weights in a dtype that the other does not use; both are compared in float32."""
+    if set(reference) == set(candidate) or not reference:
+        return []
+    sides = (
+        f"the {whose} {', '.join(f'{count} in {kind}' for kind, count in sorted(found.items()))}"
+        for whose, found in (("reference", reference), ("candidate", candidate))
+    )
+    return [f"built in other dtypes: {'; '.join(sides)}"]

@@ -242,7 +242,7 @@ class Event:
 
 
 def told(error: BaseException) -> str:
-    """`AssertionError: (no message), at wan/modules/attention.py:52: assert dtype in half_dtypes`.
+    """`AssertionError: (no message), at modules/attention.py:52: assert dtype in half_dtypes`.
 
     The place is the last line of the model's own code, or of a library's that is not torch.
     """

@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -96,8 +97,13 @@ def load_case(name: str) -> Case:
     return found[chosen]
 
 
+def built_dtypes(module: nn.Module) -> dict[str, int]:
+    """How many tensors of its state a module is built with in which dtype."""
+    return dict(Counter(str(t.dtype).removeprefix("torch.") for t in module.state_dict().values()))
+
+
 def built(case: Case, seed: int) -> nn.Module:
-    """The reference's module, in float32 and for inference, before its weights are filled.
+    """The reference's module, as its class makes it.
 
     Raises:
         CaseError: it does not build, or is no module.
@@ -113,7 +119,7 @@ def built(case: Case, seed: int) -> nn.Module:
         raise CaseError(f"the reference does not build: {told(error)}") from error
     if not isinstance(module, nn.Module):
         raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
-    return module.float().eval()
+    return module
 
 
 def _also_missing(case: Case, error: BaseException) -> list[str]:
@@ -301,6 +307,8 @@ def record_reference(
         CaseError: the reference does not build, does not take its weights, or does not run.
     """
     module = built(case, seed)
+    kinds = built_dtypes(module)
+    module = module.float().eval()
     kept = computed(case, module)
     notes: list[str] = []
     exact = tables(module, lambda: case.reference.module(case.config), seed, notes)
@@ -329,6 +337,7 @@ def record_reference(
         "parents": parents,
         "leaves": leaves,
         "attributes": attributes(module),
+        "dtypes": kinds,
         "level": "inside" if inside else level,
         "plain": {p: kind for p, kind in plain_modules(module).items() if p not in case.modules},
         "skip": case.skip,

@@ -18,6 +18,7 @@ from torch import nn
 
 from parity.align import Alignment
 from parity.blockwise import Maps, Side
+from parity.candidate import recipe_of
 from parity.case import Candidate, Case
 from parity.case import Side as Declared
 from parity.compare import GATE, skipped
@@ -25,7 +26,6 @@ from parity.component import ComponentResult
 from parity.hollow import Jobs, Streamed, hollow
 from parity.locate import Guilty, Tap
 from parity.ondemand import Converted, Source, source_of, straight
-from parity.own import recipe_of
 from parity.passes import Pass
 from parity.preflight import differing_settings
 from parity.recorder import attributes, seeded

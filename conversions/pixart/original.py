@@ -118,5 +118,5 @@ transformer = Case(
 )  # fmt: skip
 transformer_1024 = Case(
     Side(_original_1024, _recorded, stubs=MISSING), Side(lambda config: _diffusers(config, sizes=True), _answer),
-    _sized, _convert, CONFIG, keep="pos_embed", name="transformer",
+    _sized, _convert, CONFIG, keep="pos_embed", name="transformer_1024",
 )  # fmt: skip

@@ -40,7 +40,9 @@ class Shelf:
         Raises:
             ResourceError: the disk is full, or cannot be written.
         """
-        slip = Slip(digest(tensor), tuple(tensor.shape), tensor.dtype)
+        with torch._C.DisableTorchFunction():  # under `recorder.Float64` it would say that it is of float32
+            kind = tensor.dtype
+        slip = Slip(digest(tensor), tuple(tensor.shape), kind)
         if slip.digest not in self._known:
             try:
                 (self.folder / slip.digest).write_bytes(_bytes(tensor))
@@ -56,9 +58,9 @@ class Shelf:
     def get(self, slip: Slip) -> Tensor:
         """Read a tensor."""
         kind = str(slip.dtype).removeprefix("torch.")
-        # Not `view(torch.float32)`: under `recorder.Float64` that would ask for float64.
-        flat = torch.from_numpy(np.fromfile(self.folder / slip.digest, getattr(np, kind, np.uint8)))
-        return (flat if flat.dtype == slip.dtype else flat.view(slip.dtype)).reshape(slip.shape)
+        with torch._C.DisableTorchFunction():
+            flat = torch.from_numpy(np.fromfile(self.folder / slip.digest, getattr(np, kind, np.uint8)))
+            return (flat if flat.dtype == slip.dtype else flat.view(slip.dtype)).reshape(slip.shape)
 
 
 def digest(tensor: Tensor) -> str:

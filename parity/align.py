@@ -18,6 +18,8 @@ from parity.capture import Capture
 from parity.case import Candidate
 from parity.trace import Trace, split_key
 
+NEVER_RAN = "never ran"  # of a module that one side called and the other did not
+
 
 @dataclass(frozen=True)
 class Part:
@@ -151,7 +153,7 @@ def read(
             return "no weights say which module answers to it, and the case declares none"
         own = {k: captured.at(f"{ours}#{call}.{k}") for k in ("in", "out")}
         if not own[kind]:
-            return f"{ours} never ran (call {call})"
+            return f"{ours} {NEVER_RAN} (call {call})"
         if block:
             named = (block.inputs if kind == "in" else block.outputs)(own[kind], place.inputs)
             return fit(named[name], shape) if name in named else f"{ours} has no counterpart of {kind} {name}"
@@ -165,7 +167,7 @@ def read(
             whole = captured.at(f"{part.candidate}#0.{kind}").values()
             own_part = [t[begin:end] for t in whole if t.ndim and t.shape[0] == count] or own_part
         if not own_part:
-            return f"{part.candidate} never ran (call {call})"
+            return f"{part.candidate} {NEVER_RAN} (call {call})"
         at = place.position if kind == "in" and len(own_part) > 1 else 0
         if at >= len(own_part):
             return f"{part.candidate} has no in {at}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parity.align import Alignment, Place, common_path, read
+from parity.align import NEVER_RAN, Alignment, Place, common_path, read
 from parity.capture import Capture
 from parity.case import Candidate
 from parity.compare import FALL, SKIPPED, Verdict
@@ -133,7 +133,8 @@ def locate(
     """
     blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
     failing = [t for t in taps if not t.free.passed]
-    failing = [t for t in failing if t.free.status != SKIPPED] or failing  # what differs, before what is not compared
+    # What differs, or never ran, before what cannot be compared.
+    failing = [t for t in failing if t.free.status != SKIPPED or NEVER_RAN in t.free.note] or failing
     if not failing:
         bad = [v for v in outputs if not v.passed]
         if bad:

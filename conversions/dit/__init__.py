@@ -25,6 +25,7 @@ FAMILY = Family(
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
     cases="conversions.dit.case:CASES",
+    originals=("conversions.dit.original",),
     reference="conversions/dit/reference",
     reference_code="facebookresearch/DiT at ed81ce2229091fd4ecc9a223645f95cf379d582b",
     style="Modular",

@@ -88,7 +88,7 @@ PAGES = {
                          "double_blocks.0", "every pixel is equal", "What this verdict is bound to"),
     "bad/report.html": ("Parity fails. First guilty module:", f"{LONG}_3.norm", "activations do not pass",
                         "first guilty module", "eps 1e-05 in the reference, 0.01 in the candidate"),
-    "index.html": ("1 of 2 published ports computes", "stack", "original code (flux.model:Flux at 802fb47)"),
+    "index.html": ("1 of 2 published reports holds", "stack", "original code (flux.model:Flux at 802fb47)"),
 }  # fmt: skip
 
 

@@ -417,7 +417,7 @@ def test_the_scoreboard(good: Outcome, bad: Outcome, hostile: Outcome, tmp_path:
     parser.feed(index)
     assert not parser.open and not parser.scripts
     assert parser.fetched == ["alpha/report.html", "beta/report.html", "gamma/report.html"]
-    assert "1 of 3 published ports computes" in index and "norm_out.linear" in index
+    assert "1 of 3 published reports holds" in index and "norm_out.linear" in index
     (tmp_path / "beta" / "parity.json").write_text("{}")
     failed = run()
     assert (

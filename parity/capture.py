@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, Exact, bind, float64, listen, lossy, owner, tensors_of, uncompiled
+from parity.recorder import Dtypes, Exact, answers, bind, float64, listen, lossy, owner, tensors_of, uncompiled
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -102,7 +102,7 @@ def capture(
         if not double:
             stack.enter_context(dtypes)
         out = call(module, values)
-    for name, tensor in tensors_of(out):
+    for name, tensor in answers(out):
         result.tensors[f"=.out.{name}"] = _kept(tensor)
     used = [n for n, p in module.named_parameters(remove_duplicate=False) if id(p) in dtypes.used]
     result.ran = {*result.ran, *(owner(n.rpartition(".")[0]) for n in used)}

@@ -75,7 +75,7 @@ class Draw:
         self.seed = seed
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        return torch.Generator().manual_seed(((self.seed << 32) + zlib.crc32(name.encode())) % 2**63)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Normal numbers of mean 0 and deviation 1, float32."""
@@ -88,6 +88,13 @@ class Draw:
     def integers(self, name: str, below: int, *shape: int) -> Tensor:
         """Whole numbers from 0 to `below` - 1, int64."""
         return torch.randint(below, shape, generator=self._generator(name))
+
+
+def _names(field_name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, (tuple, list, set, frozenset)):
+        raise TypeError(f"{field_name} is a tuple of names, not {value!r}")
+    if odd := [name for name in value if not isinstance(name, str)]:
+        raise TypeError(f"{field_name} is a tuple of names, and {odd[0]!r} is none")
 
 
 def keywords(module: nn.Module, inputs: Named) -> Any:
@@ -119,6 +126,20 @@ class Side:
     halves: bool = True
     asserts: bool = True
     bare: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect, or another one than it seems.
+
+        Raises:
+            TypeError: a field of the wrong kind.
+        """
+        for field_name in ("stubs", "bare"):
+            _names(field_name, getattr(self, field_name))
+        for field_name in ("float64", "halves", "asserts"):
+            if not isinstance(getattr(self, field_name), bool):
+                raise TypeError(f"{field_name} is True or False, not {getattr(self, field_name)!r}")
+        if same_ones := {"torch", "numpy", "safetensors", "parity"} & {*self.stubs, *self.bare}:
+            raise TypeError(f"the comparison itself needs {', '.join(sorted(same_ones))}")
 
     def module(self, config: Mapping[str, Any]) -> nn.Module:
         """What `build` makes of a config of its own."""
@@ -174,6 +195,35 @@ class Case:
     skip: str = ""
     keep: str = ""
     name: str = "model"
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect, or another one than it seems.
+
+        Raises:
+            TypeError: a field of the wrong kind.
+            ValueError: a baseline that everything or nothing passes, or a name that is a path.
+        """
+        _names("free", self.free)
+        for field_name in ("modules", "steps", "config"):
+            if not isinstance(getattr(self, field_name), Mapping):
+                raise TypeError(f"{field_name} is a mapping, not {getattr(self, field_name)!r}")
+        for field_name, pattern in (("skip", self.skip), ("keep", self.keep)):
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise TypeError(f"{field_name} is a regular expression, not {pattern!r}: {error}") from error
+        for block in self.blocks:
+            if not isinstance(block, Block):
+                raise TypeError(f"blocks are Block(…), not {block!r}")
+            try:
+                re.compile(block.reference)
+            except (re.error, TypeError) as error:
+                raise TypeError(f"a block's `reference` is a regular expression: {error}") from error
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
+            raise ValueError(f"name is letters, digits and . + - _, not {self.name!r}: reports are written to it")
+        number = isinstance(self.baseline, (int, float)) and not isinstance(self.baseline, bool)
+        if self.baseline is not None and not (number and 0 < self.baseline < float("inf")):
+            raise ValueError(f"baseline is a positive, finite number, not {self.baseline!r}")
 
     def inputs_of(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Named inputs of every pass."""

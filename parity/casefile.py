@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,6 +43,7 @@ def compare_case_file(
         )
     if options.level in ("pipeline", "step") or options.inputs == "captured":
         raise UsageError("a case has no pipeline", expected="--level component | block | module", hint="leave it out")
+    _fits(options, port)
     weights = options.source
     shown, name = name, case_file(name)
     pinned = Pinned.of(name)
@@ -74,6 +76,28 @@ def compare_case_file(
         found = f"ran at {ran}" if ran else "is in no git checkout"
         outcome.components[0].notes.append(f"the case was written for {pinned}; the original code {found}")
     return outcome
+
+
+def _fits(options: Options, port: Path | None) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        UsageError: one of them, or a device that is not there.
+    """
+    ignored = {
+        f"--inputs {options.inputs}": options.inputs != "random",
+        "--prompt": options.prompt is not None,
+        "--steps": options.steps is not None,
+        "--component": bool(options.components) and port is None,
+    }
+    if named := [name for name, given in ignored.items() if given]:
+        raise UsageError(f"{named[0]} has no effect with a case", hint="leave it out")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {options.device}: no such device", found=str(error), hint="leave it out") from error
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(f"--device {options.device} is not available here", hint="leave --device out")
 
 
 def _port_state(case: Case, folder: Path, options: Options) -> dict[str, Tensor]:

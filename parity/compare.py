@@ -167,7 +167,7 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
         return skipped(name, f"candidate has {low.numel()} elements, reference {reference.high.numel()}")
     known = reference.event.losses.get(dtype)
     if known is None:
-        return skipped(name, f"the reference was not run in {dtype}: record it with --dtype {dtype}")
+        return skipped(name, f"the reference has no run in {dtype}: its trace says none, or that it failed")
     if not low.numel():
         return skipped(name, "empty tensor")
     delta = (low.double() - reference.high).abs()

@@ -277,6 +277,29 @@ def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterato
         yield from tensors_of(inner, f"{name}.{key}" if name else str(key), integers=integers)
 
 
+def answers(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What a pass answers, all of it: floating-point tensors as they are, others and plain numbers as float64.
+
+    A complex tensor has its real and imaginary parts along a last axis.
+    """
+    if isinstance(value, Tensor) and value.is_complex():
+        yield name or "0", torch.view_as_real(value.resolve_conj())
+    elif isinstance(value, Tensor):
+        yield name or "0", value if value.is_floating_point() else value.to(torch.float64)
+    elif isinstance(value, (bool, int, float)):
+        yield name or "0", torch.tensor(float(value), dtype=torch.float64)
+    else:
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, (tuple, list)):
+            items = enumerate(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        for key, inner in items:
+            yield from answers(inner, f"{name}.{key}" if name else str(key))
+
+
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by their names in `forward`; extra positional ones by their number."""
     try:
@@ -605,7 +628,7 @@ def _run(
         if not double:
             stack.enter_context(dtypes)
         out = call(module, values)
-    for key, value in tensors_of(out):
+    for key, value in answers(out):
         keep(f"=.out.{key}", value, None)
     return seen, {path: sorted(found) for path, found in dtypes.seen.items()}, ran
 

@@ -89,3 +89,23 @@ def test_no_such_case(name: str, words: str, verb: list[str], capsys: pytest.Cap
 def test_a_file_that_cannot_be_read_names_no_code(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes(b"COMMIT = '\xff'\nREPOSITORY = 1\n")
     assert Pinned.of(str(tmp_path / "a.py")) == Pinned.of(str(tmp_path / "b.py:x")) == Pinned()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--inputs", "nope.safetensors"], "--inputs nope.safetensors has no effect"),
+        (["--prompt", "a circle"], "--prompt has no effect"),
+        (["--steps", "3"], "--steps has no effect"),
+        (["--component", "vae"], "--component has no effect"),
+        (["--device", "nonsense"], "no such device"),
+        (["--device", "meta"], "not available"),
+    ],
+)
+def test_options_that_a_case_would_ignore(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(CODE.format(commit=""))
+    assert main(["parity", "--case", str(file), *words, "-o", str(tmp_path / "r")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "r").exists()

@@ -86,7 +86,30 @@ class Answering(Net):
 
 def test_an_answer_without_tensors(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="'forward' returns nothing that can be compared"):
-        compared(tmp_path, SAME + "def call(m, i):\n    m(**i)\n    return 'done', torch.tensor(3)")
+        compared(tmp_path, SAME + "def call(m, i):\n    m(**i)\n    return 'done', None")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("y, y.argmax(-1)", "y, y.argmin(-1)"),
+        ("y, y > 0", "y, y < 0"),
+        ("y, torch.complex(y, y)", "y, torch.complex(y, -y)"),
+        ("y, float(y.sum())", "y, 2 * float(y.sum())"),
+        ("y, y.argmax(-1)", "y"),
+    ],
+)
+def test_answers_beside_floating_point_tensors_are_compared(tmp_path: Path, theirs: str, ours: str) -> None:
+    code = """
+class {name}(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return {answer}
+"""
+    reference = code.format(name="Theirs", answer=theirs)
+    port = code.format(name="Ours", answer=ours)
+    assert compared(tmp_path, f"{reference}Reference = Theirs\nNet = Theirs").passed
+    assert not compared(tmp_path, f"{reference}{port}Reference = Theirs\nNet = Ours").passed
 
 
 RAISING = {

@@ -416,3 +416,21 @@ def test_what_differs_is_named_before_what_cannot_be_compared() -> None:
     assert plain.status == SKIPPED and plain.guilty and plain.guilty.reference == "a"
     wrong = compare_case(own, edit=spoil)
     assert wrong.guilty and wrong.guilty.reference == "b"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"baseline": float("inf")}, {"baseline": -1.0}, {"baseline": "1"}, {"free": "mask"}, {"free": None},
+        {"skip": "("}, {"modules": ["a"]}, {"blocks": ("a",)}, {"name": "../../evil"}, {"name": ""}, {"keep": None},
+    ],
+)  # fmt: skip
+def test_a_field_that_would_have_another_effect_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(fields))):
+        replace(case, **fields)
+
+
+@pytest.mark.parametrize("fields", [{"stubs": "wandb"}, {"stubs": ("torch",)}, {"bare": "os"}, {"asserts": "no"}])
+def test_a_side_s_field_that_would_have_another_effect_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        Side(Original, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Outcome:
     def folder(self) -> Path:
         """Where the report belongs; a partial one is no verdict on the port and stands apart."""
         if self.port is None:
-            return Path(f"parity-{self.family}")
+            return Path("parity-" + re.sub(r"[^\w.+-]+", "_", self.family)[:100])  # a case's name is no path
         return self.port.path / PARITY.parent / ("partial" if self.partial else "")
 
     def conclusion(self) -> str:

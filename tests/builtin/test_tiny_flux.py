@@ -74,6 +74,7 @@ def test_two_objects_are_right_in_90_of_100(two_objects: Pictures) -> None:
     assert score(two_objects, captions(2)) >= 0.90
 
 
+@pytest.mark.slow
 def test_without_the_t5_tokens_the_score_falls_by_30_points(
     pipeline: FluxPipeline, one_object: Pictures, two_objects: Pictures
 ) -> None:

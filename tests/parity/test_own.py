@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from parity.case import Case, Draw, Side
 from parity.compare import DIFFERS, OVER, PRECISION, ROUNDING, SKIPPED
-from parity.outcome import reason_of
+from parity.outcome import Options, Outcome, reason_of
 from parity.own import assert_parity, compare_case
 from parity.reference import perturbed
 from porter.core.errors import BadInputError
@@ -422,7 +423,7 @@ def test_what_differs_is_named_before_what_cannot_be_compared() -> None:
     "fields",
     [
         {"baseline": float("inf")}, {"baseline": -1.0}, {"baseline": "1"}, {"free": "mask"}, {"free": None},
-        {"skip": "("}, {"modules": ["a"]}, {"blocks": ("a",)}, {"name": "../../evil"}, {"name": ""}, {"keep": None},
+        {"skip": "("}, {"modules": ["a"]}, {"blocks": ("a",)}, {"name": None}, {"name": ""}, {"keep": None},
     ],
 )  # fmt: skip
 def test_a_field_that_would_have_another_effect_is_refused(fields: dict[str, Any]) -> None:
@@ -430,7 +431,11 @@ def test_a_field_that_would_have_another_effect_is_refused(fields: dict[str, Any
         replace(case, **fields)
 
 
-@pytest.mark.parametrize("fields", [{"stubs": "wandb"}, {"stubs": ("torch",)}, {"bare": "os"}, {"asserts": "no"}])
+@pytest.mark.parametrize("fields", [{"stubs": "wandb"}, {"bare": ("torch",)}, {"bare": "os"}, {"asserts": "no"}])
 def test_a_side_s_field_that_would_have_another_effect_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
         Side(Original, **fields)
+
+
+def test_a_name_is_no_path() -> None:
+    assert Outcome(None, "../../evil", Options()).folder == Path("parity-.._.._evil")

@@ -19,7 +19,7 @@ from conversions.record_reference import write_weights
 from parity.case import ComponentCase, FamilyCases
 from parity.casefile import compare_case_file
 from parity.document import write
-from parity.named import Pinned, case_file
+from parity.named import Pinned, case_file, cases_of
 from parity.outcome import Options, Outcome
 from parity.run import run_parity
 from parity.trace import Trace
@@ -43,8 +43,7 @@ def drawn_cases() -> list[tuple[str, ComponentCase]]:
 
 def original_cases(family: str) -> list[str]:
     """`FAMILY:NAME` of every case of a family against original code."""
-    files = [module.replace(".", "/") + ".py" for module in families()[family].originals]
-    return [f"{family}:{name}" for file in files for name in Pinned.of(Path(__file__).parent.parent / file).cases]
+    return [f"{family}:{name}" for name in cases_of(family)]
 
 
 def checkout_of(case: str) -> Path | None:
@@ -106,8 +105,9 @@ def main() -> None:
         print(page)
 
     wanted = [name for name in families() if options.only in (None, name)]
+    drawn = drawn_cases()
     for family in wanted:
-        if cases := [case for name, case in drawn_cases() if name == family]:
+        if cases := [case for name, case in drawn if name == family]:
             publish(family, "components", (against_trace(family, case) for case in cases))
     for family in wanted:
         cases = {case: checkout_of(case) for case in original_cases(family)}

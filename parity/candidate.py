@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from parity.fingerprint import moved
 from parity.influence import Moved
 from parity.preflight import differing_dtypes, round_trip
 from parity.recorder import Exact, float64, seeded, told
-from parity.reference import built_dtypes
+from parity.reference import built_dtypes, split_case
 from parity.trace import Trace
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError
@@ -94,10 +93,10 @@ def recipe_of(case: Case) -> Recipe | None:
         return case.convert
     if not isinstance(case.convert, str):
         return None
-    file, _, name = case.convert.partition(".py")
-    if file != case.convert:
-        recipes = read_recipes(Path(file + ".py"), name.removeprefix(":") or case.name)
-        return recipes.get(name.removeprefix(":")) or next(iter(recipes.values()))
+    if ".py:" in case.convert or case.convert.endswith(".py"):
+        file, name = split_case(case.convert)
+        recipes = read_recipes(file, name or case.name)
+        return recipes.get(name) or next(iter(recipes.values()))
     found = resolve(case.convert)
     if not isinstance(found, Recipe):
         raise BadInputError(f"{case.convert} is no recipe", found=type(found).__name__, expected="a Recipe")

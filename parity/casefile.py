@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +16,7 @@ from parity.foreign import record_elsewhere
 from parity.named import Pinned, case_file
 from parity.outcome import Options, Outcome
 from parity.own import run_case
-from parity.reference import CaseError, load_case
+from parity.reference import CaseError, load_case, split_case
 from parity.trace import Trace
 from porter.core.errors import BadInputError, CheckpointError, UsageError
 from porter.core.port import Port
@@ -67,7 +66,7 @@ def compare_case_file(
         raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
     case = replace(case, weights=weights) if weights is not None else case
     progress(f"{shown}: the candidate")
-    file = Path(name.partition(".py:")[0].removesuffix(".py") + ".py")
+    file, _ = split_case(name)
     sys.path.append(str(file.absolute().parent))  # for what the case imports while it builds, as in the other process
     own = _port_state(case, port, options) if port is not None else None
     outcome = run_case(case, options, trace, file, own, lambda block: recorded("module", block))
@@ -92,12 +91,7 @@ def _fits(options: Options, port: Path | None) -> None:
     }
     if named := [name for name, given in ignored.items() if given]:
         raise UsageError(f"{named[0]} has no effect with a case", hint="leave it out")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise UsageError(f"--device {options.device}: no such device", found=str(error), hint="leave it out") from error
-    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"--device {options.device} is not available here", hint="leave --device out")
+    options.check_device()
 
 
 def _port_state(case: Case, folder: Path, options: Options) -> dict[str, Tensor]:

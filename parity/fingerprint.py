@@ -73,7 +73,7 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
         exact = made(lambda p: _FIRST + _STEP * p)
     except Exception as error:
         raise BadInputError(
-            "the case's conversion does not take the reference's state", found=f"{told(error)}",
+            "the case's conversion does not take the reference's state", found=told(error),
             expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
         ) from error  # fmt: skip
     places = {target: _known((tensor - _FIRST) / _STEP, at) for target, tensor in exact.items()}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from parity.reference import ALSO, MARK
+from parity.reference import ALSO, MARK, split_case
 from parity.trace import Trace
 from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
 
@@ -78,7 +78,7 @@ def record_elsewhere(
         BadInputError: the reference fails, ends, hangs, or leaves no whole trace.
         ResourceError: it ran out of memory, or `out` cannot be written.
     """
-    file = Path(case_name.partition(".py:")[0].removesuffix(".py") + ".py")
+    file, _ = split_case(case_name)
     if not file.is_file():
         raise MissingError(f"no such case file: {file}", expected="CASE.py or CASE.py:NAME", hint="docs/parity.md")
     arguments = ["parity.reference", case_name, "--seed", str(seed), "--level", level]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from parity.foreign import LAUNCHER, write_kit
+from parity.reference import split_case
 from porter.core.errors import MissingError, ResourceError, UsageError
 
 README = """# Recording a reference
@@ -41,8 +42,7 @@ def write_out(folder: Path, case_name: str | None) -> list[str]:
     """
     case = None
     if case_name is not None:
-        file, _, name = case_name.partition(".py")
-        case = Path(f"{file}.py")
+        case, name = split_case(case_name)
         if not case.is_file():
             raise MissingError(f"no such case file: {case}", hint="porter parity record CASE.py --write DIR")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -51,7 +51,7 @@ def write_out(folder: Path, case_name: str | None) -> list[str]:
         write_kit(folder)
         launcher = LAUNCHER.replace("import runpy, sys\n", f"import runpy, sys\n{_PATH}")
         (folder / "record.py").write_text(launcher, encoding="utf-8")
-        text = README.format(case=(case.name + name) if case else "CASE.py")
+        text = README.format(case=f"{case.name}:{name}".rstrip(":") if case else "CASE.py")
         (folder / "README.md").write_text(text, encoding="utf-8")
         if case is not None:
             shutil.copyfile(case, folder / case.name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from parity.reference import split_case
 from porter.core.errors import MissingError, UsageError
 from porter.core.family import families
 
@@ -29,17 +30,14 @@ def case_file(name: str) -> str:
             f"no case {name}", expected="FILE.py, FILE.py:NAME, FAMILY or FAMILY:NAME",
             found=f"no family {family}" + (f"; the nearest is {near[0]}" if near else ""), hint="porter families",
         )  # fmt: skip
-    files = [
-        Path(spec.origin) for m in known[family].originals if (spec := importlib.util.find_spec(m)) and spec.origin
-    ]
-    if not files:
+    cases = cases_of(family)
+    if not cases:
         raise UsageError(
             f"{family} has no case of its own",
             expected=", ".join(n for n, f in known.items() if f.originals),
             hint="porter parity PORT compares its recorded reference; docs/parity.md, A case of your own"
             if known[family].cases else "docs/parity.md, A case of your own",
         )  # fmt: skip
-    cases = {case: file for file in files for case in Pinned.of(file).cases}
     chosen = which or (next(iter(cases)) if len(cases) == 1 else "")
     if chosen not in cases:
         raise UsageError(
@@ -47,6 +45,13 @@ def case_file(name: str) -> str:
             hint=f"porter parity --case {family}:{next(iter(cases))}",
         )  # fmt: skip
     return f"{cases[chosen]}:{chosen}"
+
+
+def cases_of(family: str) -> dict[str, Path]:
+    """A family's cases against original code: their names -> their files."""
+    specs = [importlib.util.find_spec(module) for module in families()[family].originals]
+    files = [Path(spec.origin) for spec in specs if spec and spec.origin]
+    return {case: file for file in files for case in Pinned.of(file).cases}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Pinned:
     def of(cls, name: str | Path) -> Pinned:
         """Read from the text of `FILE.py[:NAME]`, which is not run; a file that cannot be read says nothing."""
         try:
-            tree = ast.parse(Path(str(name).partition(".py")[0] + ".py").read_bytes())
+            tree = ast.parse(split_case(str(name))[0].read_bytes())
         except (OSError, SyntaxError, ValueError):
             return cls()
         found: dict[str, str] = {}

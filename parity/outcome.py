@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parity.compare import GATE
 from parity.component import ComponentResult
 from parity.pipeline import PipelineResult
+from porter.core.errors import UsageError
 from porter.core.port import PARITY, Port
 
 SCHEMA = "porter.parity/1"
@@ -44,6 +47,21 @@ class Options:
     reference_python: str | None = None
     time_limit: float = 1800.0
     shims: tuple[str, ...] | None = None
+
+    def check_device(self) -> None:
+        """Refuse a device that nothing can run on here.
+
+        Raises:
+            UsageError: there is no such device, or it is not here.
+        """
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError as error:
+            raise UsageError(
+                f"--device {self.device}: no such device", found=str(error), hint="leave it out"
+            ) from error
+        if kind == "meta" or (kind == "cuda" and not torch.cuda.is_available()):
+            raise UsageError(f"--device {self.device}: {kind.upper()} is not available here", hint="leave --device out")
 
 
 @dataclass

@@ -86,10 +86,9 @@ def forget(*modules: nn.Module) -> None:
     """Empty the `lru_cache` of every function of a model's code: what it keeps is of the precision it was made in."""
     for name, code in list(sys.modules.items()):
         if name.partition(".")[0] not in _LIBRARIES:
-            known = _caches.setdefault(name, (code, None))
-            if known[1] is None or known[0] is not code:
-                known = _caches[name] = (code, _caches_of(code))
-            for kept in known[1] or ():
+            if name not in _caches or _caches[name][0] is not code:
+                _caches[name] = (code, _caches_of(code))
+            for kept in _caches[name][1]:
                 kept.cache_clear()
     for module in modules:
         for child in module.modules():
@@ -98,7 +97,7 @@ def forget(*modules: nn.Module) -> None:
                     value.cache_clear()
 
 
-_caches: dict[str, tuple[Any, list[Any] | None]] = {}  # a look at all objects would take 0.2 s each time
+_caches: dict[str, tuple[Any, list[Any]]] = {}  # a look at all objects would take 0.2 s each time
 
 
 def _caches_of(code: Any) -> list[Any]:
@@ -263,18 +262,9 @@ def tensors_of(value: Any, name: str = "", *, integers: bool = False) -> Iterato
 
     Floating-point tensors only, unless `integers` (token ids) are wanted too.
     """
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Tensor):
-        if integers or value.is_floating_point():
-            yield name or "0", value
-    elif isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (tuple, list)):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    for key, inner in items:
-        yield from tensors_of(inner, f"{name}.{key}" if name else str(key), integers=integers)
+    for path, leaf in _named(value, name):
+        if isinstance(leaf, Tensor) and (integers or leaf.is_floating_point()):
+            yield path, leaf
 
 
 def answers(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -282,22 +272,28 @@ def answers(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
     A complex tensor has its real and imaginary parts along a last axis.
     """
-    if isinstance(value, Tensor) and value.is_complex():
-        yield name or "0", torch.view_as_real(value.resolve_conj())
-    elif isinstance(value, Tensor):
-        yield name or "0", value if value.is_floating_point() else value.to(torch.float64)
-    elif isinstance(value, (bool, int, float)):
-        yield name or "0", torch.tensor(float(value), dtype=torch.float64)
+    for path, leaf in _named(value, name):
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            yield path, torch.view_as_real(leaf.resolve_conj())
+        elif isinstance(leaf, Tensor):
+            yield path, leaf if leaf.is_floating_point() else leaf.to(torch.float64)
+        elif isinstance(leaf, (bool, int, float)):
+            yield path, torch.tensor(float(leaf), dtype=torch.float64)
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Everything inside tuples, lists, mappings and dataclasses by its path; `0` for what lies in none."""
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
     else:
-        items: Iterable[tuple[Any, Any]] = ()
-        if isinstance(value, Mapping):
-            items = value.items()
-        elif isinstance(value, (tuple, list)):
-            items = enumerate(value)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        for key, inner in items:
-            yield from answers(inner, f"{name}.{key}" if name else str(key))
+        yield name or "0", value
+        return
+    for key, inner in items:
+        yield from _named(inner, f"{name}.{key}" if name else str(key))
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

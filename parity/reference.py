@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -66,15 +66,21 @@ class _Aside(MetaPathFinder):
         return PathFinder.find_spec(fullname, [p for p in sys.path if Path(p).absolute() != self.file.parent])
 
 
+def split_case(name: str) -> tuple[Path, str]:
+    """`FILE.py[:NAME]` -> the file and the name, which may be empty. Folders of the path may have `.py` in them."""
+    file, _, wanted = name.partition(".py:")
+    return Path(file.removesuffix(".py") + ".py"), wanted
+
+
 def load_case(name: str) -> Case:
     """The case of `FILE.py` (its one Case, or the one called `case`) or `FILE.py:NAME`; the file is run.
 
     Raises:
         CaseError: no such file, it does not run, or it holds no such case.
     """
-    file, _, wanted = name.partition(".py:")
-    path = Path(file if not wanted else f"{file}.py").absolute()
-    if not path.is_file() or path.suffix != ".py":
+    file, wanted = split_case(name)
+    path = file.absolute()
+    if not path.is_file() or not (wanted or name.endswith(".py")):
         raise CaseError(f"no such case file: {path}; a case is FILE.py or FILE.py:NAME")
     if not any(isinstance(finder, _Aside) and finder.file == path for finder in sys.meta_path):
         sys.meta_path.insert(0, _Aside(path))
@@ -138,17 +144,17 @@ def _also_missing(case: Case, error: BaseException) -> list[str]:
     return found[1:]
 
 
-def state_of(case: Case, module: nn.Module, seed: int) -> dict[str, Tensor]:
+def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) -> dict[str, Tensor]:
     """The reference's state: from the case's file, or drawn from names and the seed; float32.
 
-    What is not floating point, and what `computed` names, stays as the module made it.
+    Args:
+        kept: of `computed`; this, and what is not floating point, stays as the module made it.
 
     Raises:
         CaseError: the file's tensors are not the module's.
     """
     own = module.state_dict()
     if case.weights is None:
-        kept = computed(case, module)
         return {
             name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
             if tensor.is_floating_point() and name not in kept
@@ -312,7 +318,7 @@ def record_reference(
     kept = computed(case, module)
     notes: list[str] = []
     exact = tables(module, lambda: case.reference.module(case.config), seed, notes)
-    state = state_of(case, module, seed)
+    state = state_of(case, module, seed, kept)
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -455,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.reference_repo is not None:
         sys.path.insert(0, str(options.reference_repo.absolute()))
-    path = Path(options.case.partition(".py:")[0].removesuffix(".py") + ".py")
+    path, _ = split_case(options.case)
     sys.path.append(str(path.absolute().parent))  # for what the case imports while it builds
     used: Callable[[], Sequence[str]] = list
     try:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from parity.align import Alignment
 from parity.case import ComponentCase, Cross, FamilyCases, Named, PipelineCase
 from parity.component import ComponentResult, compare_component
@@ -180,8 +178,7 @@ def _fits_together(options: Options, wanted: Sequence[str]) -> None:
             found=f"--against {', '.join(wanted)}",
             hint="--against diffusers, or a case: --case FILE",
         )
-    if options.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {options.device}: CUDA is not available here", hint="leave --device out")
+    options.check_device()
 
 
 def _given(

@@ -18,9 +18,10 @@ from parity.exact import rounded, tables
 from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.influence import Moved
+from parity.loading import split_case
 from parity.preflight import differing_dtypes, round_trip
 from parity.recorder import Exact, float64, seeded, told
-from parity.reference import built_dtypes, split_case
+from parity.state import built_dtypes
 from parity.trace import Trace
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError

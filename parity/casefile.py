@@ -13,10 +13,10 @@ from torch import Tensor
 
 from parity.case import Case
 from parity.foreign import record_elsewhere
+from parity.loading import CaseError, load_case, split_case
 from parity.named import Pinned, case_file
 from parity.outcome import Options, Outcome
 from parity.own import run_case
-from parity.reference import CaseError, load_case, split_case
 from parity.trace import Trace
 from porter.core.errors import BadInputError, CheckpointError, UsageError
 from porter.core.port import Port

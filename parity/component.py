@@ -23,10 +23,10 @@ from parity.events import Judge, Runner, events, settle
 from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
+from parity.perturb import PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, owners, told
-from parity.reference import PERTURBED
 from parity.trace import Trace
 
 

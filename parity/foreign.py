@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from parity.reference import ALSO, MARK, split_case
+from parity.loading import split_case
+from parity.reference import MARK
+from parity.state import ALSO
 from parity.trace import Trace
 from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
 
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
-    "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "recorder.py", "reference.py",
-    "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py", "shims_others.py", "shims_timm.py", "stubs.py",
+    "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "loading.py", "perturb.py",
+    "recorder.py", "reference.py", "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py",
+    "shims_others.py", "shims_timm.py", "state.py", "stubs.py",
 )  # fmt: skip
 SHIMMED = ("flash_attn", "flash_attn_interface", "xformers", "apex", "timm")  # what parity/shims.py has
 LIMIT = 1800.0  # seconds

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from parity.foreign import LAUNCHER, write_kit
-from parity.reference import split_case
+from parity.loading import split_case
 from porter.core.errors import MissingError, ResourceError, UsageError
 
 README = """# Recording a reference

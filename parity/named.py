@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from parity.reference import split_case
+from parity.loading import split_case
 from porter.core.errors import MissingError, UsageError
 from porter.core.family import families
 

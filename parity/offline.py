@@ -98,7 +98,7 @@ def _meta(trace: Trace, *path: str) -> object:
 def _aligned(a: Trace, b: Trace, case: Case | None, weights: Path | None) -> tuple[Alignment, str]:
     """Which modules answer to each other, and why the traces cannot be compared."""
     from parity.candidate import conversion_of, reference_state
-    from parity.reference import state_sha256
+    from parity.state import state_sha256
 
     hashes = [_meta(trace, "source", "sha256") for trace in (a, b)]
     short = " and ".join(str(h)[:12] for h in hashes)

@@ -18,9 +18,11 @@ from parity.compare import GATE
 from parity.component import ComponentResult, compare_component
 from parity.facts import environment
 from parity.layouts import Rearranged
+from parity.loading import CaseError
 from parity.outcome import Options, Outcome, reason_of
 from parity.recorder import file_sha256
-from parity.reference import CaseError, record_reference, state_sha256
+from parity.reference import record_reference
+from parity.state import state_sha256
 from parity.trace import Trace
 from parity.truths import origin
 from porter.core.errors import BadInputError

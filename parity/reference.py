@@ -10,28 +10,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import platform
 import re
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from parity import stubs
 from parity.case import Case, Named
-from parity.drawn import draw
 from parity.exact import tables
+from parity.loading import CaseError, inputs_of, load_case, split_case
+from parity.perturb import PERTURBED, guard_passes
 from parity.recorder import (
     Recording,
     Watch,
@@ -40,172 +34,12 @@ from parity.recorder import (
     owners,
     plain_modules,
     record,
-    seeded,
     told,
 )  # fmt: skip
+from parity.state import built, built_dtypes, computed, state_of, state_sha256
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
-ALSO = "also missing: "  # before the names of further packages
-PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
-
-
-class CaseError(Exception):
-    """A case that cannot be used: what is wrong with it, in one line."""
-
-
-class _Aside(MetaPathFinder):
-    """Lets a checkout's folder be imported that a case is named after: a file goes before a folder without code."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if path is not None or fullname != self.file.stem:
-            return None
-        return PathFinder.find_spec(fullname, [p for p in sys.path if Path(p).absolute() != self.file.parent])
-
-
-def split_case(name: str) -> tuple[Path, str]:
-    """`FILE.py[:NAME]` -> the file and the name, which may be empty. Folders of the path may have `.py` in them."""
-    file, _, wanted = name.partition(".py:")
-    return Path(file.removesuffix(".py") + ".py"), wanted
-
-
-def load_case(name: str) -> Case:
-    """The case of `FILE.py` (its one Case, or the one called `case`) or `FILE.py:NAME`; the file is run.
-
-    Raises:
-        CaseError: no such file, it does not run, or it holds no such case.
-    """
-    file, wanted = split_case(name)
-    path = file.absolute()
-    if not path.is_file() or not (wanted or name.endswith(".py")):
-        raise CaseError(f"no such case file: {path}; a case is FILE.py or FILE.py:NAME")
-    if not any(isinstance(finder, _Aside) and finder.file == path for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Aside(path))
-    spec = importlib.util.spec_from_file_location(f"parity_case_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise CaseError(f"{path.name} does not run: {told(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    found = {key: value for key, value in vars(module).items() if isinstance(value, Case)}
-    chosen = wanted or ("case" if "case" in found else next(iter(found), "") if len(found) == 1 else "")
-    if chosen not in found:
-        has = ", ".join(found) or "none"
-        raise CaseError(f"{path.name} has no case {wanted or 'of its own'}; cases in it: {has}; FILE.py:NAME names one")
-    return found[chosen]
-
-
-def built_dtypes(module: nn.Module) -> dict[str, int]:
-    """How many tensors of its state a module is built with in which dtype."""
-    return dict(Counter(str(t.dtype).removeprefix("torch.") for t in module.state_dict().values()))
-
-
-def built(case: Case, seed: int) -> nn.Module:
-    """The reference's module, as its class makes it.
-
-    Raises:
-        CaseError: it does not build, or is no module.
-    """
-    seeded(seed)
-    try:
-        module = case.reference.module(case.config)
-    except ModuleNotFoundError as error:
-        also = _also_missing(case, error)
-        more = f" ({ALSO}{', '.join(also)})" if also else ""
-        raise CaseError(f"the reference does not build: {told(error)}{more}") from error
-    except (Exception, SystemExit) as error:
-        raise CaseError(f"the reference does not build: {told(error)}") from error
-    if not isinstance(module, nn.Module):
-        raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
-    return module
-
-
-def _also_missing(case: Case, error: BaseException) -> list[str]:
-    """The packages that would be missing next: what fails once those before are there, but empty."""
-    found: list[str] = []
-    while isinstance(error, ModuleNotFoundError) and error.name:
-        name = error.name.partition(".")[0]
-        if name in found or not stubs.install([name]):
-            break
-        found.append(name)
-        try:
-            case.reference.module(case.config)
-            break
-        except (Exception, SystemExit) as following:
-            error = following
-    return found[1:]
-
-
-def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) -> dict[str, Tensor]:
-    """The reference's state: from the case's file, or drawn from names and the seed; float32.
-
-    Args:
-        kept: of `computed`; this, and what is not floating point, stays as the module made it.
-
-    Raises:
-        CaseError: the file's tensors are not the module's.
-    """
-    own = module.state_dict()
-    if case.weights is None:
-        return {
-            name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
-            if tensor.is_floating_point() and name not in kept
-            else tensor.clone()
-            for name, tensor in own.items()
-        }
-    pattern = re.compile(case.keep) if case.keep else None
-    try:
-        given = load_file(case.weights)
-    except Exception as error:  # safetensors' own, OSError and more
-        raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
-    free = {name for name in own if pattern and pattern.fullmatch(name)}
-    if odd := sorted((own.keys() ^ given.keys()) - free):
-        missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
-        raise CaseError(f"{case.weights} is not of this module: missing {missing}, left over {extra}")
-    wrong = [name for name in given if name in own and given[name].shape != own[name].shape]
-    if wrong:
-        shapes = tuple(given[wrong[0]].shape), tuple(own[wrong[0]].shape)
-        raise CaseError(f"{case.weights}: {wrong[0]} has shape {shapes[0]}, the module {shapes[1]}")
-    return {
-        name: (given[name].float() if own[name].is_floating_point() else given[name]) if name in given else own[name]
-        for name in own
-    }
-
-
-def computed(case: Case, module: nn.Module) -> list[str]:
-    """The part of a built module's state that its class computes, so that it is not drawn: tables, frequencies.
-
-    `case.keep` names it; besides, buffers, and parameters that are not trained beside others that are, unless all of
-    their numbers are zero or one, which is what is filled later.
-    """
-    kept = re.compile(case.keep) if case.keep else None
-    parameters = dict(module.named_parameters())
-    trained = any(p.requires_grad for p in parameters.values())
-    found = []
-    for name, tensor in module.state_dict().items():
-        own = name not in parameters or (trained and not parameters[name].requires_grad)
-        filled = bool(((tensor != tensor.flatten()[:1]) | ((tensor != 0) & (tensor != 1))).any())
-        if (kept and kept.fullmatch(name)) or (own and filled and bool(tensor.isfinite().all())):
-            found.append(name)
-    return found
-
-
-def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """One hash of all names, dtypes, shapes and contents of a state."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def leaves_and_parents(module: nn.Module) -> tuple[list[str], list[str]]:
@@ -244,58 +78,6 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
         keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
         if keep:
             found.append(Watch("|".join(p.replace(".", r"\.") for p in keep), inputs=inputs))
-    return found
-
-
-def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
-    """An input with some of its elements changed, as its kind allows; None where nothing can be.
-
-    Masks (boolean, or only zeros and ones) lose the last of what they show, whole numbers (also as floating-point
-    ones: positions) change places, others get noise of a tenth of their size. What is the same for all of a batch
-    stays so: an implementation may take it once.
-    """
-    if not value.numel():
-        return None
-    if value.ndim > 1 and len(value) > 1 and torch.equal(value, value[:1].expand_as(value)):
-        one = perturbed(name, value[:1], seed)
-        return None if one is None else one.expand_as(value).clone()
-    flat = value.reshape(-1)
-    if value.dtype == torch.bool or bool(((flat == 0) | (flat == 1)).all()):
-        return _hidden(value)
-    if torch.equal(flat, flat.round()):
-        turned = (value.flip(axis) for axis in (*range(1, value.ndim), 0) if value.ndim)
-        other = next((t for t in turned if not torch.equal(t, value)), None)
-        return torch.where(value > 0, value - 1, value + 1) if other is None else other
-    size = float(flat.abs().float().mean()) or 1.0
-    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed)).to(value.dtype)
-    return (flat + 0.1 * size * noise).reshape(value.shape)
-
-
-def _hidden(mask: Tensor) -> Tensor:
-    """A mask whose last row that shows several things shows a quarter less; no row loses all, which would be NaN.
-
-    Where every row shows one thing or none, the last of what is hidden is shown, or else the last of all is hidden.
-    """
-    rows = mask.reshape(-1, mask.shape[-1] if mask.ndim else 1).clone()
-    several = (rows != 0).sum(-1).gt(1).nonzero().flatten()
-    if len(several):
-        shown = rows[several[-1]].nonzero().flatten()
-        rows[several[-1], shown[-max(1, len(shown) // 4) :]] = 0
-    else:
-        flat = rows.view(-1)
-        hidden = (flat == 0).nonzero().flatten()
-        flat[hidden[-1] if len(hidden) else -1] = 1 if len(hidden) else 0
-    return rows.reshape(mask.shape)
-
-
-def guard_passes(case: Case, given: Mapping[str, Named], seed: int) -> dict[str, dict[str, Tensor]]:
-    """For every pass and every input that is not free: the pass with this input changed."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, inputs in given.items():
-        for key, value in inputs.items():
-            changed = perturbed(key, value, seed) if key not in case.free else None
-            if changed is not None:
-                found[f"{name}{PERTURBED}{key}"] = {**inputs, key: changed}
     return found
 
 
@@ -409,25 +191,6 @@ def _single(error: BaseException, case: Case, again: Callable[[], Recording]) ->
     why = f"the reference does not run in float64 ({told(error)})"
     recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     return recording
-
-
-def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
-    """A case's inputs, checked.
-
-    Raises:
-        CaseError: they cannot be made, or are no tensors.
-    """
-    try:
-        given = case.inputs_of(seed)
-    except Exception as error:
-        raise CaseError(f"the case's inputs cannot be made: {told(error)}") from error
-    for name, inputs in given.items():
-        for key, value in inputs.items():
-            if not isinstance(value, Tensor):
-                raise CaseError(
-                    f"input {key!r} of {name} is {type(value).__name__}, not a tensor: put it into the call"
-                )
-    return given
 
 
 def commit_of(repo: Path | None) -> str:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from parity.compare import GATE, Verdict
+from parity.loading import CaseError, load_case
 from parity.outcome import reason_of
-from parity.reference import CaseError, load_case
 from parity.scaled import Scaled, compare_scaled
 from porter.core.atomic import replace_bytes
 from porter.core.errors import BadInputError, PorterError, ResourceError, UsageError

@@ -24,12 +24,13 @@ from parity.case import Side as Declared
 from parity.compare import GATE, skipped
 from parity.component import ComponentResult
 from parity.hollow import Jobs, Streamed, hollow
+from parity.loading import CaseError, inputs_of
 from parity.locate import Guilty, Tap
 from parity.ondemand import Converted, Source, source_of, straight
 from parity.passes import Pass
 from parity.preflight import differing_settings
 from parity.recorder import attributes, seeded
-from parity.reference import CaseError, blocks_of, inputs_of, leaves_and_parents
+from parity.reference import blocks_of, leaves_and_parents
 from parity.shelf import Shelf
 from parity.trace import split_key
 from porter.core.checkpoint import spec

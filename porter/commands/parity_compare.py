@@ -36,10 +36,10 @@ def command(
     Both must be of the same weights and inputs. Modules are matched by name, or by a case's conversion.
     """
     from parity.compare import GATE
+    from parity.loading import CaseError, load_case
     from parity.named import case_file
     from parity.offline import compare_traces
     from parity.outcome import reason_of
-    from parity.reference import CaseError, load_case
     from parity.trace import Trace
     from porter.commands._render import console, print_json
     from porter.core.errors import BadInputError, CheckFailed, UsageError

@@ -11,9 +11,10 @@ import pytest
 from conversions.publish import checkout_of, original_cases
 from parity.casefile import compare_case_file
 from parity.compare import DIFFERS, OVER
+from parity.loading import load_case
 from parity.named import Pinned, case_file
 from parity.outcome import Options, reason_of
-from parity.reference import commit_of, load_case
+from parity.reference import commit_of
 from porter.core.family import families
 
 CASES = [case for family in families() for case in original_cases(family)]

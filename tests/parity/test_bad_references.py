@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from parity.compare import DIFFERS, OVER, SKIPPED
 from parity.component import ComponentResult
 from parity.foreign import record_elsewhere
+from parity.loading import load_case
 from parity.outcome import reason_of
 from parity.own import compare_case
-from parity.reference import load_case, record_reference
+from parity.reference import record_reference
 from parity.trace import Trace
 from porter.core.errors import BadInputError
 from tests.parity.cases import write_case

@@ -16,7 +16,8 @@ import torch
 import parity
 from parity import foreign
 from parity.foreign import KIT, record_elsewhere, run_recorder
-from parity.reference import load_case, record_reference
+from parity.loading import load_case
+from parity.reference import record_reference
 from parity.trace import Trace
 from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
 from tests.parity.cases import write_case

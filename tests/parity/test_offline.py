@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from parity.compare import DIFFERS, OVER, ROUNDING, SKIPPED
 from parity.component import ComponentResult
 from parity.drawn import draw
+from parity.loading import load_case
 from parity.offline import compare_traces
 from parity.outcome import reason_of
 from parity.recorder import Watch, file_sha256, record
-from parity.reference import load_case, record_reference
+from parity.reference import record_reference
 from parity.trace import Trace
 from porter.cli import main
 from tests.parity.cases import write_case

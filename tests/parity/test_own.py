@@ -15,7 +15,7 @@ from parity.case import Case, Draw, Side
 from parity.compare import DIFFERS, OVER, PRECISION, ROUNDING, SKIPPED
 from parity.outcome import Options, Outcome, reason_of
 from parity.own import assert_parity, compare_case
-from parity.reference import perturbed
+from parity.perturb import perturbed
 from porter.core.errors import BadInputError
 from tests.parity.pair import Original, Port, answer, case, convert
 

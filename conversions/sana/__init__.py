@@ -28,6 +28,7 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderDC",)),
     ),
+    originals=("conversions.sana.original",),
     style="Modular",
     style_reason="standard text-to-image; the instruction before the prompt is text only",
     license_hint="Sana weights are under NVIDIA's licence and Gemma's terms; look up the card of each release",

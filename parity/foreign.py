@@ -46,6 +46,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 _KEPT = 1 << 16  # bytes of each output stream that are kept
 _SHOWN = 12  # lines of it in an error
 _GPU = re.compile(r"CUDA|cuda|NVIDIA|flash_?attn|FLASH_ATTN|xformers|[Tt]riton")
+_LACKS = re.compile(r"CPU stand-in (?:\(parity/shims.py\) has no|of) (\w+)")
 _MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|std::bad_alloc|OutOfMemoryError")
 
 
@@ -299,6 +300,8 @@ def _failure(done: _Done, exe: str, arguments: Sequence[str], limit: float) -> P
         first, _, rest = words.strip().partition("\n")
         gpu = _GPU.search(first) and not any(a.startswith("--shims") for a in arguments)
         hint = "--shims runs on the CPU what asks for a GPU; or " if gpu else ""
+        if lacks := _LACKS.search(first):
+            hint = f"if nothing is computed with it: Side(..., stubs=({lacks[1]!r},)) in the case; or "
         if not hint and "AssertionError" in first:
             hint = "Side(..., asserts=False) in the case leaves its assertions out; or "
         return BadInputError(first[:500], found=rest[:2000] or None, hint=hint + _again(exe, arguments))

@@ -19,6 +19,7 @@ from parity import shims_cuda as cuda
 from parity import shims_flash as flash
 from parity import shims_others as others
 from parity import shims_timm as timm
+from parity import stubs
 from parity.shims_kernels import CALLED, refusing
 
 _FLASH = (
@@ -149,7 +150,7 @@ def _contents(name: str, version: str) -> dict[str, dict[str, Any]]:
 def _add(path: str, content: dict[str, Any]) -> None:
     """Put a module into `sys.modules`, and into its package."""
     module = ModuleType(path, "A CPU stand-in of porter: parity/shims.py.")
-    module.__spec__ = ModuleSpec(path, None, origin="porter's CPU stand-in, parity/shims.py", is_package=True)
+    module.__spec__ = ModuleSpec(path, None, origin=stubs.STAND_IN, is_package=True)
     # Stands in `cannot import name … from 'flash_attn' (…)`, where Python shows the file.
     module.__file__ = f"porter's CPU stand-in of {path}, parity/shims.py"
     module.__path__ = []
@@ -167,5 +168,5 @@ class _Absent(MetaPathFinder):
         self.name = name
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname.startswith(self.name + "."):
+        if fullname.startswith(self.name + ".") and not stubs.stubbed(self.name):
             raise ModuleNotFoundError(f"porter's CPU stand-in (parity/shims.py) has no {fullname}", name=fullname)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -18,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+
+STAND_IN = "porter's CPU stand-in, parity/shims.py"  # origin of a module that stands in for a package
 
 
 class Stub:
@@ -67,11 +70,25 @@ class Stub:
         return f"<{self._path}, of a package that is not there>"
 
 
+def _lacking(path: str, name: str) -> Stub:
+    """What is taken from a module that has nothing of that name."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Stub(f"{path}.{name}")
+
+
 class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Stub(f"{self.__name__}.{name}")
+        return _lacking(self.__name__, name)
+
+
+def _stands_in(module: ModuleType | None) -> bool:
+    return getattr(getattr(module, "__spec__", None), "origin", None) == STAND_IN
+
+
+def stubbed(name: str) -> bool:
+    """Whether a case's `stubs` name this package."""
+    return name in _FINDER.names
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -100,11 +117,14 @@ _find_spec_of = importlib.util.find_spec
 
 def _find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
     """`importlib.util.find_spec`, for which stubs are not there."""
-    return None if name.partition(".")[0] in _FINDER.names else _find_spec_of(name, package)
+    top = name.partition(".")[0]
+    return None if stubbed(top) and not _stands_in(sys.modules.get(top)) else _find_spec_of(name, package)
 
 
 def install(names: Iterable[str]) -> list[str]:
     """Make packages importable that are not there -> those of `names` that are not; a package that is there stays.
+
+    Of a package that has a stand-in (`parity/shims.py`) only what that lacks is empty.
 
     Raises:
         ValueError: a name is no package's.
@@ -117,12 +137,18 @@ def install(names: Iterable[str]) -> list[str]:
             made.append(name)
             continue
         try:
-            there = import_module(name).__file__ is not None  # a folder of that name, without code, is no package
+            found = import_module(name)
+            there = found.__file__ is not None  # a folder of that name, without code, is no package
         except ImportError:
             there = False
+        if there and _stands_in(found):
+            made.append(name)
+            for module in [m for path, m in sys.modules.items() if path.partition(".")[0] == name and _stands_in(m)]:
+                vars(module)["__getattr__"] = partial(_lacking, module.__name__)
         made += [] if there else [name]
-    for path in [p for p in sys.modules if p.partition(".")[0] in made and not isinstance(sys.modules[p], _Module)]:
-        del sys.modules[path]  # halves of a package that broke
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] in made and not isinstance(module, _Module) and not _stands_in(module):
+            del sys.modules[path]  # halves of a package that broke
     _FINDER.names |= set(made)
     if made and _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)

@@ -7,7 +7,7 @@ It is made without guidance, as schnell is: the embedded model of `conversions.f
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.machinery
 import sys
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ AXES = [4, 6, 6]
 
 def _build() -> nn.Module:
     """The package's own `__init__` is left out: it only computes a version, and sets what torch computes with."""
-    found = importlib.util.find_spec("flux")
+    found = importlib.machinery.PathFinder.find_spec("flux")
     assert found and found.submodule_search_locations
     sys.modules["flux"] = package = ModuleType("flux")
     package.__path__, package.__spec__ = list(found.submodule_search_locations), found

@@ -74,3 +74,27 @@ def test_names_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "nowhere").mkdir()  # a folder without code is no package
     monkeypatch.syspath_prepend(str(tmp_path))
     assert stubs.install(["nowhere"]) == ["nowhere"] == stubs.install(["nowhere"])
+
+
+def test_what_a_stand_in_lacks_is_empty_where_the_case_names_it(tmp_path: Path) -> None:
+    """Its arithmetic stays the stand-in's."""
+    uses = """
+def Reference():
+    from timm.data.augment import rand_augment
+    from timm.models.layers import DropPath, create_conv2d
+    class Theirs(Net):
+        def forward(self, x):
+            return DropPath(0.0)(super().forward({0}))
+    rand_augment("rand-m9")
+    return Theirs()
+"""
+    case = write_case(tmp_path, uses.format("x"))
+    with pytest.raises(BadInputError, match=r"has no timm\.data") as caught:
+        record_elsewhere(case, shims=["timm"])
+    assert "stubs=('timm',)" in str(caught.value.hint)
+    Path(case).write_text(Path(case).read_text().replace("call=", "stubs=('timm',), call="))
+    trace = record_elsewhere(case, shims=["timm"])
+    assert "imported and empty: timm" in trace.meta["notes"]
+    Path(case).write_text(Path(case).read_text().replace("forward(x)", "forward(create_conv2d(x))"))
+    with pytest.raises(BadInputError, match=r"timm\.models\.layers\.create_conv2d is called with a tensor"):
+        record_elsewhere(case, shims=["timm"])

@@ -27,6 +27,7 @@ from parity.perturb import PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, owners, told
+from parity.steps import Steps
 from parity.trace import Trace
 
 
@@ -158,6 +159,7 @@ def compare_component(
             )
             if event.path in alignment.parts and not dtype and taps[-1].differs:
                 differing.append((len(taps) - 1, event, given))
+        reach = None
         if differing:
             paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}
             reach = runner.reach(candidate.passes[plain(name)], trace.inputs(name), paths)
@@ -169,12 +171,28 @@ def compare_component(
                     f"{name}: what differs in {len(hidden)} tensors reaches no output of the candidate (padding, rows "
                     f"that nothing uses) and was not judged: {', '.join(dict.fromkeys(hidden))}"
                 )
+        steps = None
+        if alone is not None:
+            once = partial(runner.once, candidate.passes[plain(name)], trace.inputs(name))
+            steps = Steps(trace, name, candidate, alignment, plain_ones, isolation, once, runner.double)
+            failing = {t.key: t.reset for t in taps if t.reset and t.kind == "in" and _fails(t.reset)}
+            ends = [judge(event, alone) for event in events(trace, name) if event.path == "="]
+            if bad := worst(filter(_fails, ends)):
+                failing[""] = bad
+            if failing and steps.settle(alone.high):
+                alone = run(isolation=isolation.planned(steps.plan))
+                of = {event.key: event for event in events(trace, name)}
+                for i, tap in enumerate(taps):
+                    if (tap.module, of[tap.key].call) in isolation.given:
+                        taps[i] = tap.judged(tap.free, judge(of[tap.key], alone, reach))
+                still = [t.key for t in taps if t.reset and t.kind == "in" and _fails(t.reset)]
+                steps.blame(alone.high, failing.keys(), still)
+            result.faults += faults(taps, steps, alone.high, failing)
         result.taps += taps
-        result.faults += faults(taps, alignment, plain_ones, alone.high) if alone is not None else []
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
         step = (step_names or {}).get(plain(name), "the steps after its last module")
-        found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step, plain_ones)
+        found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step, steps)
         result.guilty = result.guilty or (found and found.because(settings))
     result.outputs += effects(trace)
     result.notes += runner.notes
@@ -196,6 +214,10 @@ def compare_component(
             if leaf and leaf not in recorded and any(part.candidate for part in parts)
         ]  # fmt: skip
     return result
+
+
+def _fails(verdict: Verdict) -> bool:
+    return not verdict.passed and verdict.status != SKIPPED
 
 
 def plain(name: str) -> str:

@@ -59,6 +59,10 @@ class Runner:
             self.notes.append(f"the candidate does not run in float64 ({told(error)})")
             return Pair(low, low)
 
+    def once(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
+        """One run, in float64 where the candidate runs in it."""
+        return self._one(call, inputs, double=self.double, **kind)
+
     def reach(self, call: Callable[[Any, Named], Any], inputs: Named, paths: Collection[str]) -> Capture | None:
         """Which elements of modules' inputs and outputs reach an output of the call: `parity.reach`."""
         given = {name: tensor.to(self.device) for name, tensor in inputs.items()}

@@ -7,8 +7,8 @@ replaced in place where it can be: then what reads the same tensor later (a resi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from parity.align import Alignment, Part, Place, channels, scatter
 from parity.case import Candidate
+from parity.mend import Plan, mended
 from parity.recorder import held
 from parity.trace import Trace
 
@@ -87,6 +88,16 @@ class Isolation:
             result = made[leaf]
             self.given |= {(path, i) for i in calls}
         return result
+
+    def planned(self, plan: Plan) -> Callable[[nn.Module], AbstractContextManager[None]]:
+        """`of`, with further modules that take and answer what `plan` says."""
+
+        @contextmanager
+        def both(module: nn.Module) -> Iterator[None]:
+            with self.of(module), mended(module, self.trace, plan):
+                yield
+
+        return both
 
     @contextmanager
     def of(self, module: nn.Module) -> Iterator[None]:

@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from parity.align import NEVER_RAN, Alignment, Place, common_path, read
+from parity.align import NEVER_RAN, Alignment, Place, read
 from parity.capture import Capture
 from parity.case import Candidate
 from parity.compare import FALL, SKIPPED, Verdict
-from parity.plain import Plain
+from parity.makers import behind, maker_of
+from parity.plain import Suspect
 from parity.recorder import sample_indices
+from parity.steps import Steps
 from parity.trace import Trace, split_key
 
 
@@ -92,25 +93,43 @@ class Fault:
         return f"{'the code before ' if self.step else ''}{self.candidate} ↔ {self.reference}, call {self.call}{by}"
 
 
-def faults(
-    taps: Sequence[Tap], alignment: Alignment, plain: Plain | None = None, alone: Capture | None = None
-) -> list[Fault]:
+def faults(taps: Sequence[Tap], steps: Steps, alone: Capture, before: Mapping[str, Verdict]) -> list[Fault]:
     """Every leaf and every step that fails by itself, in order of execution; not what others hand on to it.
 
     Args:
-        alone: the candidate's run in float64 with the reference's values around every leaf.
+        steps: what is known of the code between leaves.
+        alone: the candidate's run in float64 with the reference's values around every leaf, and as `steps` plans.
+        before: verdicts of the taps, and of the pass (empty), that failed without that plan.
     """
-    found, since = [], ""
+    found, since, alignment = [], "", steps.alignment
     for tap in taps:
-        if tap.reset is None or tap.reset.passed or tap.module not in alignment.parts:
+        if tap.module not in alignment.parts or not (tap.key in steps.found or (tap.reset and not tap.reset.passed)):
             continue
         ours, theirs, rule = _names(alignment, tap.module)
-        call = int(split_key(tap.key)[0].rpartition("#")[2])
-        step = tap.kind == "in"
-        by = plain.suspect(tap.key, alone, since) if step and plain and alone else None
+        call = _call(tap)
+        for by in steps.found.get(tap.key, ()):
+            found.append(Fault(ours, theirs, call, True, before[tap.key], "", str(by)))
+        if tap.reset and not tap.reset.passed:
+            step = tap.kind == "in"
+            made = (steps.plain.suspect(tap.key, alone, since) or _code(tap, steps, alone)) if step else None
+            found.append(Fault(ours, theirs, call, step, tap.reset, "" if step else rule, str(made or "")))
         since = tap.key
-        found.append(Fault(ours, theirs, call, step, tap.reset, "" if step else rule, str(by or "")))
+    for by in steps.found.get("", ()) if "" in before else ():
+        found.append(Fault(by.candidate, by.reference, 0, False, before[""], "", by.settings or by.code))
     return found
+
+
+def _code(tap: Tap, steps: Steps, captured: Capture) -> Suspect | None:
+    """The module whose code makes what a tap shows; None for the outermost."""
+    maker, taker = maker_of(steps.trace, tap.key, steps.alignment, steps.candidate, captured)
+    theirs = behind(maker, steps.alignment)[0]
+    if not (maker and theirs):
+        return None
+    return Suspect(maker, theirs, code=steps.part(captured, maker, f"{taker}#{_call(tap)}"))
+
+
+def _call(tap: Tap) -> int:
+    return int(split_key(tap.key)[0].rpartition("#")[2])
 
 
 def locate(
@@ -122,14 +141,14 @@ def locate(
     candidate: Candidate,
     captured: Capture,
     step: str,
-    plain: Plain | None = None,
+    steps: Steps | None = None,
 ) -> Guilty | None:
     """The first fault of a pass in order of execution, as close to its cause as the taps allow; None without a fault.
 
     Args:
         captured: the candidate's free run in float64.
         step: what stands outside of all modules, for a fault that no module shows.
-        plain: the modules without weights, where they were recorded.
+        steps: what is known of the code between leaves, where they could stand alone.
     """
     blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
     failing = [t for t in taps if not t.free.passed]
@@ -139,6 +158,8 @@ def locate(
         bad = [v for v in outputs if not v.passed]
         if bad:
             text = bad[0].note or f"max|Δ| {bad[0].max_abs:.1e}, floor {bad[0].floor:.1e}"
+            if named := steps.found.get("", ()) if steps else ():
+                return _accused(named[0], f"seen in the output of {name}: {text}")
             return Guilty(step, f"{name}(…)", "", f"every module of {name} matches, its output does not: {text}")
         return None
     first = failing[0]
@@ -161,87 +182,27 @@ def locate(
         ours = _differing(trace, first, alignment, candidate, captured) or ours
         return Guilty(ours, theirs, rule, f"{also}: {size}", within, others)
     # An input differs while everything before matches: the step that makes it is at fault, and it owns no recorded tap.
-    if plain is not None and (found := plain.suspect(first.key, captured)):
-        taken = f"seen in {split_key(first.key)[2]} of {_names(alignment, first.module)[0]}: {size}"
-        words = ["it has no weights, its input matches, its output does not", found.settings, taken]
-        return Guilty(found.candidate, found.reference, "", "; ".join(filter(None, words)), within, others)
-    maker, taker = _maker(trace, first, alignment, candidate, captured)
-    at = maker
-    while at and not alignment.behind(at):
-        at = at.rpartition(".")[0]
-    behind = alignment.behind(at) if at else []
-    reference = common_path(behind) or ", ".join(dict.fromkeys(b.partition(".")[0] for b in behind)) or name
-    rule = alignment.rule(behind[0]) if len(behind) == 1 else ""
-    why = f"the weights in it match, what it hands to {taker} ({split_key(first.key)[2]}) does not: {size}"
+    if steps is not None:
+        named = [*steps.found.get(first.key, ()), *filter(None, [steps.plain.suspect(first.key, captured)])]
+        if named:
+            seen = f"seen in {split_key(first.key)[2]} of {_names(alignment, first.module)[0]}: {size}"
+            return _accused(named[0], seen, within, others)
+    maker, taker = maker_of(trace, first.key, alignment, candidate, captured)
+    reference, rule = behind(maker, alignment)
+    code = steps.part(captured, maker, f"{taker}#{_call(first)}") if steps is not None and maker else "it"
+    why = f"the weights in it match, what {code} hands to {taker} ({split_key(first.key)[2]}) does not: {size}"
     if passed := _between(first, taker, alignment, captured):
         why += f"; without weights ran before it: {', '.join(passed)}"
-    return Guilty(maker or "the model's own forward", reference, rule, why, within, others, code=True)
+    return Guilty(maker or "the model's own forward", reference or name, rule, why, within, others, code=True)
 
 
-def _maker(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidate, captured: Capture) -> tuple[str, str]:
-    """(candidate module that computes a differing input, the module that receives it)."""
-    where, _, name = split_key(tap.key)
-    leaf = tap.module in alignment.parts
-    taker = alignment.parts[tap.module][0].candidate if leaf else alignment.counterpart(tap.module) or ""
-    prefix = f"{taker}#{where.rpartition('#')[2]}.in."
-    own = {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
-    block = next((b for b in candidate.blocks if b.matches(tap.module)), None)
-    if block and not leaf:
-        value = block.inputs(own, Place.of(trace, tap.key).inputs).get(name)
-        own = {k: t for k, t in own.items() if t is value}
-    makers = [captured.producers[prefix + k] for k in own if prefix + k in captured.producers]
-    if makers and makers[0] != taker:
-        return makers[0], taker
-    value = next(iter(own.values()), None)
-    if value is not None and (maker := _source(value, taker, alignment, captured)):
-        return maker, taker
-    handed = {captured.handed.get(prefix + k) for k in own}
-    parent = _around(taker, captured)
-    while parent:  # who only hands on what it got did not make it
-        got = [k for k in captured.handed if k.startswith(f"{parent}#") and captured.handed[k] in handed]
-        if made := [captured.producers[k] for k in got if k in captured.producers]:
-            return made[0], taker
-        if not got and not _received(value, parent, captured):
-            break
-        parent = _around(parent, captured)
-    return parent, taker
-
-
-def _around(path: str, captured: Capture) -> str:
-    """The next module around a path that runs itself; empty for the outermost."""
-    parent = path.rpartition(".")[0]
-    while parent and parent not in captured.ran:
-        parent = parent.rpartition(".")[0]
-    return parent
-
-
-def _received(value: Tensor | None, module: str, captured: Capture) -> bool:
-    """Whether a module was handed these very numbers, so that it did not make them."""
-    if value is None:
-        return False
-    given = (t for k, t in captured.tensors.items() if k.startswith(f"{module}#") and ".in." in k)
-    return any(t.shape == value.shape and torch.equal(t, value) for t in given)
-
-
-def _source(value: Tensor, taker: str, alignment: Alignment, captured: Capture) -> str:
-    """The last module that answered these numbers, in whatever order; empty for one whose own answer is compared."""
-    leaves = {part.candidate for parts in alignment.parts.values() for part in parts}
-    sums = _sums(value)
-    found = ""
-    for key, tensor in captured.tensors.items():
-        path, mark, rest = key.partition("#")
-        if path == taker and ".in." in rest:
-            break
-        same = mark and ".out." in rest and tensor.numel() == value.numel() and tensor.is_floating_point()
-        if same and torch.allclose(_sums(tensor), sums, rtol=1e-12, atol=0):
-            found = path
-    return "" if found in leaves else found
-
-
-def _sums(tensor: Tensor) -> Tensor:
-    """Numbers that no rearrangement changes, up to rounding: the ends, and the sums of two powers."""
-    flat = tensor.double().reshape(-1)
-    return torch.stack([flat.min(), flat.max(), flat.square().sum(), flat.pow(4).sum()])
+def _accused(by: Suspect, seen: str, within: str = "", others: tuple[str, ...] = ()) -> Guilty:
+    """A module without weights, or whose code, answers otherwise by itself."""
+    if by.code:
+        why = f"the weights in it match, {by.code} does not compute what the reference does; {seen}"
+        return Guilty(by.candidate or "the model's own forward", by.reference, "", why, within, others, code=True)
+    words = ["it has no weights, its input matches, its output does not", by.settings, seen]
+    return Guilty(by.candidate, by.reference, "", "; ".join(filter(None, words)), within, others)
 
 
 def _between(tap: Tap, taker: str, alignment: Alignment, captured: Capture) -> list[str]:

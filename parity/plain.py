@@ -22,14 +22,21 @@ _ALIKE = 1e-9  # of the largest number; both sides run in float64
 
 @dataclass(frozen=True)
 class Suspect:
-    """A pair of modules without weights: the same comes in, something else comes out."""
+    """A pair of modules without weights: the same comes in, something else comes out; or a pair whose `code` does so.
+
+    Attributes:
+        settings: how those of both differ.
+        code: which part of the candidate's code, between the modules that it calls.
+    """
 
     candidate: str
     reference: str
     settings: str = ""
+    code: str = ""
 
     def __str__(self) -> str:
-        return f"{self.candidate} ↔ {self.reference}" + (f" ({self.settings})" if self.settings else "")
+        said = self.settings or self.code
+        return f"{self.candidate} ↔ {self.reference}" + (f" ({said})" if said else "")
 
 
 @dataclass
@@ -69,9 +76,13 @@ class Plain:
             named = {ours for ours in fitting if self.own[ours] == theirs[path]} or fitting
             if len(named) == 1:
                 ours = named.pop()
-                settings = self.trace.meta.get("attributes", {}).get(path, {})
-                return Suspect(ours, path, pair_settings(settings, self.settings.get(ours, {})))
+                return Suspect(ours, path, self.differing(ours, path))
         return None
+
+    def differing(self, ours: str, theirs: str) -> str:
+        """Settings of two modules that differ."""
+        settings = self.trace.meta.get("attributes", {}).get(theirs, {})
+        return pair_settings(settings, self.settings.get(ours, {}))
 
 
 def _calls(keys: Mapping[str, str], of: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, str]]:

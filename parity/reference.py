@@ -58,6 +58,18 @@ def blocks_of(module: nn.Module) -> list[str]:
     return found
 
 
+def around(case: Case, module: nn.Module, inside: str = "") -> list[str]:
+    """Modules that are called and have others with weights in them, below `inside`: blocks, attentions."""
+    leaves, _ = leaves_and_parents(module)
+    return [
+        path
+        for path, m in module.named_modules()
+        if any(leaf.startswith(f"{path}.") for leaf in leaves) and not isinstance(m, (nn.ModuleList, nn.ModuleDict))
+        if path and path not in case.modules and not any(b.matches(path) for b in case.blocks)
+        if path == inside or path.startswith(f"{inside}." if inside else "")
+    ]
+
+
 def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list[Watch]:
     """What to record at a level; `inside` narrows `module` to what lies in one block."""
     if level == "component":
@@ -68,10 +80,10 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
         paths = [p for p in leaves if p.startswith(inside + ".")]
     declared = [p for p, _ in module.named_modules() if any(b.matches(p) for b in case.blocks)]
     skip = re.compile(case.skip) if case.skip else None
-    plain = plain_modules(module) if level == "module" else {}
+    plain = [*plain_modules(module), *around(case, module, inside)] if level == "module" else []
     # Of a block that no argument map describes only the outputs can be compared, where both sides cut it alike.
     whole = [*declared, *paths] if level != "block" or inside else declared
-    inner = [p for p in plain if not inside or p.startswith(inside + ".")]
+    inner = [p for p in plain if not inside or p == inside or p.startswith(inside + ".")]
     kinds = (([*whole, *inner], True), ([p for p in paths if p not in whole], False))
     found = []
     for chosen, inputs in kinds:
@@ -128,6 +140,7 @@ def record_reference(
         "dtypes": kinds,
         "level": "inside" if inside else level,
         "plain": {p: kind for p, kind in plain_modules(module).items() if p not in case.modules},
+        "around": around(case, module, inside) if level == "module" else [],
         "skip": case.skip,
         "skipped": [path for path in leaves if case.skip and re.fullmatch(case.skip, path)],
     }

@@ -39,16 +39,17 @@ class Value:
 class Trace:
     """A recorded run. `events` keep the order of execution; keys are `<pass>/<module>#<call>.<in|out>.<name>`.
 
-    Events of modules without weights, which the metadata's `plain` lists, are kept apart (`plain_before`).
+    Events of modules without weights, which the metadata's `plain` lists, and of those around others (`around`) are
+    no `events`; `keys` and `value` know them too.
     """
 
     def __init__(self, meta: Mapping[str, Any], events: list[Event], tensors: Mapping[str, Tensor]) -> None:
         self.meta, self._tensors = dict(meta), tensors
-        plain = self.meta.get("plain", {})
+        apart = {*self.meta.get("plain", {}), *self.meta.get("around", ())}
         self._order = {e.key: e for e in events}
-        self.events = {key: e for key, e in self._order.items() if not plain or _module(key) not in plain}
+        self.events = {key: e for key, e in self._order.items() if not apart or _module(key) not in apart}
         self._calls: dict[str, list[str]] = {}
-        for key in self.events:
+        for key in self._order:
             where, kind, _ = split_key(key)
             self._calls.setdefault(f"{where}.{kind}", []).append(key)
 
@@ -116,7 +117,8 @@ class Trace:
         name = key.partition("/")[0]
         before = list(itertools.takewhile(lambda k: k != key, self._order))
         before = before[before.index(since) + 1 :] if since in before else before
-        return [k for k in before if k not in self.events and k.partition("/")[0] == name]
+        plain = self.meta.get("plain", {})
+        return [k for k in before if _module(k) in plain and k.partition("/")[0] == name]
 
     def extra(self, prefix: str) -> dict[str, Tensor]:
         """Tensors that are no events, by the beginning of their names."""
@@ -149,6 +151,7 @@ class Trace:
 _META: dict[str, type | tuple[type, ...]] = {
     "events": list, "source": dict, "reference": dict, "casts": dict, "idle": list, "notes": list, "parents": list,
     "attributes": dict, "weights": dict, "seed": int, "float64": bool, "level": str, "component": str, "plain": dict,
+    "around": list,
 }  # fmt: skip
 
 

@@ -160,7 +160,12 @@ def read(
         tensors, at = list(own[kind].values()), place.position
         return fit(tensors[at], shape) if at < len(tensors) else f"{ours} has no {kind} {at}"
     own_parts: dict[str, Tensor] = {}
-    for part in alignment.parts[path] if kind == "out" else alignment.parts[path][:1]:
+    parts = alignment.parts[path]
+    if kind == "in":  # of several that take the same, the first to run: later ones may find it set right already
+        first = captured.first((part.candidate for part in parts), call)
+        parts = tuple(part for part in parts if part.candidate == first)[:1]
+        alignment = Alignment({path: parts})
+    for part in parts:
         own_part = list(captured.at(f"{part.candidate}#{call}.{kind}").values())
         if place.share and not captured.at(f"{part.candidate}#1.{kind}"):  # called once for all of them
             begin, end, count = place.share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,16 @@ class Capture:
                 call, kind, name = rest.split(".", 2) if mark else ("", "", "")
                 self._places.setdefault(f"{path}#{call}.{kind}", {})[name] = tensor
         return self._places.get(place, {})
+
+
+    def first(self, modules: Iterable[str], call: int) -> str:
+        """Which of these modules took something first in a call; of a finished run. The first named where none did."""
+        names = list(modules)
+        if len(names) == 1:
+            return names[0]
+        self.at("")
+        order = {place: i for i, place in enumerate(self._places)}
+        return min(names, key=lambda name: order.get(f"{name}#{call}.in", len(order)))
 
 
 @torch.no_grad()

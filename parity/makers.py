@@ -16,7 +16,9 @@ def maker_of(trace: Trace, key: str, alignment: Alignment, candidate: Candidate,
     where, _, name = split_key(key)
     module = where.partition("/")[2].rpartition("#")[0]
     leaf = module in alignment.parts
-    taker = alignment.parts[module][0].candidate if leaf else alignment.counterpart(module) or ""
+    call = int(where.rpartition("#")[2])
+    parts = (part.candidate for part in alignment.parts.get(module, ()))
+    taker = captured.first(parts, call) if leaf else alignment.counterpart(module) or ""
     prefix = f"{taker}#{where.rpartition('#')[2]}.in."
     own = {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
     block = next((b for b in candidate.blocks if b.matches(module)), None)

@@ -16,7 +16,7 @@ from parity.capture import Capture
 from parity.layouts import rearrangements
 from parity.recorder import bind, held, tensors_of
 from parity.shelf import with_tensors
-from parity.trace import Trace, Value
+from parity.trace import Trace, Value, split_key
 
 Way = Callable[[Tensor], Tensor]
 Plan = Mapping[str, "tuple[str, Way]"]  # what the candidate captured -> what the reference recorded, and its layout
@@ -53,11 +53,10 @@ def moments(captured: Capture) -> Iterator[Moment]:
     calls: list[str] = []
     left = ""
     for key in captured.tensors:
-        path, mark, rest = key.partition("#")
-        if not mark:
-            continue  # an output of the pass
-        call, kind, _ = rest.split(".", 2)
-        where = f"{path}#{call}"
+        if key.startswith("=.out."):
+            continue  # of the pass
+        where, kind, _ = split_key(key)
+        path, _, call = where.rpartition("#")
         if left not in ("", where) and left in calls:
             del calls[calls.index(left) :]
         if kind == "in" and where not in calls:
@@ -134,7 +133,7 @@ def mended(module: nn.Module, trace: Trace, plan: Plan) -> Iterator[None]:
         return hook
 
     handles = []
-    paths = {key.partition("#")[0] for key in plan}
+    paths = {split_key(key)[0].rpartition("#")[0] for key in plan}
     for path, child in module.named_modules():
         if path in paths:
             handles.append(child.register_forward_pre_hook(enter(path), with_kwargs=True))

@@ -111,8 +111,8 @@ class Steps:
         order = list(moments(captured))
         reached: dict[str, str] = {}
         for key, event in self.taps.items():
-            if event.path != "=":
-                reached.setdefault(f"{self.alignment.parts[event.path][0].candidate}#{event.call}", key)
+            for part in self.alignment.parts[event.path] if event.path != "=" else ():
+                reached.setdefault(f"{part.candidate}#{event.call}", key)
         spoilt: set[str] = set()  # calls in which something went wrong that goes on
         for at, moment in enumerate(order):
             if moment.kind == "in" and reached.get(moment.where, "") in after:

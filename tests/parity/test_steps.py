@@ -221,3 +221,44 @@ def test_blocks_that_are_cut_differently_are_not_blamed() -> None:
     assert same.status in PASSING and not same.faults
     lost = compare_case(Case(Side(lambda c: Cut(True)), Side(lambda c: Cut(False, True)), given))
     assert [f.candidate for f in lost.faults] == ["norms.2"], [str(f) for f in lost.faults]
+
+
+class Fused(nn.Module):
+    """One layer for two, of which the other side runs the second first."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.embed, self.both, self.out = nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(8, 4)
+        self.norm = nn.LayerNorm(8, eps=eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.both(self.norm(self.embed(x))).chunk(2, -1)
+        out: Tensor = self.out(a * b.sin())
+        return out
+
+
+class Apart(Fused):
+    def __init__(self, eps: float) -> None:
+        super().__init__(eps)
+        del self.both
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        b = self.b(x).sin()
+        out: Tensor = self.out(self.a(x) * b)
+        return out
+
+
+def test_what_the_first_to_run_takes_is_compared() -> None:
+    def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        for kind in ("weight", "bias"):
+            state[f"a.{kind}"], state[f"b.{kind}"] = state.pop(f"both.{kind}").chunk(2)
+        return state
+
+    def compared(eps: float) -> ComponentResult:
+        return compare_case(Case(Side(lambda c: Fused()), Side(lambda c: Apart(eps)), given, convert))
+
+    assert compared(1e-6).passed
+    (fault,) = compared(1e-5).faults
+    assert fault.by == "norm ↔ norm (eps 1e-06 in the reference, 1e-05 in the candidate)"

@@ -8,7 +8,7 @@ corresponds to the module that holds the counterparts of all its leaves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,15 @@ class Alignment:
                 parts[entry.source].append(part)
             rules.setdefault(entry.source, entry.rule)
         return cls({k: tuple(v) for k, v in parts.items()}, rules)
+
+    def single(self, reference: Mapping[str, str], candidate: Mapping[str, str]) -> Alignment:
+        """The same with every module by its first path, where it has several: further paths -> first, of each side."""
+        parts: dict[str, tuple[Part, ...]] = {}
+        for path, mine in self.parts.items():
+            named = (replace(part, candidate=candidate.get(part.candidate, part.candidate)) for part in mine)
+            first = reference.get(path, path)
+            parts[first] = tuple(dict.fromkeys([*parts.get(first, ()), *named]))
+        return Alignment(parts, {reference.get(path, path): rule for path, rule in reversed(self.rules.items())})
 
     def leaves(self, path: str) -> list[str]:
         """Reference leaves at or below a reference module."""

@@ -50,8 +50,9 @@ def reference_state(case: Case, trace: Trace) -> State:
         found = load_file(case.weights)
         return {n: t.float() if t.is_floating_point() else t for n, t in found.items()} | kept
     weights = trace.meta["weights"]
+    tied = weights.get("tied", {})
     drawn = {
-        name: torch.from_numpy(draw(name, tuple(shape), weights["seed"]))
+        name: torch.from_numpy(draw(tied.get(name, name), tuple(shape), weights["seed"]))
         for name, shape in weights["shapes"].items()
         if name not in kept
     }

@@ -44,7 +44,6 @@ class Capture:
                 self._places.setdefault(f"{path}#{call}.{kind}", {})[name] = tensor
         return self._places.get(place, {})
 
-
     def first(self, modules: Iterable[str], call: int) -> str:
         """Which of these modules took something first in a call; of a finished run. The first named where none did."""
         names = list(modules)

@@ -26,7 +26,7 @@ from parity.locate import Fault, Guilty, Tap, faults, locate
 from parity.perturb import PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
-from parity.recorder import Exact, owners, told
+from parity.recorder import Exact, aliases, owners, told
 from parity.steps import Steps
 from parity.trace import Trace
 
@@ -112,6 +112,7 @@ def compare_component(
         exact: see `recorder.float64`.
     """
     module.to(device)
+    alignment = alignment.single(trace.meta.get("aliases", {}), aliases(module))
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     plain_ones = Plain.of(trace, module)

@@ -565,6 +565,13 @@ def owners(module: nn.Module) -> list[str]:
     return [path for path in dict.fromkeys(found) if not path.startswith(whole)]
 
 
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Further paths of modules that are registered at several places -> the first."""
+    first: dict[int, str] = {}
+    found = ((path, first.setdefault(id(m), path)) for path, m in module.named_modules(remove_duplicate=False))
+    return {path: at for path, at in found if path != at}
+
+
 def plain_modules(module: nn.Module) -> dict[str, str]:
     """Modules that compute without weights and have no parts: path -> class; not those that only hand on."""
     return {

@@ -29,6 +29,7 @@ from parity.perturb import PERTURBED, guard_passes
 from parity.recorder import (
     Recording,
     Watch,
+    aliases,
     attributes,
     file_sha256,
     owners,
@@ -36,7 +37,7 @@ from parity.recorder import (
     record,
     told,
 )  # fmt: skip
-from parity.state import built, built_dtypes, computed, state_of, state_sha256
+from parity.state import built, built_dtypes, computed, state_of, state_sha256, tied
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with
@@ -130,12 +131,14 @@ def record_reference(
         "source": {"file": str(case.weights or "drawn"), "sha256": state_sha256(state)},
         "weights": {
             "seed": seed,
+            "tied": tied(module),
             "shapes": {name: list(t.shape) for name, t in state.items() if t.is_floating_point()},
         },
         "config": json.loads(json.dumps(dict(case.config), default=str)),
         "seed": seed,
         "parents": parents,
         "leaves": leaves,
+        "aliases": aliases(module),
         "attributes": attributes(module),
         "dtypes": kinds,
         "level": "inside" if inside else level,

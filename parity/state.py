@@ -72,8 +72,9 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
     """
     own = module.state_dict()
     if case.weights is None:
+        same = tied(module)
         return {
-            name: torch.from_numpy(draw(name, tuple(tensor.shape), seed))
+            name: torch.from_numpy(draw(same.get(name, name), tuple(tensor.shape), seed))
             if tensor.is_floating_point() and name not in kept
             else tensor.clone()
             for name, tensor in own.items()
@@ -97,6 +98,13 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
     }
 
 
+def tied(module: nn.Module) -> dict[str, str]:
+    """Further names of one and the same tensor in a module's state -> the first."""
+    first: dict[int, str] = {}
+    found = ((name, first.setdefault(id(t), name)) for name, t in module.state_dict(keep_vars=True).items())
+    return {name: at for name, at in found if name != at}
+
+
 def computed(case: Case, module: nn.Module) -> list[str]:
     """The part of a built module's state that its class computes, so that it is not drawn: tables, frequencies.
 
@@ -104,7 +112,7 @@ def computed(case: Case, module: nn.Module) -> list[str]:
     their numbers are zero or one, which is what is filled later.
     """
     kept = re.compile(case.keep) if case.keep else None
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     trained = any(p.requires_grad for p in parameters.values())
     found = []
     for name, tensor in module.state_dict().items():

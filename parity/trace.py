@@ -151,7 +151,7 @@ class Trace:
 _META: dict[str, type | tuple[type, ...]] = {
     "events": list, "source": dict, "reference": dict, "casts": dict, "idle": list, "notes": list, "parents": list,
     "attributes": dict, "weights": dict, "seed": int, "float64": bool, "level": str, "component": str, "plain": dict,
-    "around": list,
+    "around": list, "aliases": dict,
 }  # fmt: skip
 
 

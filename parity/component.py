@@ -27,6 +27,7 @@ from parity.perturb import PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, aliases, owners, told
+from parity.reorder import reorder
 from parity.steps import Steps
 from parity.trace import Trace
 
@@ -180,6 +181,8 @@ def compare_component(
             ends = [judge(event, alone) for event in events(trace, name) if event.path == "="]
             if bad := worst(filter(_fails, ends)):
                 failing[""] = bad
+            if failing and result.guilty is None:
+                reorder(steps, alone.high, [key for key in failing if key])
             if failing and steps.settle(alone.high):
                 alone = run(isolation=isolation.planned(steps.plan))
                 of = {event.key: event for event in events(trace, name)}

@@ -7,7 +7,7 @@ replaced in place where it can be: then what reads the same tensor later (a resi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from parity.align import Alignment, Part, Place, channels, scatter
 from parity.case import Candidate
 from parity.mend import Plan, mended
 from parity.recorder import held
+from parity.rows import answering
 from parity.trace import Trace
 
 
@@ -89,12 +90,14 @@ class Isolation:
             self.given |= {(path, i) for i in calls}
         return result
 
-    def planned(self, plan: Plan) -> Callable[[nn.Module], AbstractContextManager[None]]:
-        """`of`, with further modules that take and answer what `plan` says."""
+    def planned(
+        self, plan: Plan, answers: Mapping[str, Tensor] | None = None
+    ) -> Callable[[nn.Module], AbstractContextManager[None]]:
+        """`of`, with further modules that take and answer what `plan` says, and leaves that answer `answers`."""
 
         @contextmanager
         def both(module: nn.Module) -> Iterator[None]:
-            with self.of(module), mended(module, self.trace, plan):
+            with self.of(module), mended(module, self.trace, plan), answering(module, answers or {}):
                 yield
 
         return both

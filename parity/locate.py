@@ -103,10 +103,16 @@ def faults(taps: Sequence[Tap], steps: Steps, alone: Capture, before: Mapping[st
     """
     found, since, alignment = [], "", steps.alignment
     for tap in taps:
-        if tap.module not in alignment.parts or not (tap.key in steps.found or (tap.reset and not tap.reset.passed)):
+        if tap.module not in alignment.parts or not (
+            tap.key in {*steps.found, *steps.rows} or (tap.reset and not tap.reset.passed)
+        ):
             continue
         ours, theirs, rule = _names(alignment, tap.module)
         call = _call(tap)
+        if tap.key in steps.rows:
+            found.append(Fault(ours, theirs, call, True, before[tap.key], "", str(steps.rows[tap.key])))
+            since = tap.key
+            continue
         for by in steps.found.get(tap.key, ()):
             found.append(Fault(ours, theirs, call, True, before[tap.key], "", str(by)))
         if tap.reset and not tap.reset.passed:
@@ -183,10 +189,14 @@ def locate(
         return Guilty(ours, theirs, rule, f"{also}: {size}", within, others)
     # An input differs while everything before matches: the step that makes it is at fault, and it owns no recorded tap.
     if steps is not None:
-        named = [*steps.found.get(first.key, ()), *filter(None, [steps.plain.suspect(first.key, captured)])]
+        named = [
+            *([steps.rows[first.key]] if first.key in steps.rows else ()),
+            *steps.found.get(first.key, ()),
+            *filter(None, [steps.plain.suspect(first.key, captured)]),
+        ]
         if named:
             seen = f"seen in {split_key(first.key)[2]} of {_names(alignment, first.module)[0]}: {size}"
-            return _accused(named[0], seen, within, others)
+            return _accused(named[0], seen, within, others, alignment)
     maker, taker = maker_of(trace, first.key, alignment, candidate, captured)
     reference, rule = behind(maker, alignment)
     code = steps.part(captured, maker, f"{taker}#{_call(first)}") if steps is not None and maker else "it"
@@ -196,8 +206,14 @@ def locate(
     return Guilty(maker or "the model's own forward", reference or name, rule, why, within, others, code=True)
 
 
-def _accused(by: Suspect, seen: str, within: str = "", others: tuple[str, ...] = ()) -> Guilty:
-    """A module without weights, or whose code, answers otherwise by itself."""
+def _accused(
+    by: Suspect, seen: str, within: str = "", others: tuple[str, ...] = (), alignment: Alignment | None = None
+) -> Guilty:
+    """A module without weights, or whose code, answers otherwise by itself; or modules with rows at other places."""
+    if by.rows:
+        why = f"it computes what its weights say, and all behind it matches if the conversion {by.rows}; {seen}"
+        rule = alignment.rule(by.reference.partition(", ")[0]) if alignment else ""
+        return Guilty(by.candidate, by.reference, rule, why, within, others)
     if by.code:
         why = f"the weights in it match, {by.code} does not compute what the reference does; {seen}"
         return Guilty(by.candidate or "the model's own forward", by.reference, "", why, within, others, code=True)

@@ -109,7 +109,7 @@ def mended(module: nn.Module, trace: Trace, plan: Plan) -> Iterator[None]:
         for name, own in named.items():
             if (known := plan.get(f"{where}.{name}")) is None:
                 continue
-            value = known[1](trace.value(known[0]).tensor(double)).to(own)
+            value = known[1](trace.value(known[0]).tensor(double)).to(own, copy=True)
             shared = any(step == 0 and size > 1 for step, size in zip(own.stride(), own.shape, strict=True))
             if shared or own.untyped_storage().data_ptr() in fixed:
                 given[name] = value

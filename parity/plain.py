@@ -27,15 +27,17 @@ class Suspect:
     Attributes:
         settings: how those of both differ.
         code: which part of the candidate's code, between the modules that it calls.
+        rows: what its conversion would have to do for the code behind it to match.
     """
 
     candidate: str
     reference: str
     settings: str = ""
     code: str = ""
+    rows: str = ""
 
     def __str__(self) -> str:
-        said = self.settings or self.code
+        said = self.settings or self.code or (f"all matches if the conversion {self.rows}" if self.rows else "")
         return f"{self.candidate} ↔ {self.reference}" + (f" ({said})" if said else "")
 
 

@@ -49,6 +49,7 @@ class Steps:
         isolation: what lets leaves stand alone.
         run: runs the candidate in float64 (float32 where that does not run), within an `isolation=`.
         plan: what mends the steps that go wrong.
+        rows: taps that match once the rows of leaves before them are in another order.
         found: who is at fault, by the tap that is reached next; under an empty key where none is.
     """
 
@@ -62,6 +63,7 @@ class Steps:
     double: bool = True
     plan: dict[str, tuple[str, Way]] = field(default_factory=dict)
     found: dict[str, list[Suspect]] = field(default_factory=dict)
+    rows: dict[str, Suspect] = field(default_factory=dict)
     _sorted: dict[str, Tensor] = field(default_factory=dict)
     _calls: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -155,7 +157,7 @@ class Steps:
 
     def _look(self, captured: Capture) -> Look:
         """What of a run is the reference's, and what is not."""
-        taps = frozenset(key for key in self.taps if self._tap_matches(key, captured))
+        taps = frozenset(key for key in self.taps if self.matches(key, captured))
         known: set[str] = set(taps)
         wrong: dict[Moment, tuple[str, Way]] = {}
         mine = {key: tensor.double().reshape(-1).sort().values for key, tensor in captured.tensors.items()}
@@ -224,7 +226,8 @@ class Steps:
         kept = (self.trace.keys(self.name, path, moment.call, moment.kind) for path in self.pairs[moment.path])
         return next((keys for keys in kept if keys), [])
 
-    def _tap_matches(self, key: str, captured: Capture) -> bool:
+    def matches(self, key: str, captured: Capture) -> bool:
+        """Whether a tap is the reference's in a run."""
         value = self.trace.value(key)
         mine = read(captured, self.alignment, self.candidate, self.taps[key].place, value.event.shape)
         if isinstance(mine, str):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.recorder import Dtypes, Exact, answers, bind, float64, listen, lossy, owner, tensors_of, uncompiled
+from parity.recorder import Dtypes, Exact, Singles, answers, bind, float64, listen, lossy, owner, tensors_of, uncompiled
 
 Forcing = Mapping[str, Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]]
 
@@ -23,7 +23,7 @@ class Capture:
     `producers` names, for each captured input, the innermost module whose output it is; inputs computed in between by
     plain operations have none. Inputs that are one and the same tensor have one number in `handed`. `casts` holds the
     floating-point dtypes computed inside each module. `ran` are modules that were called, or whose parameters were
-    computed with; `untouched` are the outermost one's own of which none was.
+    computed with; `untouched` are the outermost one's own of which none was. `singles`: see `recorder.Singles`.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -32,6 +32,7 @@ class Capture:
     casts: dict[str, list[str]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     untouched: set[str] = field(default_factory=set)
+    singles: set[str] = field(default_factory=set)
     _places: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def at(self, place: str) -> Mapping[str, Tensor]:
@@ -94,7 +95,7 @@ def capture(
             made.setdefault(id(tensor), (tensor, path))
         result.tensors[key] = _kept(tensor)
 
-    dtypes = Dtypes()
+    dtypes = Singles() if double else Dtypes()
     kind = torch.float64 if double else getattr(torch, dtype or "float32")
     values = {k: (v.to(kind) if v.is_floating_point() else v).to(device) for k, v in inputs.items()}
     with ExitStack() as stack:
@@ -105,11 +106,10 @@ def capture(
             stack.enter_context(lossy(module, kind))
         for path, forced in (forcing or {}).items():
             stack.enter_context(_forced(module.get_submodule(path), forced))
-        result.ran = stack.enter_context(listen(module, lambda path: True, sink, None if double else dtypes))
+        result.ran = stack.enter_context(listen(module, lambda path: True, sink, dtypes))
         if isolation is not None:
             stack.enter_context(isolation(module))
-        if not double:
-            stack.enter_context(dtypes)
+        stack.enter_context(dtypes)
         out = call(module, values)
     for name, tensor in answers(out):
         result.tensors[f"=.out.{name}"] = _kept(tensor)
@@ -117,6 +117,7 @@ def capture(
     result.ran = {*result.ran, *(owner(n.rpartition(".")[0]) for n in used)}
     result.untouched = {n for n, p in module.named_parameters(recurse=False) if id(p) not in dtypes.used}
     result.casts = {path: sorted(seen) for path, seen in dtypes.seen.items()}
+    result.singles = dtypes.mixed if isinstance(dtypes, Singles) else set()
     return result
 
 

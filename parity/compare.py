@@ -95,6 +95,7 @@ def judge(
     positions: Tensor | None = None,
     single: float | None = None,
     accepted: float | None = None,
+    singles: str = "",
 ) -> Verdict:
     """Compare a candidate's flat samples, `low` (float32 run) and `high` (float64 run), with a recorded value.
 
@@ -104,6 +105,7 @@ def judge(
         single: float64 could not run: the family's baseline, a scaled difference in float32, decides; NaN where none is
             known.
         accepted: scaled difference that one side's lower precision may make.
+        singles: where a side's float64 run took numbers of float32; empty where none did.
     """
     total = torch.Size(reference.event.shape).numel()
     if low.numel() != reference.low.numel() or high.numel() != reference.high.numel():
@@ -120,6 +122,7 @@ def judge(
     norms = float(a.norm() * b.norm())
     at = int(delta.argmax())
     note = ""
+    stays = d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale)
     if not all(math.isfinite(x) for x in (d32, d64, peak)):
         status, note = DIFFERS, _not_finite(a, b)
     elif d32 / scale > gate:
@@ -133,9 +136,10 @@ def judge(
             status, note = SKIPPED, "float64 cannot run, and the case gives no `baseline`"
         elif d32 == 0:
             status = IDENTICAL
-    elif d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale):
+    elif stays and not (singles and d64 <= max(noise_reference, noise_candidate)):
         status, note = DIFFERS, f"float64 keeps {d64:.1e} of {d32:.1e}"
-    elif casts and max(noise_reference, noise_candidate) > NOISIER * min(noise_reference, noise_candidate):
+    elif stays or (casts and max(noise_reference, noise_candidate) > NOISIER * min(noise_reference, noise_candidate)):
+        casts = singles if stays else casts
         within = accepted is not None and d32 <= BASELINES * accepted * scale
         status, note = (ROUNDING, f"within the case's baseline: {casts}") if within else (PRECISION, casts)
     else:

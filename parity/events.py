@@ -131,8 +131,18 @@ class Judge:
         if event.kind == "in":  # made by code that stands in no recorded module
             casts = casts or self.casts.get("", "")
         return judge(
-            what, value, a, b, gate=self.gate, casts=casts, positions=index, single=self.single, accepted=self.accepted
-        )
+            what, value, a, b, gate=self.gate, casts=casts, positions=index, single=self.single, accepted=self.accepted,
+            singles=_singles(self.trace.meta.get("singles", ()), pair.high.singles),
+        )  # fmt: skip
+
+
+def _singles(reference: Collection[str], candidate: Collection[str]) -> str:
+    """Where numbers of float32 came into float64 runs."""
+    found = []
+    for side, paths in (("reference", reference), ("candidate", candidate)):
+        where = ", ".join(sorted(path or "its outermost code or its call" for path in paths)[:3])
+        found += [f"the {side} computes with numbers that were made in float32, in {where}"] if paths else []
+    return "; ".join(found)
 
 
 def events(trace: Trace, name: str) -> Iterator[Event]:

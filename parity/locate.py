@@ -15,7 +15,7 @@ import torch
 from parity.align import NEVER_RAN, Alignment, Place, read
 from parity.capture import Capture
 from parity.case import Candidate
-from parity.compare import FALL, SKIPPED, Verdict
+from parity.compare import FALL, PRECISION, SKIPPED, Verdict
 from parity.makers import behind, maker_of
 from parity.plain import Suspect
 from parity.recorder import sample_indices
@@ -180,6 +180,7 @@ def locate(
         return Guilty(*_names(alignment, first.module), f"not compared: {first.free.note}", within, others)
     size = f"max|Δ| {first.free.max_abs:.1e}, in float64 {first.free.max_abs64:.1e}, floor {first.free.floor:.1e}"
     size = size if math.isfinite(first.free.max_abs) else first.free.note
+    size += f"; {first.free.note}" if first.free.status == PRECISION else ""
     if first.kind == "out":
         inputs = [t for t in taps if t.module == first.module and t.kind == "in"]
         match = inputs and all(t.free.passed for t in inputs)

@@ -206,6 +206,29 @@ class Dtypes(TorchFunctionMode):
         return out
 
 
+class Singles(Dtypes):
+    """Notes, of a run in float64, inside which modules numbers of float32 became numbers of float64.
+
+    Such numbers were made where nobody sees it (by numpy, by an import), so that they carry float32's rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # `Float64` would hide what their dtypes are
+            if isinstance(out, Tensor) and out.dtype in _SMALLER:
+                values = (*args, *(kwargs or {}).values())
+                given = (i for v in values for i in (v if isinstance(v, (list, tuple)) else (v,)))
+                if any(isinstance(i, Tensor) and i.dtype in _LARGER and i.numel() > 1 for i in given):
+                    self.mixed.add(self.stack[-1])
+        return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Watch:
     """Which modules to record: a regular expression for the whole module path, and how many elements of each tensor."""
@@ -472,6 +495,7 @@ def record(
     recording = Recording(dict(meta))
     casts: dict[str, set[str]] = {}
     ran: set[str] = set()
+    singles: set[str] = set()
     notes: list[str] = []
     for name, (call, inputs) in passes.items():
         seeded(seed)
@@ -481,9 +505,10 @@ def record(
         again = seen
         if double:
             seeded(seed)
-            again, _, _ = _run(
+            again, mixed, _ = _run(
                 module, call, {k: v.clone() for k, v in inputs.items()}, watch_of, double=True, exact=exact
             )
+            singles |= mixed.keys()
         rough = {}
         for dtype in dtypes:
             seeded(seed)
@@ -512,6 +537,7 @@ def record(
     idle = [path for path in owners(module) if path not in ran]
     recording.meta |= {"torch": torch.__version__, "dtype": "float32", "casts": _grouped(casts), "idle": idle}
     recording.meta |= {"notes": notes} if notes else {}
+    recording.meta |= {"singles": sorted(singles)} if singles else {}
     recording.meta |= {} if double else {"float64": False}
     return recording
 
@@ -605,7 +631,10 @@ def _run(
     dtype: str = "float32",
     exact: Exact | None = None,
 ) -> tuple[dict[str, tuple[torch.Size, str, Tensor]], dict[str, list[str]], set[str]]:
-    """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran)."""
+    """One run -> (shape, dtype and flat samples by key; dtypes computed by module; modules that ran).
+
+    Of a run in float64 the dtypes are float32 alone, where it came in (`Singles`).
+    """
     seen: dict[str, tuple[torch.Size, str, Tensor]] = {}
 
     def keep(key: str, tensor: Tensor, elements: int | None) -> None:
@@ -618,21 +647,20 @@ def _run(
         if watch and (kind == "out" or watch.inputs):
             keep(key, tensor, watch.elements)
 
-    dtypes = Dtypes()
+    dtypes = Singles() if double else Dtypes()
     kind = torch.float64 if double else getattr(torch, dtype)
     values = {k: v.to(kind) if v.is_floating_point() else v for k, v in inputs.items()}
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         if double:
             stack.enter_context(float64(module, exact=exact))
-        ran = stack.enter_context(
-            listen(module, lambda path: watch_of(path) is not None, sink, None if double else dtypes)
-        )
-        if not double:
-            stack.enter_context(dtypes)
+        ran = stack.enter_context(listen(module, lambda path: watch_of(path) is not None, sink, dtypes))
+        stack.enter_context(dtypes)
         out = call(module, values)
     for key, value in answers(out):
         keep(f"=.out.{key}", value, None)
+    if isinstance(dtypes, Singles):
+        return seen, {path: ["float32"] for path in dtypes.mixed}, ran
     return seen, {path: sorted(found) for path, found in dtypes.seen.items()}, ran
 
 

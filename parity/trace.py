@@ -151,7 +151,7 @@ class Trace:
 _META: dict[str, type | tuple[type, ...]] = {
     "events": list, "source": dict, "reference": dict, "casts": dict, "idle": list, "notes": list, "parents": list,
     "attributes": dict, "weights": dict, "seed": int, "float64": bool, "level": str, "component": str, "plain": dict,
-    "around": list, "aliases": dict,
+    "around": list, "aliases": dict, "singles": list,
 }  # fmt: skip
 
 

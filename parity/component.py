@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import nn
@@ -19,7 +19,7 @@ from parity.align import Alignment
 from parity.arbiter import cast_disagreement
 from parity.case import Candidate
 from parity.compare import GATE, PASSING, SKIPPED, Verdict, skipped, worst
-from parity.events import Judge, Runner, events, settle
+from parity.events import Judge, Runner, events, settle, singles_of
 from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
@@ -119,6 +119,7 @@ def compare_component(
     plain_ones = Plain.of(trace, module)
     ran: set[str] = set()
     untouched: set[str] | None = None
+    singles: dict[str, str] = {}
     runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
         forcing = forcings(trace, name, candidate, alignment)
@@ -142,6 +143,11 @@ def compare_component(
         single = None if runner.double else baseline or math.nan
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
         judge = Judge(trace, candidate, alignment, gate, casts, single, dtype, baseline)
+        if alone is not None and (low := singles_of(trace.meta.get("singles", ()), free.high.singles)):
+            apart = [e for e in events(trace, name) if e.kind == "out" and (e.path, e.call) in isolation.given]
+            if not any(_fails(judge(event, alone)) for event in apart):  # else a module computes otherwise by itself
+                singles[name] = low
+        judge = replace(judge, singles=singles.get(name.partition(PERTURBED)[0], ""))
         forced = [f.path for f in forcing.values() if not f.unfit]
         taps, outputs, differing = [], [], []
         for event in events(trace, name):

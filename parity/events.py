@@ -92,6 +92,7 @@ class Judge:
     Attributes:
         casts: reference module -> what the cast traces of both sides disagree on.
         single: the baseline where float64 cannot run, see `compare.judge`; `accepted`: the one that a case gives.
+        singles: where numbers of float32 came into float64 runs, where that may explain what float64 keeps.
         dtype: of a lossy run, judged by its distance from the float64 truth; empty for float32.
     """
 
@@ -103,6 +104,7 @@ class Judge:
     single: float | None = None
     dtype: str = ""
     accepted: float | None = None
+    singles: str = ""
 
     def __call__(self, event: Event, pair: Pair, reach: Capture | None = None) -> Verdict:
         """The verdict on an event; `not compared` where the candidate has no counterpart of it.
@@ -132,11 +134,11 @@ class Judge:
             casts = casts or self.casts.get("", "")
         return judge(
             what, value, a, b, gate=self.gate, casts=casts, positions=index, single=self.single, accepted=self.accepted,
-            singles=_singles(self.trace.meta.get("singles", ()), pair.high.singles),
+            singles=self.singles,
         )  # fmt: skip
 
 
-def _singles(reference: Collection[str], candidate: Collection[str]) -> str:
+def singles_of(reference: Collection[str], candidate: Collection[str]) -> str:
     """Where numbers of float32 came into float64 runs."""
     found = []
     for side, paths in (("reference", reference), ("candidate", candidate)):

@@ -82,4 +82,10 @@ def test_a_fault_beside_such_a_table_stays_a_difference() -> None:
 
     low = replace(case, candidate=Side(Turned, call(lambda: IMPORTED)), baseline=1e-6)
     result = compare_case(low, edit=spoil)
-    assert result.status == DIFFERS and result.guilty is not None and result.guilty.candidate == "b"
+    assert result.status == DIFFERS and ("b", False) in {(f.candidate, f.step) for f in result.faults}
+
+    def slightly(m: Any) -> None:
+        m.b.bias.data[1] += 2e-7
+
+    small = compare_case(low, edit=slightly)  # below the rounding of such a table, but in a module that stands alone
+    assert small.status == DIFFERS, small.status

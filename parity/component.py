@@ -29,7 +29,9 @@ from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, aliases, owners, told
 from parity.reorder import reorder
 from parity.steps import Steps
+from parity.tied import tied
 from parity.trace import Trace
+from parity.twins import answers, settled, twins
 
 
 @dataclass
@@ -117,18 +119,24 @@ def compare_component(
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     plain_ones = Plain.of(trace, module)
+    whole, theirs, ours = alignment, twins(trace.meta.get("weights", {}).get("tied", {})), twins(tied(module))
     ran: set[str] = set()
     untouched: set[str] | None = None
     runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
-        forcing = forcings(trace, name, candidate, alignment)
-        isolation = Isolation(trace, name, candidate, alignment)
         if plain(name) not in candidate.passes:
             result.reason = f"the candidate has no call for the pass {plain(name)!r}"
             return result
         run = partial(runner.pair, candidate.passes[plain(name)], trace.inputs(name))
         try:
             free = run()
+            recorded = {
+                key.partition("/")[2]: event.shape for key, event in trace.events.items() if key.startswith(f"{name}/")
+            }
+            called = {key: tensor.shape for key, tensor in free.low.tensors.items()}
+            alignment = settled(whole, theirs, ours, answers(recorded), answers(called))
+            forcing = forcings(trace, name, candidate, alignment)
+            isolation = Isolation(trace, name, candidate, alignment)
             settle(trace, name, candidate, alignment, free)
             deep = level != "component" and not dtype
             reset = run(forcing=forcing) if forcing and deep else None
@@ -206,7 +214,9 @@ def compare_component(
     result.unused = [
         path
         for path in owners(module)
-        if path and path not in ran and not all(skip.fullmatch(b) for b in alignment.behind(path) or ["-"])
+        if path
+        and not ran & {path, *ours.get(path, ())}
+        and not all(skip.fullmatch(b) for b in whole.behind(path) or ["-"])
     ]
     result.unused += sorted(name for name in untouched or () if not skip.fullmatch(name))
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
@@ -214,8 +224,8 @@ def compare_component(
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.
     if "module" == level == trace.meta.get("level", "module"):
         result.unwatched = [
-            leaf for leaf, parts in alignment.parts.items()
-            if leaf and leaf not in recorded and any(part.candidate for part in parts)
+            leaf for leaf, parts in whole.parts.items()
+            if leaf and not recorded & {leaf, *theirs.get(leaf, ())} and any(part.candidate for part in parts)
         ]  # fmt: skip
     return result
 

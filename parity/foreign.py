@@ -32,7 +32,7 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 KIT = (
     "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "loading.py", "perturb.py",
     "recorder.py", "reference.py", "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py",
-    "shims_others.py", "shims_timm.py", "state.py", "stubs.py",
+    "shims_others.py", "shims_timm.py", "state.py", "stubs.py", "tied.py",
 )  # fmt: skip
 SHIMMED = ("flash_attn", "flash_attn_interface", "xformers", "apex", "timm")  # what parity/shims.py has
 LIMIT = 1800.0  # seconds

@@ -18,7 +18,7 @@ from torch import nn
 from parity.align import Alignment
 from parity.arbiter import cast_disagreement
 from parity.case import Candidate
-from parity.compare import GATE, PASSING, SKIPPED, Verdict, skipped, worst
+from parity.compare import GATE, IDENTICAL, PASSING, SKIPPED, Verdict, skipped, worst
 from parity.events import Judge, Runner, events, settle
 from parity.force import forcings
 from parity.isolate import Isolation
@@ -130,11 +130,9 @@ def compare_component(
         run = partial(runner.pair, candidate.passes[plain(name)], trace.inputs(name))
         try:
             free = run()
-            recorded = {
-                key.partition("/")[2]: event.shape for key, event in trace.events.items() if key.startswith(f"{name}/")
-            }
+            made = {k.partition("/")[2]: e.shape for k, e in trace.events.items() if k.startswith(f"{name}/")}
             called = {key: tensor.shape for key, tensor in free.low.tensors.items()}
-            alignment = settled(whole, theirs, ours, answers(recorded), answers(called))
+            alignment = settled(whole, theirs, ours, answers(made), answers(called))
             forcing = forcings(trace, name, candidate, alignment)
             isolation = Isolation(trace, name, candidate, alignment)
             settle(trace, name, candidate, alignment, free)
@@ -151,7 +149,7 @@ def compare_component(
         casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
         judge = Judge(trace, candidate, alignment, gate, casts, single, dtype, baseline)
         forced = [f.path for f in forcing.values() if not f.unfit]
-        taps, outputs, differing = [], [], []
+        taps, outputs, differing, unlike = [], [], [], []
         for event in events(trace, name):
             if event.path == "=":
                 outputs.append(judge(event, free))
@@ -169,6 +167,19 @@ def compare_component(
             )
             if event.path in alignment.parts and not dtype and taps[-1].differs:
                 differing.append((len(taps) - 1, event, given))
+            if event.path in alignment.parts and not dtype and event.kind == "in" and taps[-1].free.status == SKIPPED:
+                unlike.append((len(taps) - 1, event))
+        if unlike:
+            takers = {event.path: alignment.parts[event.path][0].candidate for _, event in unlike}
+            shapes = runner.unread(candidate.passes[plain(name)], trace.inputs(name), set(takers.values()))
+            for at, event in unlike:
+                if takers[event.path] in shapes:
+                    taps[at] = taps[at].judged(Verdict(taps[at].free.name, IDENTICAL, max_abs=0.0, max_abs64=0.0), None)
+            result.notes += [
+                f"{name}: {alignment.label(path)} gets something else, and nothing but its shape is used: not judged"
+                for path, taker in takers.items()
+                if taker in shapes
+            ]
         reach = None
         if differing:
             paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parity import stubs
 from parity.align import Alignment
 from parity.case import Case
 from parity.component import ComponentResult
@@ -71,6 +72,7 @@ def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Con
     Raises:
         BadInputError: it is none of these, or does not take this state.
     """
+    stubs.install(case.candidate.stubs)  # a conversion may come from a script that imports more than it uses
     recipe = recipe_of(case)
     if recipe is not None:
         header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}

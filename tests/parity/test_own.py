@@ -439,3 +439,18 @@ def test_a_side_s_field_that_would_have_another_effect_is_refused(fields: dict[s
 
 def test_a_name_is_no_path() -> None:
     assert Outcome(None, "../../evil", Options()).folder == Path("parity-.._.._evil")
+
+
+def test_a_conversion_may_import_what_it_does_not_use() -> None:
+    def from_a_script(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        from nowhere_at_all import tool  # type: ignore[import-not-found]
+
+        return convert(state) if tool else {}
+
+    with pytest.raises(BadInputError, match="nowhere_at_all") as caught:
+        compare_case(replace(case, convert=from_a_script))
+    assert "stubs=('nowhere_at_all',) of the candidate's Side" in str(caught.value.hint)
+    result = compare_case(
+        replace(case, convert=from_a_script, candidate=replace(case.candidate, stubs=("nowhere_at_all",)))
+    )
+    assert result.passed, reason_of(result)

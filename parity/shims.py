@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from parity import shims_cuda as cuda
+from parity import shims_engine as engine
 from parity import shims_flash as flash
 from parity import shims_others as others
 from parity import shims_timm as timm
@@ -46,10 +47,11 @@ VERSIONS = {
     "xformers": "0.0.30",
     "apex": "0.1",
     "timm": "1.0.0",
+    "transformer_engine": "2.0.0",
 }
 CUDA = "cuda"  # no package: the device
 # flash_attn_interface is prepared on demand only: projects prefer it, and its answer changed between its versions.
-USUAL = ("flash_attn", "xformers", "apex", "timm", CUDA)
+USUAL = ("flash_attn", "xformers", "apex", "timm", "transformer_engine", CUDA)
 
 
 def install(names: Iterable[str] | None = None) -> list[str]:
@@ -143,6 +145,15 @@ def _contents(name: str, version: str) -> dict[str, dict[str, Any]]:
         layers = of(timm, _LAYERS)
         paths = ("timm.layers", "timm.models", "timm.models.layers", "timm.models.vision_transformer")
         return {"timm": {"__version__": version}, **dict.fromkeys(paths, layers)}
+    if name == "transformer_engine":
+        norms, attention = of(engine, ("LayerNorm", "RMSNorm")), of(engine, ("DotProductAttention",))
+        rotary = of(engine, ("apply_rotary_pos_emb",))
+        return {
+            name: {"__version__": version},
+            f"{name}.pytorch": {**norms, **attention},
+            f"{name}.pytorch.attention": {**attention, **rotary},
+            f"{name}.pytorch.attention.rope": rotary,
+        }
     norms = of(others, _NORMS)
     return {"apex": {}, "apex.normalization": norms, "apex.normalization.fused_layer_norm": norms}
 

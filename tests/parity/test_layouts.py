@@ -172,3 +172,25 @@ def test_an_input_of_another_shape_that_is_used_is_not_passed_over() -> None:
 
     result = compare_case(Case(Side(Frames), Side(Port), grid.inputs))
     assert not result.passed
+
+
+def test_what_could_not_be_compared_before_a_fault_is_named_with_it() -> None:
+    class Modulated(nn.Module):
+        """x (B, L, 4), t (B, L) -> (B, L, 4): each token has a time of its own."""
+
+        def __init__(self, config: Mapping[str, Any]) -> None:
+            super().__init__()
+            self.time, self.out = nn.Linear(1, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.out(x * self.time(t.flatten()[:, None]).unflatten(0, t.shape))
+
+    class Once(Modulated):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.out(x * self.time(t[:, :1])[:, None])
+
+    result = compare_case(
+        Case(Side(Modulated), Side(Once), lambda c, draw: {"x": draw("x", 2, 5, 4), "t": draw("t", 2, 5)})
+    )
+    assert not result.passed and result.guilty is not None
+    assert "before it time could not be compared: shape (2, 1), reference (10, 1)" in result.guilty.why

@@ -407,7 +407,7 @@ def test_a_package_that_is_there_stays(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "xformers" / "__init__.py").write_text("import xformers.half\nraise OSError('libcudart.so.12')\n")
     (tmp_path / "xformers" / "half.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert shims.install([n for n in shims.USUAL if n != shims.CUDA]) == ["xformers", "apex", "timm"]
+    assert shims.install([n for n in shims.USUAL if n != shims.CUDA]) == ["xformers", "apex", "timm", "transformer_engine"]
     assert importlib.import_module("flash_attn").real
     assert "xformers.half" not in sys.modules and importlib.import_module("xformers.ops").unbind
 

@@ -35,7 +35,7 @@ KIT = (
     "shims_others.py", "shims_timm.py", "state.py", "stubs.py", "tied.py",
 )  # fmt: skip
 SHIMMED = (  # what parity/shims.py has
-    "flash_attn", "flash_attn_interface", "xformers", "apex", "timm", "transformer_engine",
+    "flash_attn", "flash_attn_interface", "xformers", "apex", "timm", "transformer_engine", "kernels",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent

@@ -325,10 +325,11 @@ def test_compiled_code_runs_as_it_is_written() -> None:
     [
         (
             torch.tensor([[[0.0, 1], [0, 2]]] * 2),
-            torch.tensor([[[0.0, 2], [0, 1]]] * 2),
+            torch.tensor([[[0.0, 1], [0, 1]]] * 2),
         ),  # places, as all of a batch have
         (torch.tensor([937.0, 21.0]), torch.tensor([21.0, 937.0])),
         (torch.tensor([[3, 3], [5, 5]]), torch.tensor([[5, 5], [3, 3]])),
+        (torch.tensor([[4, 5], [4, 6]]), torch.tensor([[4, 4], [4, 4]])),  # other means as well
         (torch.tensor(7), torch.tensor(6)),
         (torch.tensor([[True, True], [True, True]]), torch.tensor([[True, False], [True, False]])),
         (torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1, 0], [1, 0]])),  # a row that shows nothing gives NaN

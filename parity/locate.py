@@ -162,9 +162,9 @@ def locate(
     # What differs, or never ran, before what cannot be compared.
     failing = [t for t in comparable if not t.free.passed]
     if failing and unlike is not None and failing[0] is not unlike:  # which may be the cause
-        found = locate(trace, name, comparable, outputs, alignment, candidate, captured, step, plain)
+        guilty = locate(trace, name, comparable, outputs, alignment, candidate, captured, step, plain)
         before = f"before it {_names(alignment, unlike.module)[0]} could not be compared: {unlike.free.note}"
-        return found and replace(found, why=f"{found.why}; {before}")
+        return guilty and replace(guilty, why=f"{guilty.why}; {before}")
     failing = failing or [t for t in taps if not t.free.passed]
     if not failing:
         bad = [v for v in outputs if not v.passed]

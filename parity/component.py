@@ -172,14 +172,11 @@ def compare_component(
         if unlike:
             takers = {event.path: alignment.parts[event.path][0].candidate for _, event in unlike}
             shapes = runner.unread(candidate.passes[plain(name)], trace.inputs(name), set(takers.values()))
-            for at, event in unlike:
-                if takers[event.path] in shapes:
-                    taps[at] = taps[at].judged(Verdict(taps[at].free.name, IDENTICAL, max_abs=0.0, max_abs64=0.0), None)
-            result.notes += [
-                f"{name}: {alignment.label(path)} gets something else, and nothing but its shape is used: not judged"
-                for path, taker in takers.items()
-                if taker in shapes
-            ]
+            passed = {at: event.path for at, event in unlike if takers[event.path] in shapes}
+            for at in passed:
+                taps[at] = taps[at].judged(Verdict(taps[at].free.name, IDENTICAL, max_abs=0.0, max_abs64=0.0), None)
+            other = "gets something else, and nothing but its shape is used: not judged"
+            result.notes += [f"{name}: {alignment.label(path)} {other}" for path in dict.fromkeys(passed.values())]
         reach = None
         if differing:
             paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}

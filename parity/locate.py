@@ -162,7 +162,7 @@ def locate(
     # What differs, or never ran, before what cannot be compared.
     failing = [t for t in comparable if not t.free.passed]
     if failing and unlike is not None and failing[0] is not unlike:  # which may be the cause
-        guilty = locate(trace, name, comparable, outputs, alignment, candidate, captured, step, plain)
+        guilty = locate(trace, name, comparable, outputs, alignment, candidate, captured, step, steps)
         before = f"before it {_names(alignment, unlike.module)[0]} could not be compared: {unlike.free.note}"
         return guilty and replace(guilty, why=f"{guilty.why}; {before}")
     failing = failing or [t for t in taps if not t.free.passed]

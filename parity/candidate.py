@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parity import stubs
 from parity.align import Alignment
 from parity.case import Case
 from parity.component import ComponentResult
@@ -22,6 +23,7 @@ from parity.loading import split_case
 from parity.preflight import differing_dtypes, round_trip
 from parity.recorder import Exact, float64, seeded, told
 from parity.state import built_dtypes
+from parity.tied import tied, with_all_names
 from parity.trace import Trace
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError
@@ -47,12 +49,12 @@ def reference_state(case: Case, trace: Trace) -> State:
     """The reference's state again: from its file, or drawn as the trace says; never from the reference's memory."""
     kept = {name.removeprefix("state/"): tensor for name, tensor in trace.extra("state/").items()}
     if case.weights is not None:
-        found = load_file(case.weights)
+        found = with_all_names(load_file(case.weights), trace.meta["weights"].get("tied", {}))
         return {n: t.float() if t.is_floating_point() else t for n, t in found.items()} | kept
     weights = trace.meta["weights"]
-    tied = weights.get("tied", {})
+    ties = trace.meta["weights"].get("tied", {})
     drawn = {
-        name: torch.from_numpy(draw(tied.get(name, name), tuple(shape), weights["seed"]))
+        name: torch.from_numpy(draw(ties.get(name, name), tuple(shape), weights["seed"]))
         for name, shape in weights["shapes"].items()
         if name not in kept
     }
@@ -70,6 +72,7 @@ def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Con
     Raises:
         BadInputError: it is none of these, or does not take this state.
     """
+    stubs.install(case.candidate.stubs)  # a conversion may come from a script that imports more than it uses
     recipe = recipe_of(case)
     if recipe is not None:
         header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
@@ -135,12 +138,17 @@ def filled(
     known = tables(module, lambda: case.candidate.module(case.config), seed, result.notes)
     try:
         converted = {n: t for n, t in conversion.state(dict(state)).items() if isinstance(t, Tensor)}
-        missing, extra = module.load_state_dict(converted if own is None else own, strict=False)
+        given = converted if own is None else own
+        missing, extra = module.load_state_dict(given, strict=False)
+        one = with_all_names(given, ties := tied(module))
     except RuntimeError as error:
         result.reason = f"the converted weights do not fit the candidate: {str(error).splitlines()[-1].strip()}"
         return None
     kept = re.compile(case.keep) if case.keep else None
-    missing = [n for n in missing if not (kept and kept.fullmatch(n))]
+    missing = [n for n in missing if n not in one and not (kept and kept.fullmatch(n))]
+    if torn := [n for n, earlier in ties.items() if n in one and not one[n].equal(one[earlier])]:
+        result.reason = f"the candidate holds {ties[torn[0]]} and {torn[0]} as one tensor, the conversion makes two"
+        return None
     if missing or extra:
         words = [
             f"{len(names)} {what}: {', '.join(names[:3])}"
@@ -152,10 +160,11 @@ def filled(
         return None
     result.notes += differing_dtypes(trace.meta.get("dtypes", {}), kinds)
     result.notes += round_trip(conversion.moves, state, converted)
-    if conversion.dropped:
-        result.warnings.append(
-            f"the conversion drops {len(conversion.dropped)} tensors: {', '.join(conversion.dropped[:3])}"
-        )
+    arrived = with_all_names(
+        dict.fromkeys(move.source for move in conversion.moves), trace.meta["weights"].get("tied", {})
+    )
+    if dropped := [name for name in conversion.dropped if name not in arrived]:
+        result.warnings.append(f"the conversion drops {len(dropped)} tensors: {', '.join(dropped[:3])}")
     try:
         with float64():
             wide = {n: exact.get(n, t).double() if t.is_floating_point() else t for n, t in state.items()}

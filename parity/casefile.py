@@ -50,7 +50,7 @@ def compare_case_file(
         raise UsageError(
             f"{shown} runs the original code", expected=f"a checkout of {pinned}", hint="--reference-repo <checkout>"
         )
-    repo = options.reference_repo / pinned.source if options.reference_repo is not None else None
+    repo = pinned.folder(options.reference_repo) if options.reference_repo is not None else None
     progress(f"{shown}: the reference")
 
     def recorded(level: str, inside: str = "") -> Trace:

@@ -18,7 +18,7 @@ from torch import nn
 from parity.align import Alignment
 from parity.arbiter import cast_disagreement
 from parity.case import Candidate
-from parity.compare import GATE, PASSING, SKIPPED, Verdict, skipped, worst
+from parity.compare import GATE, IDENTICAL, PASSING, SKIPPED, Verdict, skipped, worst
 from parity.events import Judge, Runner, events, settle, singles_of
 from parity.force import forcings
 from parity.isolate import Isolation
@@ -29,7 +29,9 @@ from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, aliases, owners, told
 from parity.reorder import reorder
 from parity.steps import Steps
+from parity.tied import tied
 from parity.trace import Trace
+from parity.twins import answers, settled, twins
 
 
 @dataclass
@@ -117,19 +119,23 @@ def compare_component(
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
     plain_ones = Plain.of(trace, module)
+    whole, theirs, ours = alignment, twins(trace.meta.get("weights", {}).get("tied", {})), twins(tied(module))
     ran: set[str] = set()
     untouched: set[str] | None = None
     singles: dict[str, str] = {}
     runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
-        forcing = forcings(trace, name, candidate, alignment)
-        isolation = Isolation(trace, name, candidate, alignment)
         if plain(name) not in candidate.passes:
             result.reason = f"the candidate has no call for the pass {plain(name)!r}"
             return result
         run = partial(runner.pair, candidate.passes[plain(name)], trace.inputs(name))
         try:
             free = run()
+            made = {k.partition("/")[2]: e.shape for k, e in trace.events.items() if k.startswith(f"{name}/")}
+            called = {key: tensor.shape for key, tensor in free.low.tensors.items()}
+            alignment = settled(whole, theirs, ours, answers(made), answers(called))
+            forcing = forcings(trace, name, candidate, alignment)
+            isolation = Isolation(trace, name, candidate, alignment)
             settle(trace, name, candidate, alignment, free)
             deep = level != "component" and not dtype
             reset = run(forcing=forcing) if forcing and deep else None
@@ -149,7 +155,7 @@ def compare_component(
                 singles[name] = low
         judge = replace(judge, singles=singles.get(name.partition(PERTURBED)[0], ""))
         forced = [f.path for f in forcing.values() if not f.unfit]
-        taps, outputs, differing = [], [], []
+        taps, outputs, differing, unlike = [], [], [], []
         for event in events(trace, name):
             if event.path == "=":
                 outputs.append(judge(event, free))
@@ -167,6 +173,16 @@ def compare_component(
             )
             if event.path in alignment.parts and not dtype and taps[-1].differs:
                 differing.append((len(taps) - 1, event, given))
+            if event.path in alignment.parts and not dtype and event.kind == "in" and taps[-1].free.status == SKIPPED:
+                unlike.append((len(taps) - 1, event))
+        if unlike:
+            takers = {event.path: alignment.parts[event.path][0].candidate for _, event in unlike}
+            shapes = runner.unread(candidate.passes[plain(name)], trace.inputs(name), set(takers.values()))
+            passed = {at: event.path for at, event in unlike if takers[event.path] in shapes}
+            for at in passed:
+                taps[at] = taps[at].judged(Verdict(taps[at].free.name, IDENTICAL, max_abs=0.0, max_abs64=0.0), None)
+            other = "gets something else, and nothing but its shape is used: not judged"
+            result.notes += [f"{name}: {alignment.label(path)} {other}" for path in dict.fromkeys(passed.values())]
         reach = None
         if differing:
             paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}
@@ -212,7 +228,9 @@ def compare_component(
     result.unused = [
         path
         for path in owners(module)
-        if path and path not in ran and not all(skip.fullmatch(b) for b in alignment.behind(path) or ["-"])
+        if path
+        and not ran & {path, *ours.get(path, ())}
+        and not all(skip.fullmatch(b) for b in whole.behind(path) or ["-"])
     ]
     result.unused += sorted(name for name in untouched or () if not skip.fullmatch(name))
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
@@ -220,8 +238,8 @@ def compare_component(
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.
     if "module" == level == trace.meta.get("level", "module"):
         result.unwatched = [
-            leaf for leaf, parts in alignment.parts.items()
-            if leaf and leaf not in recorded and any(part.candidate for part in parts)
+            leaf for leaf, parts in whole.parts.items()
+            if leaf and not recorded & {leaf, *theirs.get(leaf, ())} and any(part.candidate for part in parts)
         ]  # fmt: skip
     return result
 

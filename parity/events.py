@@ -13,7 +13,7 @@ from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
 from parity.compare import GATE, IDENTICAL, Verdict, judge, judge_lossy, skipped
-from parity.reach import reachable
+from parity.reach import reachable, unread
 from parity.recorder import Exact, sample_indices, seeded, told
 from parity.trace import Trace, split_key
 
@@ -67,6 +67,11 @@ class Runner:
         """Which elements of modules' inputs and outputs reach an output of the call: `parity.reach`."""
         given = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return reachable(self.module, call, given, paths, self.seed, double=self.double, exact=self.exact)
+
+    def unread(self, call: Callable[[Any, Named], Any], inputs: Named, paths: Collection[str]) -> set[str]:
+        """Modules that use nothing but the shape of what they get: `parity.reach`."""
+        given = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return unread(self.module, call, given, paths, self.seed, double=self.double, exact=self.exact)
 
     def _one(self, call: Callable[[Any, Named], Any], inputs: Named, **kind: Any) -> Capture:
         seeded(self.seed)

@@ -72,9 +72,12 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
     try:
         exact = made(lambda p: _FIRST + _STEP * p)
     except Exception as error:
+        hint = "see docs/parity.md"
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            hint = f"if nothing is computed with it: stubs=({error.name.partition('.')[0]!r},) of the candidate's Side"
         raise BadInputError(
             "the case's conversion does not take the reference's state", found=told(error),
-            expected="a function that takes a state dict and returns one", hint="see docs/parity.md",
+            expected="a function that takes a state dict and returns one", hint=hint,
         ) from error  # fmt: skip
     places = {target: _known((tensor - _FIRST) / _STEP, at) for target, tensor in exact.items()}
     if open_ones := [target for target, found in places.items() if bool(found.isnan().any())]:

@@ -31,10 +31,12 @@ from porter.core.errors import BadInputError, MissingError, PorterError, Resourc
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
     "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "loading.py", "perturb.py",
-    "recorder.py", "reference.py", "shims.py", "shims_cuda.py", "shims_flash.py", "shims_kernels.py",
-    "shims_others.py", "shims_timm.py", "state.py", "stubs.py",
+    "recorder.py", "reference.py", "shims.py", "shims_cuda.py", "shims_engine.py", "shims_flash.py", "shims_kernels.py",
+    "shims_others.py", "shims_timm.py", "state.py", "stubs.py", "tied.py",
 )  # fmt: skip
-SHIMMED = ("flash_attn", "flash_attn_interface", "xformers", "apex", "timm")  # what parity/shims.py has
+SHIMMED = (  # what parity/shims.py has
+    "flash_attn", "flash_attn_interface", "xformers", "apex", "timm", "transformer_engine", "kernels",
+)  # fmt: skip
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent
 # Runs a module with this file's folder as sys.path[0]: neither the working folder nor the kit's own files can hide what

@@ -23,6 +23,7 @@ Layout = Callable[[str, tuple[int, ...], Tensor], Tensor]
 Shape = tuple[int, ...]
 Way = Callable[[Tensor], Tensor]
 _MOST_AXES = 6
+_MOST_EVENTS = 8  # of one module that a rearrangement is held against
 
 
 class Rearranged:
@@ -34,12 +35,12 @@ class Rearranged:
     def __init__(self, trace: Trace, own: Layout) -> None:
         self.trace, self.own = trace, own
         self._chosen: dict[tuple[str, Shape, Shape], Callable[[Tensor], Tensor]] = {}
-        self._values: dict[tuple[str, Shape], str] = {}
+        self._values: dict[tuple[str, Shape], list[str]] = {}
         given = [value for name in trace.passes for value in trace.inputs(name).values()]
         self._masks = [m.bool() for m in given if m.ndim and bool(((m == 0) | (m == 1)).all())]
         for key in trace.events:
             path = key.partition("/")[2].rpartition("#")[0]
-            self._values.setdefault((path, trace.events[key].shape), key)
+            self._values.setdefault((path, trace.events[key].shape), []).append(key)
 
     def __call__(self, path: str, shape: Shape, tensor: Tensor) -> Tensor:
         given = self.own(path, shape, tensor)
@@ -69,15 +70,18 @@ class Rearranged:
         return chosen(tensor)
 
     def _gap(self, way: Way, path: str, shape: Shape, tensor: Tensor) -> float:
-        """How far a rearranged tensor is from what was recorded."""
-        value = self.trace.value(self._values[path, shape])
-        index = sample_indices(math.prod(shape), value.event.elements)
-        return float((way(tensor).reshape(-1)[index].double() - value.high).abs().mean())
+        """How far a rearranged tensor is from what was recorded: an input, or an output of the same shape."""
+        moved, gaps = way(tensor).reshape(-1).double(), []
+        for key in self._values[path, shape][:_MOST_EVENTS]:
+            value = self.trace.value(key)
+            index = sample_indices(math.prod(shape), value.event.elements)
+            gaps.append(float((moved[index] - value.high).abs().mean()))
+        return min(gaps)
 
     def _bordered(self, path: str, shape: Shape, tensor: Tensor) -> bool:
         """Whether a recorded input has the same axes with more, or fewer, places along some of the last."""
-        key, old = self._values.get((path, shape), ""), tuple(tensor.shape)
-        if ".in." not in key or len(old) != len(shape) or len(shape) < 3 or old[:2] != shape[:2]:
+        keys, old = self._values.get((path, shape), [""]), tuple(tensor.shape)
+        if ".in." not in keys[0] or len(old) != len(shape) or len(shape) < 3 or old[:2] != shape[:2]:
             return False
         more = [new - size for new, size in zip(shape, old, strict=True)]
         return all(n >= 0 for n in more) or all(n <= 0 for n in more)
@@ -92,14 +96,18 @@ class Rearranged:
             ways += borders(old, shape) if self._bordered(path, shape, tensor) else ()
         if not ways:
             return lambda t: t
-        key = self._values.get((path, shape))
-        if len(ways) == 1 or key is None:
+        if len(ways) == 1 or (path, shape) not in self._values:
             return ways[0]
         return min(ways, key=lambda way: self._gap(way, path, shape, tensor))
 
 
 def rearrangements(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Ways from one shape to another by reordering axes and merging, or splitting, neighbours; each once."""
+    """Ways from one shape to another by reordering axes and merging, or splitting, neighbours; each once.
+
+    Where neighbours are cut otherwise (B, T * L, C against B * T, L, C), the numbers stay in their order.
+    """
+    if old[-1:] == new[-1:] and math.prod(old) == math.prod(new) and not (_merges(old, new) or _merges(new, old)):
+        yield partial(torch.reshape, shape=new)
     seen: set[tuple[Shape, Shape, bool]] = set()
     for axes, split in ((tuple(n for n in new if n != 1), True), (tuple(n for n in old if n != 1), False)):
         if len(axes) > _MOST_AXES:

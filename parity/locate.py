@@ -157,9 +157,15 @@ def locate(
         steps: what is known of the code between leaves, where they could stand alone.
     """
     blocks = {t.module for t in taps if t.reset is not None and t.module not in alignment.parts}
-    failing = [t for t in taps if not t.free.passed]
+    unlike = next((t for t in taps if not t.free.passed), None)
+    comparable = [t for t in taps if t.free.status != SKIPPED or NEVER_RAN in t.free.note]
     # What differs, or never ran, before what cannot be compared.
-    failing = [t for t in failing if t.free.status != SKIPPED or NEVER_RAN in t.free.note] or failing
+    failing = [t for t in comparable if not t.free.passed]
+    if failing and unlike is not None and failing[0] is not unlike:  # which may be the cause
+        guilty = locate(trace, name, comparable, outputs, alignment, candidate, captured, step, steps)
+        before = f"before it {_names(alignment, unlike.module)[0]} could not be compared: {unlike.free.note}"
+        return guilty and replace(guilty, why=f"{guilty.why}; {before}")
+    failing = failing or [t for t in taps if not t.free.passed]
     if not failing:
         bad = [v for v in outputs if not v.passed]
         if bad:

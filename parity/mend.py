@@ -77,8 +77,10 @@ def containers(trace: Trace, alignment: Alignment) -> dict[str, list[str]]:
             continue
         depth = min(leaf.count(".") for leaf in leaves) - path.count(".")
         ours = common_path(own) if len(own) > 1 else own[0].rsplit(".", depth)[0]
-        if ours and {leaf for leaf in alignment.behind(ours) if leaf != path} == leaves:
+        # A module whose parts all lie in one of them (a block of nothing but its attention) may be meant as well.
+        while ours and {leaf for leaf in alignment.behind(ours) if leaf != path} == leaves:
             found.setdefault(ours, []).append(path)
+            ours = ours.rpartition(".")[0]
     return found
 
 

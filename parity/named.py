@@ -90,5 +90,10 @@ class Pinned:
         repository, commit, source = (found.get(key, "") for key in ("REPOSITORY", "COMMIT", "SOURCE"))
         return cls(repository, commit, source, tuple(cases))
 
+    def folder(self, checkout: Path) -> Path:
+        """Where the code is imported from: `SOURCE` of a checkout, or the folder itself where it is named already."""
+        inner = checkout.absolute() / self.source
+        return checkout if not inner.is_dir() and checkout.absolute().match(self.source or "/") else inner
+
     def __str__(self) -> str:
         return f"{self.repository} at {self.commit}" if self.commit else self.repository

@@ -28,12 +28,20 @@ def perturbed(name: str, value: Tensor, seed: int) -> Tensor | None:
     if value.dtype == torch.bool or bool(((flat == 0) | (flat == 1)).all()):
         return _hidden(value)
     if torch.equal(flat, flat.round()):
-        turned = (value.flip(axis) for axis in (*range(1, value.ndim), 0) if value.ndim)
+        turned = (_turned(value, axis) for axis in (*range(1, value.ndim), 0) if value.ndim)
         other = next((t for t in turned if not torch.equal(t, value)), None)
         return torch.where(value > 0, value - 1, value + 1) if other is None else other
     size = float(flat.abs().float().mean()) or 1.0
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed)).to(value.dtype)
     return (flat + 0.1 * size * noise).reshape(value.shape)
+
+
+def _turned(value: Tensor, axis: int) -> Tensor:
+    """The numbers of an axis in the other order; within a sample the first is gone, so that a mean changes too."""
+    other = value.flip(axis)
+    if axis and other.shape[axis] > 1:
+        other.narrow(axis, 0, 1).copy_(other.narrow(axis, 1, 1))
+    return other
 
 
 def _hidden(mask: Tensor) -> Tensor:

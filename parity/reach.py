@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +43,7 @@ def reachable(
     if sum(p.numel() for p in module.parameters()) > _MOST_PARAMETERS:
         return None
 
-    def run() -> Any:
-        seeded(seed)
-        kind = torch.float64 if double else torch.float32
-        given = {k: (v.to(kind) if v.is_floating_point() else v).clone() for k, v in inputs.items()}
-        with float64(module, exact=exact) if double else nullcontext():
-            return call(module, given)
-
+    run = partial(_run, module, call, inputs, seed, double, exact)
     try:
         dead = _proposed(module, run, set(paths))
     except RuntimeError:  # code that forbids gradients, or changes in place what needs one
@@ -89,29 +84,53 @@ def _proposed(module: nn.Module, run: Callable[[], Any], paths: Collection[str])
     return {key: mask for key, mask in found.items() if bool(mask.any())}
 
 
+def unread(
+    module: nn.Module, call: Call, inputs: Named, paths: Collection[str], seed: int, *, double: bool,
+    exact: Exact | None = None,
+) -> set[str]:  # fmt: skip
+    """Those of `paths` of whose inputs nothing but shapes and dtypes is used: noise in them leaves every bit."""
+    seen: dict[str, Masks] = {}
+
+    def sink(key: str, path: str, kind: str, tensor: Tensor) -> None:
+        if kind == "in" and tensor.is_floating_point():
+            seen.setdefault(path, {})[key] = torch.ones_like(tensor, dtype=torch.bool)
+
+    run = partial(_run, module, call, inputs, seed, double, exact)
+    with torch.no_grad():
+        with listen(module, lambda path: path in paths, sink):
+            run()
+        return {path for path, masks in list(seen.items())[:_MOST_PROOFS] if _holds(module, run, masks)}
+
+
+def _run(module: nn.Module, call: Call, inputs: Named, seed: int, double: bool, exact: Exact | None) -> Any:
+    seeded(seed)
+    kind = torch.float64 if double else torch.float32
+    given = {k: (v.to(kind) if v.is_floating_point() else v).clone() for k, v in inputs.items()}
+    with float64(module, exact=exact) if double else nullcontext():
+        return call(module, given)
+
+
+def _holds(module: nn.Module, run: Callable[[], Any], masks: Masks) -> bool:
+    """Two runs that differ in the noise's size alone: a copied tensor may be summed in another order."""
+    found = []
+    for size in (0.0, 1.0):
+        with _noise(module, masks, size) as put:
+            found.append(dict(tensors_of(run(), integers=True)))
+    still, noisy = found
+    return (
+        put == masks.keys() and noisy.keys() == still.keys() and all(map(torch.equal, noisy.values(), still.values()))
+    )
+
+
 @torch.no_grad()
 def _proven(module: nn.Module, run: Callable[[], Any], dead: Masks) -> Masks:
     """Those of the proposed elements that noise was put into without a change of the output."""
-
-    def holds(masks: Masks) -> bool:
-        """Two runs that differ in the noise's size alone: a copied tensor may be summed in another order."""
-        found = []
-        for size in (0.0, 1.0):
-            with _noise(module, masks, size) as put:
-                found.append(dict(tensors_of(run(), integers=True)))
-        still, noisy = found
-        return (
-            put == masks.keys()
-            and noisy.keys() == still.keys()
-            and all(map(torch.equal, noisy.values(), still.values()))
-        )
-
-    if holds(dead):
+    if _holds(module, run, dead):
         return dead
     by: dict[str, Masks] = {}
     for key, mask in dead.items():
         by.setdefault(key.rpartition("#")[0], {})[key] = mask
-    return {k: m for masks in list(by.values())[:_MOST_PROOFS] if holds(masks) for k, m in masks.items()}
+    return {k: m for masks in list(by.values())[:_MOST_PROOFS] if _holds(module, run, masks) for k, m in masks.items()}
 
 
 @contextmanager

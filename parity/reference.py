@@ -37,7 +37,8 @@ from parity.recorder import (
     record,
     told,
 )  # fmt: skip
-from parity.state import built, built_dtypes, computed, state_of, state_sha256, tied
+from parity.state import built, built_dtypes, computed, state_of, state_sha256
+from parity.tied import tied
 
 LEVELS = ("component", "block", "module")
 MARK = "parity.reference: "  # before the one message that a failed recording ends with

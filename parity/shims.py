@@ -7,6 +7,7 @@ a package's stand-in lacks cannot be imported, and the error names this file.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from parity import shims_cuda as cuda
+from parity import shims_engine as engine
 from parity import shims_flash as flash
 from parity import shims_others as others
 from parity import shims_timm as timm
@@ -46,10 +48,12 @@ VERSIONS = {
     "xformers": "0.0.30",
     "apex": "0.1",
     "timm": "1.0.0",
+    "transformer_engine": "2.0.0",
+    "kernels": "0.10.0",
 }
 CUDA = "cuda"  # no package: the device
 # flash_attn_interface is prepared on demand only: projects prefer it, and its answer changed between its versions.
-USUAL = ("flash_attn", "xformers", "apex", "timm", CUDA)
+USUAL = ("flash_attn", "xformers", "apex", "timm", "transformer_engine", "kernels", CUDA)
 
 
 def install(names: Iterable[str] | None = None) -> list[str]:
@@ -129,6 +133,8 @@ def _contents(name: str, version: str) -> dict[str, dict[str, Any]]:
     if name == "flash_attn_interface":
         exact = {"flash_attn_func": flash.flash_3, "flash_attn_varlen_func": flash.flash_3_varlen}
         return {name: {**exact, "flash_attn_with_kvcache": refusing(f"{name}.flash_attn_with_kvcache")}}
+    if name == "kernels":
+        return {name: {"__version__": version, "get_kernel": _hub_kernel}}
     if name == "xformers":
         masks, attention = of(others, _MASKS), of(others, ("memory_efficient_attention",))
         ops = dict.fromkeys(_OPS, (None, None))
@@ -143,8 +149,30 @@ def _contents(name: str, version: str) -> dict[str, dict[str, Any]]:
         layers = of(timm, _LAYERS)
         paths = ("timm.layers", "timm.models", "timm.models.layers", "timm.models.vision_transformer")
         return {"timm": {"__version__": version}, **dict.fromkeys(paths, layers)}
+    if name == "transformer_engine":
+        norms, attention = of(engine, ("LayerNorm", "RMSNorm")), of(engine, ("DotProductAttention",))
+        rotary = of(engine, ("apply_rotary_pos_emb",))
+        return {
+            name: {"__version__": version},
+            f"{name}.pytorch": {**norms, **attention},
+            f"{name}.pytorch.attention": {**attention, **rotary},
+            f"{name}.pytorch.attention.rope": rotary,
+        }
     norms = of(others, _NORMS)
     return {"apex": {}, "apex.normalization": norms, "apex.normalization.fused_layer_norm": norms}
+
+
+def _hub_kernel(repo_id: str, *args: Any, **kwargs: Any) -> ModuleType:
+    """`kernels.get_kernel`: what the hub's flash attention does; ModuleNotFoundError for any other kernel."""
+    kind = repo_id.rpartition("/")[2].replace("_", "-")
+    if not re.fullmatch(r"(vllm-)?flash-attn[23]?", kind):
+        raise ModuleNotFoundError(
+            f"porter's CPU stand-in (parity/shims.py) of kernels has no {repo_id}", name="kernels"
+        )
+    name = "flash_attn_interface" if kind.endswith("3") else "flash_attn"
+    module = ModuleType(repo_id, "A CPU stand-in of porter: parity/shims.py.")
+    vars(module).update(_contents(name, VERSIONS[name])[name])
+    return module
 
 
 def _add(path: str, content: dict[str, Any]) -> None:

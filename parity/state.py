@@ -16,6 +16,7 @@ from parity.case import Case
 from parity.drawn import draw
 from parity.loading import CaseError
 from parity.recorder import seeded, told
+from parity.tied import tied, with_all_names
 
 ALSO = "also missing: "  # before the names of further packages
 
@@ -70,11 +71,10 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
     Raises:
         CaseError: the file's tensors are not the module's.
     """
-    own = module.state_dict()
+    own, ties = module.state_dict(), tied(module)
     if case.weights is None:
-        same = tied(module)
         return {
-            name: torch.from_numpy(draw(same.get(name, name), tuple(tensor.shape), seed))
+            name: torch.from_numpy(draw(ties.get(name, name), tuple(tensor.shape), seed))
             if tensor.is_floating_point() and name not in kept
             else tensor.clone()
             for name, tensor in own.items()
@@ -84,6 +84,7 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
         given = load_file(case.weights)
     except Exception as error:  # safetensors' own, OSError and more
         raise CaseError(f"the weights {case.weights} cannot be read: {error}") from error
+    given = with_all_names(given, ties)
     free = {name for name in own if pattern and pattern.fullmatch(name)}
     if odd := sorted((own.keys() ^ given.keys()) - free):
         missing, extra = ([n for n in odd if n in of][:3] for of in (own, given))
@@ -92,17 +93,13 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
     if wrong:
         shapes = tuple(given[wrong[0]].shape), tuple(own[wrong[0]].shape)
         raise CaseError(f"{case.weights}: {wrong[0]} has shape {shapes[0]}, the module {shapes[1]}")
+    for name, earlier in ties.items():
+        if not (name in free or given[name].equal(given[earlier])):
+            raise CaseError(f"{case.weights}: the module holds {earlier} and {name} as one tensor, the file two")
     return {
         name: (given[name].float() if own[name].is_floating_point() else given[name]) if name in given else own[name]
         for name in own
     }
-
-
-def tied(module: nn.Module) -> dict[str, str]:
-    """Further names of one and the same tensor in a module's state -> the first."""
-    first: dict[int, str] = {}
-    found = ((name, first.setdefault(id(t), name)) for name, t in module.state_dict(keep_vars=True).items())
-    return {name: at for name, at in found if name != at}
 
 
 def computed(case: Case, module: nn.Module) -> list[str]:

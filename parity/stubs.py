@@ -92,13 +92,13 @@ def stubbed(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the packages and everything below them."""
+    """Finds the packages, or modules of packages, and everything below them."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = set(names)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in self.names:
+        if not _within(fullname, self.names):
             return None
         return ModuleSpec(fullname, self, origin="a stub, parity/stubs.py", is_package=True)
 
@@ -110,6 +110,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 _FINDER = _Finder(())
+_INNER = _Finder(())  # modules of packages that are there: asked before the package itself
 
 
 _find_spec_of = importlib.util.find_spec
@@ -124,15 +125,22 @@ def _find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
 def install(names: Iterable[str]) -> list[str]:
     """Make packages importable that are not there -> those of `names` that are not; a package that is there stays.
 
-    Of a package that has a stand-in (`parity/shims.py`) only what that lacks is empty.
+    Of a package that has a stand-in (`parity/shims.py`) only what that lacks is empty. A module of a package
+    (`their_repo.utils.log`) is replaced even where it is there.
 
     Raises:
-        ValueError: a name is no package's.
+        ValueError: a name is no package's and no module's.
     """
     made = []
     for name in names:
-        if not name.isidentifier():
-            raise ValueError(f"`stubs` names packages, not {name!r}")
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"`stubs` names packages and modules, not {name!r}")
+        if "." in name:
+            made.append(name)
+            _INNER.names.add(name)
+            if _INNER not in sys.meta_path:
+                sys.meta_path.insert(0, _INNER)
+            continue
         if name in _FINDER.names:
             made.append(name)
             continue
@@ -147,11 +155,15 @@ def install(names: Iterable[str]) -> list[str]:
                 vars(module)["__getattr__"] = partial(_lacking, module.__name__)
         made += [] if there else [name]
     for path, module in list(sys.modules.items()):
-        if path.partition(".")[0] in made and not isinstance(module, _Module) and not _stands_in(module):
+        if _within(path, made) and not isinstance(module, _Module) and not _stands_in(module):
             del sys.modules[path]  # halves of a package that broke
-    _FINDER.names |= set(made)
+    _FINDER.names |= {name for name in made if "." not in name}
     if made and _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)
     if made and importlib.util.find_spec is not _find_spec:
         importlib.util.find_spec = _find_spec  # which libraries ask whether they may use a package
     return made
+
+
+def _within(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.startswith(name + ".") for name in names)

@@ -18,6 +18,7 @@ FAMILY = Family(
         ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
+    originals=("conversions.chroma.original",),
     style="Modular",
     style_reason="standard text-to-image",
     license_hint="weights are under Apache-2.0",

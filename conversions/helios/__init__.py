@@ -13,6 +13,7 @@ FAMILY = Family(
         Component("transformer", "diffusers", ("HeliosTransformer3DModel",)),
         Component("vae", "diffusers", ("AutoencoderKLWan",)),
     ),
+    originals=("conversions.helios.original",),
     style="Hybrid",
     style_reason="frames are made chunk after chunk, each with a memory of the ones before",
     license_hint="the code is under Apache-2.0; a port keeps its source's licence",

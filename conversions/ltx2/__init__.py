@@ -100,6 +100,7 @@ FAMILY = Family(
             ),
         ),
     ),
+    originals=("conversions.ltx2.original", "conversions.ltx2.original_vae"),
     style="Hybrid",
     style_reason=(
         "video and audio latents are packed and denoised together, with text connectors between encoder and transformer"

@@ -109,3 +109,11 @@ def test_options_that_a_case_would_ignore(
     file.write_text(CODE.format(commit=""))
     assert main(["parity", "--case", str(file), *words, "-o", str(tmp_path / "r")]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_the_folder_of_the_code_may_be_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "packages" / "core").mkdir(parents=True)
+    pinned = Pinned(source="packages/core")
+    assert pinned.folder(tmp_path) == tmp_path / "packages" / "core" == pinned.folder(tmp_path / "packages" / "core")
+    assert not pinned.folder(tmp_path / "packages").is_dir()  # which is said
+    assert Pinned().folder(tmp_path) == tmp_path

@@ -325,10 +325,11 @@ def test_compiled_code_runs_as_it_is_written() -> None:
     [
         (
             torch.tensor([[[0.0, 1], [0, 2]]] * 2),
-            torch.tensor([[[0.0, 2], [0, 1]]] * 2),
+            torch.tensor([[[0.0, 1], [0, 1]]] * 2),
         ),  # places, as all of a batch have
         (torch.tensor([937.0, 21.0]), torch.tensor([21.0, 937.0])),
         (torch.tensor([[3, 3], [5, 5]]), torch.tensor([[5, 5], [3, 3]])),
+        (torch.tensor([[4, 5], [4, 6]]), torch.tensor([[4, 4], [4, 4]])),  # other means as well
         (torch.tensor(7), torch.tensor(6)),
         (torch.tensor([[True, True], [True, True]]), torch.tensor([[True, False], [True, False]])),
         (torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1, 0], [1, 0]])),  # a row that shows nothing gives NaN
@@ -439,3 +440,18 @@ def test_a_side_s_field_that_would_have_another_effect_is_refused(fields: dict[s
 
 def test_a_name_is_no_path() -> None:
     assert Outcome(None, "../../evil", Options()).folder == Path("parity-.._.._evil")
+
+
+def test_a_conversion_may_import_what_it_does_not_use() -> None:
+    def from_a_script(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        from nowhere_at_all import tool  # type: ignore[import-not-found]
+
+        return convert(state) if tool else {}
+
+    with pytest.raises(BadInputError, match="nowhere_at_all") as caught:
+        compare_case(replace(case, convert=from_a_script))
+    assert "stubs=('nowhere_at_all',) of the candidate's Side" in str(caught.value.hint)
+    result = compare_case(
+        replace(case, convert=from_a_script, candidate=replace(case.candidate, stubs=("nowhere_at_all",)))
+    )
+    assert result.passed, reason_of(result)

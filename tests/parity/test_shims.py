@@ -407,7 +407,7 @@ def test_a_package_that_is_there_stays(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "xformers" / "__init__.py").write_text("import xformers.half\nraise OSError('libcudart.so.12')\n")
     (tmp_path / "xformers" / "half.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert shims.install([n for n in shims.USUAL if n != shims.CUDA]) == ["xformers", "apex", "timm"]
+    assert shims.install([n for n in shims.USUAL if n != shims.CUDA]) == list(shims.USUAL[1:-1])
     assert importlib.import_module("flash_attn").real
     assert "xformers.half" not in sys.modules and importlib.import_module("xformers.ops").unbind
 
@@ -475,3 +475,18 @@ def test_code_that_asks_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     plain = record_elsewhere(write_case(tmp_path, name="plain.py"))
     key = "forward/=.out.0"
     assert (trace.value(key).high - plain.value(key).high).abs().max() < 1e-12 and "float64" not in trace.meta
+
+
+def test_the_hubs_flash_attention_is_the_stand_in_and_nothing_else_is() -> None:
+    assert shims.install(["kernels"]) == ["kernels"]
+    get = importlib.import_module("kernels").get_kernel
+    q, k, v = (numbers(name, 1, 5, 2, 4) for name in "qkv")
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    for name in (
+        "kernels-community/flash-attn2",
+        "kernels-community/flash-attn3",
+        "kernels-community/vllm-flash-attn3",
+    ):
+        assert torch.allclose(get(name, version=1).flash_attn_func(q, k, v), expected, atol=1e-14)
+    with pytest.raises(ImportError, match="has no kernels-community/activation"):
+        get("kernels-community/activation")

@@ -38,7 +38,8 @@ def clean() -> Iterator[None]:
     """No stub outlives its test."""
     yield
     stubs._FINDER.names.clear()
-    for path in [p for p in sys.modules if p.partition(".")[0] == "nowhere"]:
+    stubs._INNER.names.clear()
+    for path in [p for p in sys.modules if p.partition(".")[0] in ("nowhere", "theirs")]:
         del sys.modules[path]
 
 
@@ -70,7 +71,7 @@ def test_nothing_is_computed_with_it(tmp_path: Path) -> None:
 
 def test_names_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="names packages"):
-        stubs.install(["a.b"])
+        stubs.install(["a b"])
     (tmp_path / "nowhere").mkdir()  # a folder without code is no package
     monkeypatch.syspath_prepend(str(tmp_path))
     assert stubs.install(["nowhere"]) == ["nowhere"] == stubs.install(["nowhere"])
@@ -98,3 +99,19 @@ def Reference():
     Path(case).write_text(Path(case).read_text().replace("forward(x)", "forward(create_conv2d(x))"))
     with pytest.raises(BadInputError, match=r"timm\.models\.layers\.create_conv2d is called with a tensor"):
         record_elsewhere(case, shims=["timm"])
+
+
+def test_a_module_of_a_package_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs" / "utils").mkdir(parents=True)
+    for file, text in (
+        ("__init__.py", ""),
+        ("utils/__init__.py", "SIZE = 3"),
+        ("utils/log.py", "*options, last = __import__('sys').logger._options"),
+        ("model.py", "from theirs.utils import SIZE, log\nlog.info('imported')"),
+    ):
+        (tmp_path / "theirs" / file).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(AttributeError):
+        importlib.import_module("theirs.model")
+    assert stubs.install(["theirs.utils.log"]) == ["theirs.utils.log"]
+    assert importlib.import_module("theirs.model").SIZE == 3

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from parity.trace import Value
+from parity.wording import SKIPPED as SKIPPED
 
 IDENTICAL, ROUNDING = "identical", "rounding"
-DIFFERS, PRECISION, OVER, SKIPPED = "differs", "differs (precision)", "over the gate", "not compared"
+DIFFERS, PRECISION, OVER = "differs", "differs (precision)", "over the gate"
 PASSING = frozenset({IDENTICAL, ROUNDING})
 
 GATE = 1e-3  # the fence that users ask for, on max|delta| scaled by max(1, max|reference|)

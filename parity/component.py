@@ -82,8 +82,8 @@ class ComponentResult:
 
     @property
     def headline(self) -> Verdict | None:
-        """The gravest output: whose number stands in the table."""
-        return worst(self.outputs)
+        """The gravest output that was compared: its number stands in the table."""
+        return worst([v for v in self.outputs if v.status != SKIPPED]) or worst(self.outputs)
 
 
 def compare_component(
@@ -191,7 +191,7 @@ def compare_component(
                         taps[i] = tap.judged(tap.free, judge(of[tap.key], alone, reach))
                 still = [t.key for t in taps if t.reset and t.kind == "in" and _fails(t.reset)]
                 steps.blame(alone.high, failing.keys(), still)
-            result.faults += faults(taps, steps, alone.high, failing)
+            result.faults += faults(taps, steps, alone.high, failing, settings)
         result.taps += taps
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]

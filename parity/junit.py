@@ -10,8 +10,7 @@ from shlex import quote
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from parity.compare import SKIPPED
-from parity.wording import results, sci
+from parity.wording import SKIPPED, results, sci
 from porter.core.atomic import replace_bytes, unwritable
 from porter.core.errors import MissingError, UsageError
 

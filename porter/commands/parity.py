@@ -193,7 +193,7 @@ def command(
         screen.print(rows)
         if rest:
             screen.print(rest, style="dim")
-        for line in remarks(outcome, verbose):
+        for line in remarks(data, verbose):
             screen.print(line, markup=False)
     # Last: a folder that cannot be written costs the report, not the result.
     if junit is not None:
@@ -204,7 +204,5 @@ def command(
             screen.print(f"report: {paths[1]}", markup=False)
         screen.print(outcome.conclusion(), markup=False, style="bold green" if outcome.holds else "bold red")
     if not outcome.holds:
-        raise CheckFailed(
-            f"parity of {port or case} does not hold: {outcome.conclusion().removeprefix('FAIL ')}",
-            hint=f"open {paths[1]}",
-        )
+        why = f": {outcome.conclusion().removeprefix('FAIL ')}" if bare else ""  # else it was just said
+        raise CheckFailed(f"parity of {port or case} does not hold{why}", hint=f"open {paths[1]}")

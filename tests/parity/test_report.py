@@ -241,8 +241,8 @@ def test_two_faults_stand_alone() -> None:
     assert [g.name for g in groups if g.open] == ["blocks.2", "blocks.6"]
     assert all(not g.passed for g in groups[2:]) and all(g.passed for g in groups[:2])
     text, lines = page(data), to_markdown(data)
-    assert "2 modules or steps fail by themselves" in text and "fails by itself" in text
-    assert "2 modules or steps fail by themselves" in lines and "blocks.6.0 ↔ blocks.6.0, call 0" in lines
+    assert "1 further fault" in text and "fails by itself" in text
+    assert "1 further fault, each with" in lines and "blocks.6.0 ↔ blocks.6.0, call 0" in lines
 
 
 def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from parity.align import Alignment
 from parity.case import Case
+from parity.casename import split_case
 from parity.component import ComponentResult
 from parity.drawn import draw
 from parity.exact import rounded, tables
 from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.influence import Moved
-from parity.loading import split_case
 from parity.preflight import differing_dtypes, round_trip
 from parity.recorder import Exact, float64, seeded, told
 from parity.state import built_dtypes

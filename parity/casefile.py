@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from parity.case import Case
+from parity.casename import split_case
 from parity.foreign import record_elsewhere
-from parity.loading import CaseError, load_case, split_case
+from parity.loading import CaseError, load_case
 from parity.named import Pinned, case_file
 from parity.outcome import Options, Outcome
 from parity.own import run_case
@@ -46,10 +47,7 @@ def compare_case_file(
     weights = options.source
     shown, name = name, case_file(name)
     pinned = Pinned.of(name)
-    if pinned.repository and options.reference_repo is None and not traces:
-        raise UsageError(
-            f"{shown} runs the original code", expected=f"a checkout of {pinned}", hint="--reference-repo <checkout>"
-        )
+    pinned.require(shown, options.reference_repo, recorded=bool(traces))
     repo = options.reference_repo / pinned.source if options.reference_repo is not None else None
     progress(f"{shown}: the reference")
 

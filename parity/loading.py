@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from parity.case import Case
+from parity.casename import split_case
 from parity.recorder import told
 
 
@@ -29,12 +30,6 @@ class _Aside(MetaPathFinder):
         if path is not None or fullname != self.file.stem:
             return None
         return PathFinder.find_spec(fullname, [p for p in sys.path if Path(p).absolute() != self.file.parent])
-
-
-def split_case(name: str) -> tuple[Path, str]:
-    """`FILE.py[:NAME]` -> the file and the name, which may be empty. Folders of the path may have `.py` in them."""
-    file, _, wanted = name.partition(".py:")
-    return Path(file.removesuffix(".py") + ".py"), wanted
 
 
 def load_case(name: str) -> Case:

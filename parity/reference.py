@@ -23,8 +23,9 @@ from torch import nn
 
 from parity import stubs
 from parity.case import Case, Named
+from parity.casename import split_case
 from parity.exact import tables
-from parity.loading import CaseError, inputs_of, load_case, split_case
+from parity.loading import CaseError, inputs_of, load_case
 from parity.perturb import PERTURBED, guard_passes
 from parity.recorder import (
     Recording,

@@ -128,11 +128,8 @@ def command(
     Every converted component is compared with what the original code answered on the original weights, then native and
     diffusers implementations with each other, then the whole pipeline, step by step. Exit code 1 when anything differs.
     """
-    from parity import junit as junit_xml
-    from parity.compare import GATE
-    from parity.document import document, write
-    from parity.markdown import to_markdown
-    from parity.outcome import Options
+    from parity import early
+    from parity.named import Pinned, case_file
     from porter.commands._parity_view import comparisons, inside, remarks
     from porter.commands._render import console, notes, print_json
     from porter.core.errors import CheckFailed, MissingError, UsageError
@@ -158,15 +155,31 @@ def command(
                 f"{written} lies among the port's own files", expected=f"{port}/parity, or a place outside",
                 hint=f"another {name}",
             )  # fmt: skip
-    if junit is not None:
-        junit_xml.usable(junit)
-    if gate is not None and not 0 < gate < float("inf"):
-        raise UsageError("--gate must be positive and finite", found=str(gate))
+    # All that can be refused is refused before torch is imported, and before anything runs.
+    early.checkout(reference_repo)
+    early.interpreter(reference_python)
+    early.time_limit(limit)
+    early.gate(gate)
+    early.junit_file(junit)
+    early.report_folder(out if out is not None or port is not None else Path())
+    names = early.shim_names(shims)
+    traces = [Path(name.removeprefix("trace:")) for name in against if name.startswith("trace:")]
+    for trace in traces:
+        early.file_to_read(trace, "--against trace")
+    if case is not None:
+        Pinned.of(case_file(case)).require(case, reference_repo, recorded=bool(traces))
+
+    from parity import junit as junit_xml
+    from parity.compare import GATE
+    from parity.document import document, write
+    from parity.markdown import to_markdown
+    from parity.outcome import Options
+
     options = Options(
         components=components, against=against, reference_repo=reference_repo, source=source,
         gate=GATE if gate is None else gate, seed=0 if seed is None else seed, prompt=prompt, steps=steps, dtype=dtype,
         level=level or "", device=device, inputs=inputs, reference_python=reference_python, time_limit=limit,
-        shims=None if shims is None else tuple(name for name in shims.split(",") if name),
+        shims=names,
     )  # fmt: skip
     bare = as_json or markdown
     note = (lambda text: None) if quiet or bare else (lambda text: notes().print(f"[dim]{text}[/dim]"))

@@ -178,8 +178,7 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
     delta = (low.double() - reference.high).abs()
     largest, mean = float(delta.max()), float(delta.square().mean().sqrt())
     peak = float(reference.high.abs().max())
-    step = torch.finfo(getattr(torch, dtype)).eps
-    fits = mean <= max(LOSSES * known[1], step * peak / 4) and largest <= max(2 * LOSSES * known[0], step * peak)
+    fits = loses_no_more((largest, mean), (known[0], known[1]), peak, getattr(torch, dtype))
     at = int(delta.argmax())
     if not math.isfinite(largest) or not math.isfinite(peak):
         status, note = DIFFERS, _not_finite(reference.high, low.double())
@@ -192,6 +191,22 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
         peak=peak, elements=low.numel(), of=torch.Size(reference.event.shape).numel(),
         worst=_unravel(int(positions[at]) if positions is not None else at, reference.event.shape), note=note,
     )  # fmt: skip
+
+
+def loses_no_more(
+    candidate: tuple[float, float], reference: tuple[float, float], peak: float, dtype: torch.dtype
+) -> bool:
+    """Whether a run in a lossy dtype loses no more than `LOSSES` times what the reference itself loses in it.
+
+    Below a step of the dtype at the peak (in the mean: a quarter of it) it counts as rounding.
+
+    Args:
+        candidate, reference: largest and root mean square distance from the float64 truth.
+        peak: the truth's largest value.
+    """
+    step = torch.finfo(dtype).eps * peak
+    largest, mean = candidate
+    return mean <= max(LOSSES * reference[1], step / 4) and largest <= max(2 * LOSSES * reference[0], step)
 
 
 def _not_finite(reference: Tensor, candidate: Tensor) -> str:

@@ -21,7 +21,7 @@ from parity.fingerprint import moved
 from parity.influence import Moved
 from parity.preflight import differing_dtypes, round_trip
 from parity.recorder import Exact, float64, seeded, told
-from parity.state import built_dtypes
+from parity.state import built_dtypes, unfit
 from parity.trace import Trace
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError
@@ -126,6 +126,9 @@ def filled(
     seeded(seed)
     try:
         module = case.candidate.module(case.config)
+        if odd := unfit(module):
+            result.reason = f"the candidate's build returns {odd}"
+            return None
         kinds = built_dtypes(module)
         module = module.float().eval()
     except (Exception, SystemExit) as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 from parity.case import Case
 from parity.casename import split_case
 from parity.foreign import record_elsewhere
+from parity.limit import bounded
 from parity.loading import CaseError, load_case
 from parity.named import Pinned, case_file
 from parity.outcome import Options, Outcome
@@ -58,21 +59,35 @@ def compare_case_file(
         )  # fmt: skip
 
     trace = Trace.open(Path(traces[0])) if traces else recorded(options.level or "module")
-    try:
-        case = load_case(name)
-    except CaseError as error:
-        raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
-    case = replace(case, weights=weights) if weights is not None else case
-    progress(f"{shown}: the candidate")
-    file, _ = split_case(name)
-    sys.path.append(str(file.absolute().parent))  # for what the case imports while it builds, as in the other process
-    own = _port_state(case, port, options) if port is not None else None
-    outcome = run_case(case, options, trace, file, own, lambda block: recorded("module", block))
+    file, wanted = split_case(name)
+    with bounded(options.time_limit, "the candidate") as watch:
+
+        def inner(block: str) -> Trace:
+            with watch.paused():
+                return recorded("module", block)
+
+        try:
+            case = load_case(name)
+        except CaseError as error:
+            raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
+        case = replace(case, weights=weights) if weights is not None else case
+        progress(f"{shown}: the candidate")
+        sys.path.append(str(file.absolute().parent))  # for what it imports while it builds, as in the other process
+        own = _port_state(case, port, options) if port is not None else None
+        outcome = run_case(case, options, trace, file, own, inner)
+    outcome.family = _title(shown, file, wanted)
     ran = trace.meta["reference"].get("commit") or ""
     if pinned.commit and ran != pinned.commit:
         found = f"ran at {ran}" if ran else "is in no git checkout"
         outcome.components[0].notes.append(f"the case was written for {pinned}; the original code {found}")
     return outcome
+
+
+def _title(shown: str, file: Path, wanted: str) -> str:
+    """A case in reports: `dit:transformer`, `my_case.py`, `my_case.py:small`."""
+    if shown.endswith(".py") or ".py:" in shown:
+        return f"{file.name}:{wanted}" if wanted else file.name
+    return f"{shown.partition(':')[0]}:{wanted}"
 
 
 def _fits(options: Options, port: Path | None) -> None:

@@ -23,7 +23,7 @@ from parity.events import Judge, Runner, events, settle
 from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
-from parity.perturb import PERTURBED
+from parity.perturb import ALL, PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, aliases, owners, told
@@ -244,8 +244,16 @@ def effects(trace: Trace) -> list[Verdict]:
             for a, b in zip(after, before, strict=True)
         )
         if alike:
-            why = f"changing {key} changes nothing in the reference's output, so nothing was compared through it"
-            found.append(
-                skipped(f"effect of {key} in {base}", f"{why}; if that is right, name it in the case's `free`")
-            )
-    return found
+            changed = "all inputs" if key == ALL else key
+            why = f"changing {changed} changes nothing in the reference's output, so nothing was compared through it"
+            why += "" if key == ALL else "; if that is right, name it in the case's `free`"
+            found.append(skipped(f"effect of {changed} in {base}", why))
+    return [*found, *_without_effect(trace)]
+
+
+def _without_effect(trace: Trace) -> list[Verdict]:
+    """Passes of a case that no changed input was put through: their answer may depend on nothing."""
+    bases = [name for name in trace.passes if PERTURBED not in name] if "leaves" in trace.meta else []
+    guarded = {name.partition(PERTURBED)[0] for name in trace.passes if PERTURBED in name}
+    why = "it has no input that could be changed, so nothing says that what was compared depends on anything"
+    return [skipped(f"effect of the inputs in {name}", why) for name in bases if name not in guarded]

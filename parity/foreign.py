@@ -45,7 +45,10 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 _KEPT = 1 << 16  # bytes of each output stream that are kept
 _SHOWN = 12  # lines of it in an error
-_GPU = re.compile(r"CUDA|cuda|NVIDIA|flash_?attn|FLASH_ATTN|xformers|[Tt]riton")
+_GPU = re.compile(
+    r"CUDA|cuda|NVIDIA|flash_?attn|FLASH_ATTN|xformers|[Tt]riton"
+    r"|sdpa_kernel|SDPBackend|No (available kernel|viable backend)"
+)
 _LACKS = re.compile(r"CPU stand-in (?:\(parity/shims.py\) has no|of) (\w+)")
 _MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|std::bad_alloc|OutOfMemoryError")
 

@@ -79,4 +79,9 @@ def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
                 raise CaseError(
                     f"input {key!r} of {name} is {type(value).__name__}, not a tensor: put it into the call"
                 )
+    known = {key for inputs in given.values() for key in inputs}
+    if odd := [key for key in case.free if key not in known]:
+        raise CaseError(
+            f"`free` names {', '.join(map(repr, odd))}; the inputs are {', '.join(sorted(known)) or 'none'}"
+        )
     return given

@@ -103,7 +103,8 @@ class Outcome:
     def folder(self) -> Path:
         """Where the report belongs; a partial one is no verdict on the port and stands apart."""
         if self.port is None:
-            return Path("parity-" + re.sub(r"[^\w.+-]+", "_", self.family)[:100])  # a case's name is no path
+            name = self.family.replace(".py", "").replace(":", "-")  # a case's name is no path
+            return Path("parity-" + re.sub(r"[^\w.+-]+", "_", name)[:100])
         return self.port.path / PARITY.parent / ("partial" if self.partial else "")
 
     def conclusion(self) -> str:

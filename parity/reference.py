@@ -184,7 +184,9 @@ def record_reference(
             )
             recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
-            recording.meta.setdefault("unperturbed", {})[name] = told(error)
+            base, _, key = name.partition(PERTURBED)
+            why = f"{base}: with {key} changed the reference does not run, so no effect of it is proven ({told(error)})"
+            recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
         if case.weights is None and (not tensor.is_floating_point() or name in kept):
             recording.tensors[f"state/{name}"] = tensor.contiguous()

@@ -42,8 +42,8 @@ class Parity(WithParts):
 )
 @click.option(
     "--case",
-    metavar="FILE|FAMILY[:NAME]",
-    help="Compare what this file, or this family's, declares; without PORT, on drawn weights. docs/parity.md",
+    metavar="FILE.py[:NAME]|FAMILY[:NAME]",
+    help="Compare what this case, or one of this family's, declares; without PORT, on drawn weights. docs/parity.md",
 )
 @click.option(
     "--reference-repo",
@@ -54,10 +54,16 @@ class Parity(WithParts):
 @click.option("--reference-python", metavar="EXE", help="Interpreter that the reference runs in; it needs no porter.")
 @click.option(
     "--shims", is_flag=False, flag_value="", metavar="[NAMES]",
-    help="CPU equivalents of flash_attn, xformers, apex and timm for the reference of a case, where they are missing.",
+    help="CPU equivalents of flash_attn, xformers, apex and timm for the reference of a case, where they are missing, "
+    "and of cuda; or of these, by commas.",
 )  # fmt: skip
 @click.option(
-    "--limit", type=float, default=1800.0, metavar="SECONDS", show_default=True, help="Time limit of a reference."
+    "--limit",
+    type=float,
+    default=1800.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="Time limit of a reference, and of a case's candidate.",
 )
 @click.option(
     "--level", type=click.Choice(["component", "block", "module", "step", "pipeline"]), default=None,
@@ -91,7 +97,11 @@ class Parity(WithParts):
     help="What both sides run in; below float32, each side's error to the reference's float64 run decides.",
 )
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the report; default PORT/parity."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the report; default PORT/parity, or ./parity-<case>.",
 )
 @click.option(
     "--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write every comparison as JUnit XML to FILE."

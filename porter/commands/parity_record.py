@@ -23,7 +23,8 @@ from porter.commands._options import output_options
 @click.option("--reference-repo", type=click.Path(path_type=Path), metavar="DIR", help="Checkout of the original code.")
 @click.option(
     "--shims", is_flag=False, flag_value="", metavar="[NAMES]",
-    help="CPU equivalents of flash_attn, xformers, apex and timm where they are missing; or of these, by commas.",
+    help="CPU equivalents of flash_attn, xformers, apex and timm where they are missing, and of cuda; or of these, by "
+    "commas.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Seed of weights and inputs; default 0.")
 @click.option(

@@ -148,7 +148,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a name that is none": (lambda p: edited(p, lambda d, t: d["events"][3].__setitem__(0, "x"), p), 6, "event key"),
     "weights of another kind": (lambda p: edited(p, lambda d, t: d.update(source=["x"]), p), 6, "cannot be used"),
     "lost tensors": (lambda p: edited(p, lambda d, t: [t.pop(k) for k in list(t)[:2]], p), 6, "lacks tensors"),
-    "gone": (lambda p: p.unlink(), 4, "is a folder"),
+    "gone": (lambda p: p.unlink(), 4, "does not exist"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), 4, "is a folder"),
 }
 

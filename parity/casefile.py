@@ -60,6 +60,7 @@ def compare_case_file(
 
     trace = Trace.open(Path(traces[0])) if traces else recorded(options.level or "module")
     file, wanted = split_case(name)
+    file = file.absolute()  # also where the candidate changes the working folder
     with bounded(options.time_limit, "the candidate") as watch:
 
         def inner(block: str) -> Trace:
@@ -72,7 +73,7 @@ def compare_case_file(
             raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
         case = replace(case, weights=weights) if weights is not None else case
         progress(f"{shown}: the candidate")
-        sys.path.append(str(file.absolute().parent))  # for what it imports while it builds, as in the other process
+        sys.path.append(str(file.parent))  # for what it imports while it builds, as in the other process
         own = _port_state(case, port, options) if port is not None else None
         outcome = run_case(case, options, trace, file, own, inner)
     outcome.family = _title(shown, file, wanted)

@@ -26,7 +26,7 @@ FALL = 1000.0  # a rounding difference shrinks this much in float64 (measured: 1
 NOISIER = 10.0  # with disagreeing cast traces: one side this much noisier than the other has lost precision
 LOSSES = 2.0  # how many times the reference's own loss a candidate may lose in a lossy dtype
 BASELINES = 3.0  # how many times its baseline a family may differ where float64 cannot run
-ROUND_OFF_64 = 1e-12  # scaled difference that float64 summation orders leave by themselves
+ROUND_OFF_64 = 1e-12  # of the largest value: what float64 summation orders leave by themselves
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def judge(
     norms = float(a.norm() * b.norm())
     at = int(delta.argmax())
     note = ""
-    stays = d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale)
+    stays = d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * peak)
     if not all(math.isfinite(x) for x in (d32, d64, peak)):
         status, note = DIFFERS, _not_finite(a, b)
     elif d32 / scale > gate:

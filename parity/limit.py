@@ -11,10 +11,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import IO, NoReturn
 
 from parity.recorder import place
 from porter.core.errors import BadInputError
+
+_LEAVE = os._exit
 
 
 class Watch:
@@ -65,18 +69,40 @@ class Watch:
         )  # fmt: skip
         with suppress(Exception):
             print("error: " + "\n".join(error.lines()), file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
+        _LEAVE(error.exit_code)
 
 
 @contextmanager
 def bounded(limit: float, who: str) -> Iterator[Watch]:
     """End the process with a BadInputError's message and exit code where the block takes longer than `limit` seconds.
 
+    An exit of the block's own is an error too, also one that asks for no clean-up (`os._exit`). Its prints go to
+    standard error, and the working folder is the same afterwards.
+
     Args:
         who: what is bounded, for the message.
     """
     watch = Watch(limit, who)
+    folder = Path.cwd()
+    os._exit = _refused  # type: ignore[assignment]
     try:
-        yield watch
+        with _own_output() as output, redirect_stdout(output):
+            yield watch
+    except SystemExit as error:  # which would end this program as if all were well
+        raise BadInputError(f"{who} calls exit({error.code!r})", hint="leave the exit out") from error
     finally:
+        os._exit = _LEAVE
+        os.chdir(folder)
         watch.stop()
+
+
+def _own_output() -> IO[str]:
+    """Where prints of the block go: standard error, as standard output belongs to the result."""
+    try:
+        return os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+    except OSError:  # closed by the caller
+        return Path(os.devnull).open("w", encoding="utf-8")
+
+
+def _refused(code: int) -> NoReturn:
+    raise SystemExit(code)

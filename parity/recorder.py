@@ -268,7 +268,9 @@ def told(error: BaseException) -> str:
 
     The place is the last line of the model's own code, or of a library's that is not torch.
     """
-    return f"{type(error).__name__}: {str(error) or '(no message)'}{place(traceback.extract_tb(error.__traceback__))}"
+    said = str(error) or "(no message)"
+    said = said if len(said) <= 1000 else f"{said[:1000]} … ({len(said)} characters)"
+    return f"{type(error).__name__}: {said}{place(traceback.extract_tb(error.__traceback__))}"
 
 
 def place(frames: Sequence[traceback.FrameSummary]) -> str:

@@ -91,7 +91,7 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
     for chosen, inputs in kinds:
         keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
         if keep:
-            found.append(Watch("|".join(p.replace(".", r"\.") for p in keep), inputs=inputs))
+            found.append(Watch("|".join(map(re.escape, keep)), inputs=inputs))
     return found
 
 

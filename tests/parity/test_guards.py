@@ -207,3 +207,66 @@ def test_a_report_is_named_after_its_case(tmp_path: Path, monkeypatch: pytest.Mo
     assert document["family"] == "case.py:case"
     assert "<title>Parity of case.py:case: " in Path("parity-case-case/report.html").read_text()
     assert 'classname="case.py:case.net (Net) against reference"' in Path("parity.xml").read_text()
+
+
+SAME = "Reference = Net\n"
+PORT = SAME + "class Port(Net):\n    def forward(self, x):\n        {}\n        return super().forward(x)\nNet = Port\n"
+GIVEN = SAME + "def inputs(config, draw): return {{{}}}\n"
+LIBERTIES = {
+    "exits in the conversion": (
+        SAME + "more = {'convert': lambda state: sys.exit(0)}",
+        6,
+        "the candidate calls exit(0)",
+    ),
+    "exits as if well": (PORT.format("os._exit(0)"), 1, "SystemExit: 0"),
+    "goes elsewhere": (PORT.format("os.chdir('/')"), 0, "PASS max|Δ| = 0"),
+    "prints": (PORT.format("print('PASS of its own')"), 0, "PASS max|Δ| = 0"),
+    "a name that steers the terminal": (SAME + "more = {'name': 'x\\x1b[31m'}", 6, "can be printed"),
+    "a reserved name": (GIVEN.format("'x/y': draw('x', 2, 3, 4)"), 6, "no name for"),
+    "complex inputs": (GIVEN.format("'x': draw('x', 2, 3, 4) + 1j"), 6, "give both parts"),
+}
+
+
+@pytest.mark.parametrize("name", LIBERTIES)
+def test_liberties_end_in_a_verdict_or_an_error(name: str, tmp_path: Path) -> None:
+    """The exit code says how it went, and standard output holds the result alone."""
+    code, expected, says = LIBERTIES[name]
+    text = Path(write_case(tmp_path, code)).read_text()
+    (tmp_path / "case.py").write_text(text.replace('name="net", ', "") if "'name'" in code else text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "porter.cli", "parity", "--case", "case.py", "-o", "report"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == expected and says in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "PASS of its own" not in done.stdout and "\x1b" not in done.stdout
+    assert (tmp_path / "report" / "parity.json").is_file() == (expected < 2)
+
+
+def test_small_numbers_are_judged_by_their_own_size(tmp_path: Path) -> None:
+    tiny = "class Reference(Net):\n    def forward(self, x): return super().forward(x) * {}\n"
+    code = (
+        tiny.format("1e-30")
+        + "class Port(Net):\n    def forward(self, x): return super().forward(x) * 1.001e-30\nNet = Port"
+    )
+    assert not compare_case(load_case(write_case(tmp_path, code))).passed
+    assert compare_case(load_case(write_case(tmp_path, tiny.format("1e-30") + "Net = Reference"))).passed
+
+
+def test_inputs_of_other_precisions_are_cast_once(tmp_path: Path) -> None:
+    for kind in ("float64", "float16", "float8_e4m3fn"):
+        code = f"def inputs(config, draw): return {{'x': draw('x', 2, 3, 4).to(torch.{kind})}}\nReference = Net"
+        assert compare_case(load_case(write_case(tmp_path, code))).passed
+
+
+def test_a_path_may_hold_what_regular_expressions_use(tmp_path: Path) -> None:
+    code = """
+init = Net.__init__
+def build(self):
+    init(self)
+    self.add_module('a|(b[', nn.Linear(4, 4))
+Net.__init__ = build
+Net.forward = lambda self, x: getattr(self, 'a|(b[')(x)
+more = {'skip': '(embed|blocks|head).*'}
+Reference = Net
+"""
+    result = compare_case(load_case(write_case(tmp_path, code)))
+    assert "a|(b[" in {tap.module for tap in result.taps}

@@ -207,6 +207,12 @@ class Case:
         for field_name in ("modules", "steps", "config"):
             if not isinstance(getattr(self, field_name), Mapping):
                 raise TypeError(f"{field_name} is a mapping, not {getattr(self, field_name)!r}")
+        for field_name in ("modules", "steps"):
+            texts = getattr(self, field_name)
+            if odd := [item for item in (*texts, *texts.values()) if not isinstance(item, str)]:
+                raise TypeError(f"{field_name} maps names to texts, and {odd[0]!r} is none")
+        if not isinstance(self.blocks, (tuple, list)):
+            raise TypeError(f"blocks is a tuple of Block(…), not {self.blocks!r}")
         for field_name, pattern in (("skip", self.skip), ("keep", self.keep)):
             try:
                 re.compile(pattern)

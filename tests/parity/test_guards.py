@@ -270,3 +270,17 @@ Reference = Net
 """
     result = compare_case(load_case(write_case(tmp_path, code)))
     assert "a|(b[" in {tap.module for tap in result.taps}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"modules": {"embed": 3}}, "modules maps names to texts, and 3 is none"),
+        ({"steps": {"forward": None}}, "steps maps names to texts, and None is none"),
+        ({"blocks": None}, "blocks is a tuple of Block"),
+        ({"name": ""}, "name is a text that can be printed"),
+    ],
+)
+def test_fields_of_another_kind(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        replace(case, **given)

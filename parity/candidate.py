@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from parity import stubs
 from parity.align import Alignment
 from parity.case import Case
+from parity.casename import split_case
 from parity.component import ComponentResult
 from parity.drawn import draw
 from parity.exact import rounded, tables
 from parity.fingerprint import alignment as aligned
 from parity.fingerprint import moved
 from parity.influence import Moved
-from parity.loading import split_case
 from parity.preflight import differing_dtypes, round_trip
 from parity.recorder import Exact, float64, seeded, told
-from parity.state import built_dtypes
+from parity.state import built_dtypes, unfit
 from parity.tied import tied, with_all_names
 from parity.trace import Trace
 from porter.core.checkpoint import spec
@@ -129,6 +129,9 @@ def filled(
     seeded(seed)
     try:
         module = case.candidate.module(case.config)
+        if odd := unfit(module):
+            result.reason = f"the candidate's build returns {odd}"
+            return None
         kinds = built_dtypes(module)
         module = module.float().eval()
     except (Exception, SystemExit) as error:

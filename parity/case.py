@@ -207,6 +207,12 @@ class Case:
         for field_name in ("modules", "steps", "config"):
             if not isinstance(getattr(self, field_name), Mapping):
                 raise TypeError(f"{field_name} is a mapping, not {getattr(self, field_name)!r}")
+        for field_name in ("modules", "steps"):
+            texts = getattr(self, field_name)
+            if odd := [item for item in (*texts, *texts.values()) if not isinstance(item, str)]:
+                raise TypeError(f"{field_name} maps names to texts, and {odd[0]!r} is none")
+        if not isinstance(self.blocks, (tuple, list)):
+            raise TypeError(f"blocks is a tuple of Block(…), not {self.blocks!r}")
         for field_name, pattern in (("skip", self.skip), ("keep", self.keep)):
             try:
                 re.compile(pattern)
@@ -219,8 +225,8 @@ class Case:
                 re.compile(block.reference)
             except (re.error, TypeError) as error:
                 raise TypeError(f"a block's `reference` is a regular expression: {error}") from error
-        if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"name is a text, not {self.name!r}")
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
+            raise TypeError(f"name is a text that can be printed, not {self.name!r}")
         number = isinstance(self.baseline, (int, float)) and not isinstance(self.baseline, bool)
         if self.baseline is not None and not (number and 0 < self.baseline < float("inf")):
             raise ValueError(f"baseline is a positive, finite number, not {self.baseline!r}")

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from parity.case import Case
+from parity.casename import split_case
 from parity.foreign import record_elsewhere
-from parity.loading import CaseError, load_case, split_case
+from parity.limit import bounded
+from parity.loading import CaseError, load_case
 from parity.named import Pinned, case_file
 from parity.outcome import Options, Outcome
 from parity.own import run_case
@@ -46,10 +48,7 @@ def compare_case_file(
     weights = options.source
     shown, name = name, case_file(name)
     pinned = Pinned.of(name)
-    if pinned.repository and options.reference_repo is None and not traces:
-        raise UsageError(
-            f"{shown} runs the original code", expected=f"a checkout of {pinned}", hint="--reference-repo <checkout>"
-        )
+    pinned.require(shown, options.reference_repo, recorded=bool(traces))
     repo = pinned.folder(options.reference_repo) if options.reference_repo is not None else None
     progress(f"{shown}: the reference")
 
@@ -60,21 +59,36 @@ def compare_case_file(
         )  # fmt: skip
 
     trace = Trace.open(Path(traces[0])) if traces else recorded(options.level or "module")
-    try:
-        case = load_case(name)
-    except CaseError as error:
-        raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
-    case = replace(case, weights=weights) if weights is not None else case
-    progress(f"{shown}: the candidate")
-    file, _ = split_case(name)
-    sys.path.append(str(file.absolute().parent))  # for what the case imports while it builds, as in the other process
-    own = _port_state(case, port, options) if port is not None else None
-    outcome = run_case(case, options, trace, file, own, lambda block: recorded("module", block))
+    file, wanted = split_case(name)
+    file = file.absolute()  # also where the candidate changes the working folder
+    with bounded(options.time_limit, "the candidate") as watch:
+
+        def inner(block: str) -> Trace:
+            with watch.paused():
+                return recorded("module", block)
+
+        try:
+            case = load_case(name)
+        except CaseError as error:
+            raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
+        case = replace(case, weights=weights) if weights is not None else case
+        progress(f"{shown}: the candidate")
+        sys.path.append(str(file.parent))  # for what it imports while it builds, as in the other process
+        own = _port_state(case, port, options) if port is not None else None
+        outcome = run_case(case, options, trace, file, own, inner)
+    outcome.family = _title(shown, file, wanted)
     ran = trace.meta["reference"].get("commit") or ""
     if pinned.commit and ran != pinned.commit:
         found = f"ran at {ran}" if ran else "is in no git checkout"
         outcome.components[0].notes.append(f"the case was written for {pinned}; the original code {found}")
     return outcome
+
+
+def _title(shown: str, file: Path, wanted: str) -> str:
+    """A case in reports: `dit:transformer`, `my_case.py`, `my_case.py:small`."""
+    if shown.endswith(".py") or ".py:" in shown:
+        return f"{file.name}:{wanted}" if wanted else file.name
+    return f"{shown.partition(':')[0]}:{wanted}"
 
 
 def _fits(options: Options, port: Path | None) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from parity.trace import Value
+from parity.wording import SKIPPED as SKIPPED
 
 IDENTICAL, ROUNDING = "identical", "rounding"
-DIFFERS, PRECISION, OVER, SKIPPED = "differs", "differs (precision)", "over the gate", "not compared"
+DIFFERS, PRECISION, OVER = "differs", "differs (precision)", "over the gate"
 PASSING = frozenset({IDENTICAL, ROUNDING})
 
 GATE = 1e-3  # the fence that users ask for, on max|delta| scaled by max(1, max|reference|)
@@ -25,7 +26,7 @@ FALL = 1000.0  # a rounding difference shrinks this much in float64 (measured: 1
 NOISIER = 10.0  # with disagreeing cast traces: one side this much noisier than the other has lost precision
 LOSSES = 2.0  # how many times the reference's own loss a candidate may lose in a lossy dtype
 BASELINES = 3.0  # how many times its baseline a family may differ where float64 cannot run
-ROUND_OFF_64 = 1e-12  # scaled difference that float64 summation orders leave by themselves
+ROUND_OFF_64 = 1e-12  # of the largest value: what float64 summation orders leave by themselves
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def judge(
     norms = float(a.norm() * b.norm())
     at = int(delta.argmax())
     note = ""
-    stays = d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * scale)
+    stays = d64 > max(max(d32, noise_reference, noise_candidate) / FALL, ROUND_OFF_64 * peak)
     if not all(math.isfinite(x) for x in (d32, d64, peak)):
         status, note = DIFFERS, _not_finite(a, b)
     elif d32 / scale > gate:
@@ -177,8 +178,7 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
     delta = (low.double() - reference.high).abs()
     largest, mean = float(delta.max()), float(delta.square().mean().sqrt())
     peak = float(reference.high.abs().max())
-    step = torch.finfo(getattr(torch, dtype)).eps
-    fits = mean <= max(LOSSES * known[1], step * peak / 4) and largest <= max(2 * LOSSES * known[0], step * peak)
+    fits = loses_no_more((largest, mean), (known[0], known[1]), peak, getattr(torch, dtype))
     at = int(delta.argmax())
     if not math.isfinite(largest) or not math.isfinite(peak):
         status, note = DIFFERS, _not_finite(reference.high, low.double())
@@ -191,6 +191,22 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
         peak=peak, elements=low.numel(), of=torch.Size(reference.event.shape).numel(),
         worst=_unravel(int(positions[at]) if positions is not None else at, reference.event.shape), note=note,
     )  # fmt: skip
+
+
+def loses_no_more(
+    candidate: tuple[float, float], reference: tuple[float, float], peak: float, dtype: torch.dtype
+) -> bool:
+    """Whether a run in a lossy dtype loses no more than `LOSSES` times what the reference itself loses in it.
+
+    Below a step of the dtype at the peak (in the mean: a quarter of it) it counts as rounding.
+
+    Args:
+        candidate, reference: largest and root mean square distance from the float64 truth.
+        peak: the truth's largest value.
+    """
+    step = torch.finfo(dtype).eps * peak
+    largest, mean = candidate
+    return mean <= max(LOSSES * reference[1], step / 4) and largest <= max(2 * LOSSES * reference[0], step)
 
 
 def _not_finite(reference: Tensor, candidate: Tensor) -> str:

@@ -23,7 +23,7 @@ from parity.events import Judge, Runner, events, settle, singles_of
 from parity.force import forcings
 from parity.isolate import Isolation
 from parity.locate import Fault, Guilty, Tap, faults, locate
-from parity.perturb import PERTURBED
+from parity.perturb import ALL, PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, aliases, owners, told
@@ -84,8 +84,8 @@ class ComponentResult:
 
     @property
     def headline(self) -> Verdict | None:
-        """The gravest output: whose number stands in the table."""
-        return worst(self.outputs)
+        """The gravest output that was compared: its number stands in the table."""
+        return worst([v for v in self.outputs if v.status != SKIPPED]) or worst(self.outputs)
 
 
 def compare_component(
@@ -213,7 +213,7 @@ def compare_component(
                         taps[i] = tap.judged(tap.free, judge(of[tap.key], alone, reach))
                 still = [t.key for t in taps if t.reset and t.kind == "in" and _fails(t.reset)]
                 steps.blame(alone.high, failing.keys(), still)
-            result.faults += faults(taps, steps, alone.high, failing)
+            result.faults += faults(taps, steps, alone.high, failing, settings)
         result.taps += taps
         result.outputs += outputs
         result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
@@ -268,8 +268,16 @@ def effects(trace: Trace) -> list[Verdict]:
             for a, b in zip(after, before, strict=True)
         )
         if alike:
-            why = f"changing {key} changes nothing in the reference's output, so nothing was compared through it"
-            found.append(
-                skipped(f"effect of {key} in {base}", f"{why}; if that is right, name it in the case's `free`")
-            )
-    return found
+            changed = "all inputs" if key == ALL else key
+            why = f"changing {changed} changes nothing in the reference's output, so nothing was compared through it"
+            why += "" if key == ALL else "; if that is right, name it in the case's `free`"
+            found.append(skipped(f"effect of {changed} in {base}", why))
+    return [*found, *_without_effect(trace)]
+
+
+def _without_effect(trace: Trace) -> list[Verdict]:
+    """Passes of a case that no changed input was put through: their answer may depend on nothing."""
+    bases = [name for name in trace.passes if PERTURBED not in name] if "leaves" in trace.meta else []
+    guarded = {name.partition(PERTURBED)[0] for name in trace.passes if PERTURBED in name}
+    why = "it has no input that could be changed, so nothing says that what was compared depends on anything"
+    return [skipped(f"effect of the inputs in {name}", why) for name in bases if name not in guarded]

@@ -53,7 +53,7 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
     Raises:
         BadInputError: the conversion does not take this state.
     """
-    sizes = {name: t.numel() for name, t in state.items() if t.is_floating_point()}
+    sizes = {name: t.numel() for name, t in state.items() if t.is_floating_point() or t.is_complex()}
     starts, at = {}, 0
     for name, count in sizes.items():
         starts[name], at = at, at + count
@@ -64,10 +64,12 @@ def moved(state: Mapping[str, Tensor], convert: Callable[[State], Mapping[str, T
         given = {}
         for name, tensor in state.items():
             places = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape) + starts.get(name, 0)
-            given[name] = value(places) if name in starts else tensor.clone()
+            numbers = value(places) if name in starts else tensor.clone()
+            given[name] = torch.complex(numbers, torch.zeros_like(numbers)) if tensor.is_complex() else numbers
         with _Uncast():
             out = convert(given)
-        return {k: t.detach().double() for k, t in out.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        real = {k: t.real if t.is_complex() else t for k, t in out.items() if isinstance(t, Tensor)}
+        return {k: t.detach().double() for k, t in real.items() if t.is_floating_point()}
 
     try:
         exact = made(lambda p: _FIRST + _STEP * p)

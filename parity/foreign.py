@@ -22,20 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from parity.loading import split_case
+from parity.casename import split_case
+from parity.early import SHIMMED, checkout, interpreter, time_limit
 from parity.reference import MARK
 from parity.state import ALSO
 from parity.trace import Trace
-from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError, UsageError
+from porter.core.errors import BadInputError, MissingError, PorterError, ResourceError
 
 # What the recording side needs; these files import torch, numpy, safetensors, the standard library and each other.
 KIT = (
-    "__init__.py", "asserts.py", "case.py", "drawn.py", "exact.py", "halves.py", "loading.py", "perturb.py",
-    "recorder.py", "reference.py", "shims.py", "shims_cuda.py", "shims_engine.py", "shims_flash.py", "shims_kernels.py",
-    "shims_others.py", "shims_timm.py", "state.py", "stubs.py", "tied.py",
-)  # fmt: skip
-SHIMMED = (  # what parity/shims.py has
-    "flash_attn", "flash_attn_interface", "xformers", "apex", "timm", "transformer_engine", "kernels",
+    "__init__.py", "asserts.py", "case.py", "casename.py", "drawn.py", "exact.py", "halves.py", "loading.py",
+    "perturb.py", "recorder.py", "reference.py", "shims.py", "shims_cuda.py", "shims_engine.py", "shims_flash.py",
+    "shims_kernels.py", "shims_others.py", "shims_timm.py", "state.py", "stubs.py", "tied.py",
 )  # fmt: skip
 LIMIT = 1800.0  # seconds
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +45,10 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 _KEPT = 1 << 16  # bytes of each output stream that are kept
 _SHOWN = 12  # lines of it in an error
-_GPU = re.compile(r"CUDA|cuda|NVIDIA|flash_?attn|FLASH_ATTN|xformers|[Tt]riton")
+_GPU = re.compile(
+    r"CUDA|cuda|NVIDIA|flash_?attn|FLASH_ATTN|xformers|[Tt]riton"
+    r"|sdpa_kernel|SDPBackend|No (available kernel|viable backend)"
+)
 _LACKS = re.compile(r"CPU stand-in (?:\(parity/shims.py\) has no|of) (\w+)")
 _MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|std::bad_alloc|OutOfMemoryError")
 
@@ -92,10 +93,7 @@ def record_elsewhere(
     arguments += ["--weights", str(weights.absolute())] if weights is not None else []
     arguments += ["--dtype", dtype] if dtype != "float32" else []
     if repo is not None:
-        if not repo.is_dir():
-            raise MissingError(
-                f"no such checkout: {repo}", hint="--reference-repo names a folder with the original code"
-            )
+        checkout(repo)
         arguments += ["--reference-repo", str(repo.absolute())]
     if shims is not None:
         arguments.append(f"--shims={','.join(shims)}")
@@ -125,17 +123,26 @@ def run_recorder(
                 "the reference's trace is empty", expected="recorded tensors", hint=_again(exe, arguments)
             )
         if out is not None:
-            try:
-                shutil.copyfile(part, out)
-            except OSError as error:
-                raise ResourceError(f"cannot write {out}: {error.strerror}", hint="-o names another file") from error
+            _publish(part, out)
         return trace
+
+
+def _publish(part: Path, out: Path) -> None:
+    """Copy a finished trace to its place, where it appears complete or not at all; raises ResourceError."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(part, partial)
+        partial.replace(out)
+    except OSError as error:
+        raise ResourceError(f"cannot write {out}: {error.strerror}", hint="-o names another file") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def run_module(arguments: Sequence[str], *, python: str | None = None, limit: float = LIMIT, root: Path = ROOT) -> str:
     """Run `python -m` with `arguments`, a module below `root` first -> what it said; raises as `record_elsewhere`."""
-    if not 0 < limit < threading.TIMEOUT_MAX:
-        raise UsageError("the time limit is a number of seconds above zero", found=str(limit), hint="--limit 1800")
+    time_limit(limit)
     exe = interpreter(python)
     with tempfile.TemporaryDirectory(prefix="porter-launch-") as scratch:
         launcher = Path(scratch) / "launch.py"
@@ -144,21 +151,6 @@ def run_module(arguments: Sequence[str], *, python: str | None = None, limit: fl
     if done.code != 0:
         raise _failure(done, exe, arguments, limit)
     return done.said()
-
-
-def interpreter(name: str | None) -> str:
-    """The interpreter that is meant, as a path or from PATH; raises MissingError."""
-    if name is None:
-        return sys.executable
-    found = shutil.which(name)
-    if found is None:
-        path = Path(name)
-        what = "is a folder" if path.is_dir() else "cannot be executed" if path.is_file() else "does not exist"
-        raise MissingError(
-            f"no interpreter {name}: it {what}", expected="a Python with torch, safetensors and numpy",
-            hint="--reference-python <environment>/bin/python",
-        )  # fmt: skip
-    return os.path.abspath(found)  # noqa: PTH100 (resolving would leave the virtual environment)
 
 
 def write_kit(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from parity.chart import HEIGHT, WIDTH, module_chart, step_chart
 from parity.heat import LEVELS, MODULES, STAGES, module_groups, named, shade, stage_groups
 from parity.images import difference
-from parity.wording import judged, likeness, ratio_text, results, sci, sentence, short, state
+from parity.wording import further, judged, likeness, ratio_text, results, sci, sentence, short, state, uncompared
 from porter.core.units import several
 
 BADGES = {"pass": "PASS", "holds": "HOLDS, NO VERDICT", "fail": "FAIL"}
@@ -30,7 +30,14 @@ def page(data: dict[str, Any], images: tuple[Tensor, Tensor] | None = None) -> s
         groups = module_groups(component)
         failing = [e for e in component["modules"] if not e["free"]["passed"]]
         sections.append(
-            {**component, "groups": groups, "chart": module_chart(component, groups, data["dtype"]), "failing": failing}
+            {
+                **component,
+                "further": further(component),
+                "uncompared": uncompared(component),
+                "groups": groups,
+                "chart": module_chart(component, groups, data["dtype"]),
+                "failing": failing,
+            }
         )
     pipeline = data["pipeline"]
     if pipeline:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from shlex import quote
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from parity.compare import SKIPPED
-from parity.wording import results, sci
+from parity.wording import SKIPPED, results, sci
 from porter.core.atomic import replace_bytes, unwritable
-from porter.core.errors import MissingError, UsageError
 
 # Everything that XML 1.0 cannot hold, even escaped.
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -98,28 +94,6 @@ def _suite(root: ET.Element, title: str, data: dict[str, Any], cases: Iterable[C
 
 def _clean(value: object) -> str:
     return _FORBIDDEN.sub(lambda found: ascii(found[0])[1:-1], "" if value is None else str(value))
-
-
-def usable(path: Path) -> None:
-    """Refuse a place for the file before anything runs.
-
-    Raises:
-        UsageError: it is a folder, or a file that is no JUnit file and would be lost.
-        MissingError: there is no such folder.
-    """
-    if path.is_dir() or not path.name:
-        raise UsageError(f"--junit {path} is a folder", expected="a file", hint=f"--junit {path / 'parity.xml'}")
-    if not path.parent.is_dir():
-        raise MissingError(f"there is no folder {path.parent} for --junit", hint=f"mkdir -p {quote(str(path.parent))}")
-    if path.is_file():
-        with path.open("rb") as file:
-            if b"<testsuite" in file.read(4096):
-                return
-    if os.path.lexists(path):
-        raise UsageError(
-            f"{path} is there already, and would be lost", expected="a new name, or an earlier JUnit file",
-            found="something else", hint="choose another --junit FILE, or remove it yourself",
-        )  # fmt: skip
 
 
 def save(data: dict[str, Any], path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from parity.casename import split_case
 from parity.foreign import LAUNCHER, write_kit
-from parity.loading import split_case
 from porter.core.errors import MissingError, ResourceError, UsageError
 
 README = """# Recording a reference

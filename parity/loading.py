@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from parity.case import Case
+from parity.casename import split_case
 from parity.recorder import told
 
 
@@ -29,12 +30,6 @@ class _Aside(MetaPathFinder):
         if path is not None or fullname != self.file.stem:
             return None
         return PathFinder.find_spec(fullname, [p for p in sys.path if Path(p).absolute() != self.file.parent])
-
-
-def split_case(name: str) -> tuple[Path, str]:
-    """`FILE.py[:NAME]` -> the file and the name, which may be empty. Folders of the path may have `.py` in them."""
-    file, _, wanted = name.partition(".py:")
-    return Path(file.removesuffix(".py") + ".py"), wanted
 
 
 def load_case(name: str) -> Case:
@@ -79,9 +74,28 @@ def inputs_of(case: Case, seed: int) -> dict[str, dict[str, Tensor]]:
     except Exception as error:
         raise CaseError(f"the case's inputs cannot be made: {told(error)}") from error
     for name, inputs in given.items():
+        _usable("pass", name, "/#~@")
         for key, value in inputs.items():
+            _usable(f"input of {name}", key, "/#")
+            if isinstance(value, Tensor) and value.is_complex():
+                raise CaseError(f"input {key!r} of {name} is complex: give both parts, and join them in the call")
             if not isinstance(value, Tensor):
                 raise CaseError(
                     f"input {key!r} of {name} is {type(value).__name__}, not a tensor: put it into the call"
                 )
-    return given
+    known = {key for inputs in given.values() for key in inputs}
+    if odd := [key for key in case.free if key not in known]:
+        raise CaseError(
+            f"`free` names {', '.join(map(repr, odd))}; the inputs are {', '.join(sorted(known)) or 'none'}"
+        )
+    # Each run casts them to its own precision; of float64 ones float32 runs would have another value.
+    return {
+        name: {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+        for name, inputs in given.items()
+    }
+
+
+def _usable(what: str, name: object, reserved: str) -> None:
+    """Refuse names that a trace's keys cannot hold; raises CaseError."""
+    if not isinstance(name, str) or not name or not name.isprintable() or any(mark in name for mark in reserved):
+        raise CaseError(f"{name!r} is no name for a {what}: a text without any of {' '.join(reserved)}")

@@ -77,7 +77,7 @@ class Fault:
     """A leaf, or the step before it, that differs although the reference's values surround it.
 
     `step` tells the code before the module from the module itself, `by` names the module without weights in it that
-    answers otherwise.
+    answers otherwise, `settings` says what differs in the module's own.
     """
 
     candidate: str
@@ -87,19 +87,23 @@ class Fault:
     verdict: Verdict
     rule: str = ""
     by: str = ""
+    settings: str = ""
 
     def __str__(self) -> str:
-        by = f": {self.by}" if self.by else ""
+        by = f": {self.by or self.settings}" if self.by or self.settings else ""
         return f"{'the code before ' if self.step else ''}{self.candidate} ↔ {self.reference}, call {self.call}{by}"
 
 
-def faults(taps: Sequence[Tap], steps: Steps, alone: Capture, before: Mapping[str, Verdict]) -> list[Fault]:
+def faults(
+    taps: Sequence[Tap], steps: Steps, alone: Capture, before: Mapping[str, Verdict], settings: Mapping[str, str]
+) -> list[Fault]:
     """Every leaf and every step that fails by itself, in order of execution; not what others hand on to it.
 
     Args:
         steps: what is known of the code between leaves.
         alone: the candidate's run in float64 with the reference's values around every leaf, and as `steps` plans.
         before: verdicts of the taps, and of the pass (empty), that failed without that plan.
+        settings: reference module -> which of its settings differ.
     """
     found, since, alignment = [], "", steps.alignment
     for tap in taps:
@@ -118,7 +122,8 @@ def faults(taps: Sequence[Tap], steps: Steps, alone: Capture, before: Mapping[st
         if tap.reset and not tap.reset.passed:
             step = tap.kind == "in"
             made = (steps.plain.suspect(tap.key, alone, since) or _code(tap, steps, alone)) if step else None
-            found.append(Fault(ours, theirs, call, step, tap.reset, "" if step else rule, str(made or "")))
+            said = "" if step else settings.get(tap.module, "")
+            found.append(Fault(ours, theirs, call, step, tap.reset, "" if step else rule, str(made or ""), said))
         since = tap.key
     for by in steps.found.get("", ()) if "" in before else ():
         found.append(Fault(by.candidate, by.reference, 0, False, before[""], "", by.settings or by.code))
@@ -168,7 +173,7 @@ def locate(
     failing = failing or [t for t in taps if not t.free.passed]
     if not failing:
         bad = [v for v in outputs if not v.passed]
-        if bad:
+        if bad and taps:  # else no module was looked at, and none is said to match
             text = bad[0].note or f"max|Δ| {bad[0].max_abs:.1e}, floor {bad[0].floor:.1e}"
             if named := steps.found.get("", ()) if steps else ():
                 return _accused(named[0], f"seen in the output of {name}: {text}")

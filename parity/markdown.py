@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from parity.wording import judged, likeness, ratio_text, results, sci, sentence, state
+from parity.wording import decisive, further, judged, likeness, ratio_text, results, sci, sentence, state, uncompared
 from porter.core.markdown import block, code, text
 from porter.core.units import several
 
@@ -26,8 +26,9 @@ def to_markdown(data: dict[str, Any]) -> str:
     lines += _list("Not compared with the original", [code(name) for name in data["unproven"]])
     for result in results(data):
         lines += _faults(result)
-        if result["reason"] and not (data["guilty"] and result.get("guilty") == data["guilty"]):
+        if result["reason"] and not (data["guilty"] and result is decisive(data)):
             lines += [f"**{text(result['title'])}**: {text(result['reason'])}", ""]
+        lines += [f"- {text(said)}\n" for said in uncompared(result) if said != result["reason"]]
         lines += _failing(result)
     lines += _folded("Noise floors and outputs", _outputs(data))
     remarks = [
@@ -80,14 +81,15 @@ def _guilty(guilty: dict[str, Any]) -> list[str]:
 
 
 def _faults(result: dict[str, Any]) -> list[str]:
-    """Modules and steps that fail although the reference's values surround them, where there is more than the first."""
-    found = result.get("faults", ())
-    if len(found) < 2:
+    """Modules and steps that fail although the reference's values surround them, beside the first guilty one."""
+    found = further(result)
+    if not found:
         return []
     shown = [f"- {code(f['text'])}: {f['verdict']['status']}, {sci(f['verdict']['max_abs64'])} in float64"
              + (f", rule {code(f['rule'])}" if f["rule"] else "") for f in found[:ROWS]]  # fmt: skip
     more = [f"- {len(found) - ROWS} more are in `parity.json`"] if len(found) > ROWS else []
-    return [f"**{text(result['title'])}**: {len(found)} modules or steps fail by themselves", "", *shown, *more, ""]
+    count = several(len(found), "further fault" if result["guilty"] else "fault")
+    return [f"**{text(result['title'])}**: {count}, each with the reference's own input", "", *shown, *more, ""]
 
 
 def _failing(result: dict[str, Any]) -> list[str]:
@@ -101,8 +103,8 @@ def _failing(result: dict[str, Any]) -> list[str]:
         return []
     head = ("where", "verdict", "max\\|Δ\\|", "float64", "floor", "reset, float64")
     rows = [
-        [code(key, cell=True), text(" ".join([v["status"], v["note"]]).strip()), sci(v["max_abs"]), sci(v["max_abs64"]),
-         sci(v["floor"]), sci(reset["max_abs64"] if reset else None)]
+        [code(key, cell=True), text(": ".join(filter(None, (v["status"], v["note"])))), sci(v["max_abs"]),
+         sci(v["max_abs64"]), sci(v["floor"]), sci(reset["max_abs64"] if reset else None)]
         for key, v, reset in bad[:ROWS]
     ]  # fmt: skip
     more = ["", f"{len(bad) - ROWS} more are in `parity.json`."] if len(bad) > ROWS else []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from parity.loading import split_case
+from parity.casename import split_case
 from porter.core.errors import MissingError, UsageError
 from porter.core.family import families
 
@@ -21,6 +21,9 @@ def case_file(name: str) -> str:
         UsageError: the family has no case.
     """
     if ".py" in name or "/" in name:
+        file, _ = split_case(name)
+        if not file.is_file():
+            raise MissingError(f"no such case file: {name}", expected="CASE.py or CASE.py:NAME", hint="docs/parity.md")
         return name
     family, _, which = name.partition(":")
     known = families()
@@ -94,6 +97,18 @@ class Pinned:
         """Where the code is imported from: `SOURCE` of a checkout, or the folder itself where it is named already."""
         inner = checkout.absolute() / self.source
         return checkout if not inner.is_dir() and checkout.absolute().match(self.source or "/") else inner
+
+    def require(self, shown: str, checkout: Path | None, *, recorded: bool = False) -> None:
+        """Refuse to run original code that is not there; raises UsageError.
+
+        Args:
+            shown: the case, as the user named it.
+            recorded: whether a trace stands in for it.
+        """
+        if self.repository and checkout is None and not recorded:
+            raise UsageError(
+                f"{shown} runs the original code", expected=f"a checkout of {self}", hint="--reference-repo <checkout>"
+            )
 
     def __str__(self) -> str:
         return f"{self.repository} at {self.commit}" if self.commit else self.repository

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from parity.compare import GATE
+from parity.compare import GATE, Verdict
 from parity.component import ComponentResult
 from parity.pipeline import PipelineResult
 from porter.core.errors import UsageError
@@ -17,6 +17,7 @@ from porter.core.port import PARITY, Port
 
 SCHEMA = "porter.parity/1"
 PIPELINE = "pipeline"
+OUTPUTS_ONLY = "only outputs were compared, no module was looked at (--level component)"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Outcome:
     def folder(self) -> Path:
         """Where the report belongs; a partial one is no verdict on the port and stands apart."""
         if self.port is None:
-            return Path("parity-" + re.sub(r"[^\w.+-]+", "_", self.family)[:100])  # a case's name is no path
+            name = self.family.replace(".py", "").replace(":", "-")  # a case's name is no path
+            return Path("parity-" + re.sub(r"[^\w.+-]+", "_", name)[:100])
         return self.port.path / PARITY.parent / ("partial" if self.partial else "")
 
     def conclusion(self) -> str:
@@ -114,7 +116,8 @@ class Outcome:
                 return f"FAIL first guilty module: {result.guilty}"
         for failed in self.results:
             if not failed.passed:
-                return f"FAIL {describe(failed)}: {reason_of(failed)}"
+                line = f"FAIL {describe(failed)}: {reason_of(failed)}"
+                return f"{line}; {OUTPUTS_ONLY}" if self.options.level == "component" else line
         if self.changed:
             return f"FAIL the port's files changed after conversion: {', '.join(self.changed[:3])}"
         lines = [v for r in self.results if (v := r.headline)]
@@ -122,6 +125,8 @@ class Outcome:
         line = f"PASS max|Δ| = {largest.max_abs:.2g} (floor {largest.floor:.2g})"
         if self.unproven:
             line += f"; not compared with the original: {', '.join(self.unproven)}"
+        if self.options.level == "component":
+            line += f"; {OUTPUTS_ONLY}"
         return line
 
 
@@ -130,6 +135,11 @@ def describe(result: ComponentResult | PipelineResult) -> str:
     if isinstance(result, PipelineResult):
         return "pipeline (native) against diffusers"
     return f"{result.component} ({result.candidate}) against {result.against}"
+
+
+def _said(verdict: Verdict) -> str:
+    """`forward: differs: float64 keeps 3.8e-04`."""
+    return ": ".join(filter(None, (verdict.name, verdict.status, verdict.note)))
 
 
 def reason_of(result: ComponentResult | PipelineResult) -> str:
@@ -151,5 +161,5 @@ def reason_of(result: ComponentResult | PipelineResult) -> str:
         return f"{len(result.unused)} modules with weights never ran: {names}; {hint}"
     if isinstance(result, ComponentResult) and result.unwatched:
         return f"the reference recorded nothing of {len(result.unwatched)} modules: {', '.join(result.unwatched[:3])}"
-    left_out = next((v for v in result.verdicts if not v.passed), None)
-    return f"{left_out.name}: {left_out.status} {left_out.note}" if left_out else result.status
+    first = next((v for v in result.verdicts if not v.passed), None)
+    return _said(first) if first else result.status

@@ -6,6 +6,7 @@ The reference is recorded first (here, or in a process of its own), and gone bef
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def compare_case(
     )  # fmt: skip
     if level == "module" and not result.taps and not result.reason:
         result.reason = "no module was compared: the case leaves all of them out, or nothing aligns them"
+    result.warnings += _idle_patterns(case, trace, module)
     result.notes += trace.meta.get("notes", [])
     for side, name in ((case.reference, "reference"), (case.candidate, "candidate")):
         result.notes += [] if side.halves else [f"casts of the {name} to half precision were left out"]
@@ -84,6 +86,21 @@ def compare_case(
     if skipped := trace.meta.get("skipped"):
         result.notes.append(f"the case leaves out {len(skipped)} modules: {', '.join(skipped[:3])}")
     return result
+
+
+def _idle_patterns(case: Case, trace: Trace, module: nn.Module) -> list[str]:
+    """A warning for each `skip` or `keep` that names nothing on any side."""
+    meta = trace.meta
+    both = {*module.state_dict(), *(path for path, _ in module.named_modules())}
+    names = {
+        "skip": {*both, *meta.get("leaves", ()), *meta.get("parents", ()), *meta.get("plain", ())},
+        "keep": {*both, *reference_state(case, trace)},
+    }
+    return [
+        f"`{which}` matches nothing: {pattern!r}"
+        for which, pattern in (("skip", case.skip), ("keep", case.keep))
+        if pattern and not any(re.fullmatch(pattern, name) for name in names[which])
+    ]
 
 
 def _blocks_first(case: Case, trace: Trace, inside: Callable[[str], Trace], **how: Any) -> ComponentResult:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parity.case import Case, Named
 
+ALL = "*"  # a pass `forward~*` is `forward` with all of its inputs changed
 PERTURBED = "~"  # a pass `forward~mask` is `forward` with its input `mask` changed
 
 
@@ -62,9 +63,13 @@ def _hidden(mask: Tensor) -> Tensor:
 
 
 def guard_passes(case: Case, given: Mapping[str, Named], seed: int) -> dict[str, dict[str, Tensor]]:
-    """For every pass and every input that is not free: the pass with this input changed."""
+    """For every pass and every input that is not free: the pass with this input changed; else with all changed."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, inputs in given.items():
+        if all(key in case.free for key in inputs):  # something must have an effect
+            other = {key: value for key in inputs if (value := perturbed(key, inputs[key], seed)) is not None}
+            found |= {f"{name}{PERTURBED}{ALL}": {**inputs, **other}} if other else {}
+            continue
         for key, value in inputs.items():
             changed = perturbed(key, value, seed) if key not in case.free else None
             if changed is not None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parity.compare import DIFFERS, IDENTICAL, PRECISION, ROUNDING, Verdict
-
-ALLOWED = 2.0  # how many times the reference's own error a candidate may have
+from parity.compare import DIFFERS, IDENTICAL, PRECISION, ROUNDING, Verdict, loses_no_more
 
 
 def judge_low(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) -> Verdict:
     """Compare both sides' runs in low precision with the truth, all of one shape.
 
-    The error is the root of the mean square; below half a step of the reference's dtype, relative to the truth's own
-    size, it counts as rounding. Whole numbers must be equal.
+    `loses_no_more` decides, as for modules. Whole numbers must be equal.
 
     Args:
         truth: the reference's float64 run (float32 where float64 cannot run).
@@ -24,7 +21,6 @@ def judge_low(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) ->
     finite = all(bool(torch.isfinite(x).all()) for x in (t, r, c))
     gap = (r - c).abs()
     theirs, ours = _rms(r - t), _rms(c - t)
-    step = torch.finfo(reference.dtype).eps / 2 if reference.is_floating_point() else 0.0
     note = f"error to the truth {ours:.1e}, the reference's own {theirs:.1e} (root mean square)"
     if not finite:
         counts = {"truth": t, "reference": r, "candidate": c}
@@ -36,7 +32,9 @@ def judge_low(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) ->
     elif not reference.is_floating_point():
         status, note = DIFFERS, f"{int((gap > 0).sum())} of {gap.numel()} whole numbers differ"
     else:
-        status = ROUNDING if ours <= ALLOWED * max(theirs, step * _rms(t)) else PRECISION
+        losses = [(float((x - t).abs().max()), rms) for x, rms in ((c, ours), (r, theirs))]
+        fits = loses_no_more(losses[0], losses[1], float(t.abs().max()), reference.dtype)
+        status = ROUNDING if fits else PRECISION
     if reference.dtype != candidate.dtype:
         note += f"; {reference.dtype} there, {candidate.dtype} here".replace("torch.", "")
     norms = float(r.norm() * c.norm())

@@ -67,7 +67,7 @@ def constant_tensors(module: nn.Module) -> list[str]:
     found = []
     for name, parameter in module.named_parameters():
         values = parameter.detach().flatten()
-        if len(values) > 1 and float(values[0]) in (0.0, 1.0) and bool((values == values[0]).all()):
+        if len(values) > 1 and values[0].item() in (0, 1) and bool((values == values[0]).all()):
             found.append(name)
     shown = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
     return [f"{len(found)} parameters are all zero or all one, so faults in them stay hidden: {shown}"] if found else []
@@ -109,7 +109,8 @@ def round_trip(moves: Iterable[Moved], state: Mapping[str, Tensor], converted: M
 
 
 def _part(tensor: Tensor, rows: tuple[int, int] | None) -> Tensor:
-    return tensor if rows is None else tensor[slice(*rows)]
+    part = tensor if rows is None else tensor[slice(*rows)]
+    return torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
 
 
 def differing_dtypes(reference: Mapping[str, int], candidate: Mapping[str, int]) -> list[str]:

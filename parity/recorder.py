@@ -268,12 +268,18 @@ def told(error: BaseException) -> str:
 
     The place is the last line of the model's own code, or of a library's that is not torch.
     """
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _of_a_model(f.filename)]
-    place = ""
-    if frames:
-        file, line = "/".join(Path(frames[-1].filename).parts[-3:]), " ".join((frames[-1].line or "").split())[:120]
-        place = f", at {file}:{frames[-1].lineno}: {line}"
-    return f"{type(error).__name__}: {str(error) or '(no message)'}{place}"
+    said = str(error) or "(no message)"
+    said = said if len(said) <= 1000 else f"{said[:1000]} … ({len(said)} characters)"
+    return f"{type(error).__name__}: {said}{place(traceback.extract_tb(error.__traceback__))}"
+
+
+def place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The last line of a model's own code among frames: `, at modules/attention.py:52: …`; empty for none."""
+    own = [frame for frame in frames if _of_a_model(frame.filename)]
+    if not own:
+        return ""
+    file, line = "/".join(Path(own[-1].filename).parts[-3:]), " ".join((own[-1].line or "").split())[:120]
+    return f", at {file}:{own[-1].lineno}: {line}"
 
 
 def _of_a_model(file: str) -> bool:
@@ -616,6 +622,8 @@ def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
             k: v for k, v in vars(child).items()
             if not k.startswith("_") and k != "training" and isinstance(v, (bool, int, float, str))
         }  # fmt: skip
+        if "eps" in vars(child) and child.eps is None:  # torch's own norms: what none means
+            own["eps"] = torch.finfo(torch.float32).eps
         if own:
             found[path] = own
     return found

@@ -23,8 +23,9 @@ from torch import nn
 
 from parity import stubs
 from parity.case import Case, Named
+from parity.casename import split_case
 from parity.exact import tables
-from parity.loading import CaseError, inputs_of, load_case, split_case
+from parity.loading import CaseError, inputs_of, load_case
 from parity.perturb import PERTURBED, guard_passes
 from parity.recorder import (
     Recording,
@@ -91,7 +92,7 @@ def watches(case: Case, module: nn.Module, level: str, inside: str = "") -> list
     for chosen, inputs in kinds:
         keep = [p for p in dict.fromkeys(chosen) if not (skip and skip.fullmatch(p))]
         if keep:
-            found.append(Watch("|".join(p.replace(".", r"\.") for p in keep), inputs=inputs))
+            found.append(Watch("|".join(map(re.escape, keep)), inputs=inputs))
     return found
 
 
@@ -184,7 +185,9 @@ def record_reference(
             )
             recording.extend(changed)
         except (Exception, SystemExit) as error:  # not every input takes another value
-            recording.meta.setdefault("unperturbed", {})[name] = told(error)
+            base, _, key = name.partition(PERTURBED)
+            why = f"{base}: with {key} changed the reference does not run, so no effect of it is proven ({told(error)})"
+            recording.meta["notes"] = [*recording.meta.get("notes", []), why]
     for name, tensor in state.items():  # what the candidate gets is drawn again, but for what was computed
         if case.weights is None and (not tensor.is_floating_point() or name in kept):
             recording.tensors[f"state/{name}"] = tensor.contiguous()

@@ -13,7 +13,7 @@ from typing import Any
 
 from parity.html import environment
 from parity.outcome import SCHEMA
-from parity.wording import results, sci, sentence, state
+from parity.wording import decisive, results, sci, sentence, state
 from porter.core.atomic import replace_bytes
 from porter.core.errors import BadInputError
 from porter.core.markdown import text
@@ -64,6 +64,7 @@ def page(documents: Mapping[str, dict[str, Any]]) -> str:
     """index.html: the same as a page without network or script."""
     reports = [
         {"name": name, "data": data, "state": state(data), "verdict": sentence(data),
+         "why": (decisive(data) or {}).get("reason", ""),
          "rows": [{**r, "against": against(r)} for r in results(data)]}
         for name, data in documents.items()
     ]  # fmt: skip

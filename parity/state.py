@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -41,24 +42,35 @@ def built(case: Case, seed: int) -> nn.Module:
         raise CaseError(f"the reference does not build: {told(error)}{more}") from error
     except (Exception, SystemExit) as error:
         raise CaseError(f"the reference does not build: {told(error)}") from error
-    if not isinstance(module, nn.Module):
-        raise CaseError(f"the reference's build returns {type(module).__name__}, not a torch.nn.Module")
+    if odd := unfit(module):
+        raise CaseError(f"the reference's build returns {odd}")
     return module
+
+
+def unfit(module: object) -> str:
+    """What is wrong with what a `build` returned; empty for a module whose tensors hold numbers."""
+    if not isinstance(module, nn.Module):
+        return f"{type(module).__name__}, not a torch.nn.Module"
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    shown = f"{len(empty)} tensors without numbers, on the device meta: {', '.join(empty[:3])}"
+    return f"a module with {shown}; build it on the CPU" if empty else ""
 
 
 def _also_missing(case: Case, error: BaseException) -> list[str]:
     """The packages that would be missing next: what fails once those before are there, but empty."""
     found: list[str] = []
-    while isinstance(error, ModuleNotFoundError) and error.name:
-        name = error.name.partition(".")[0]
-        if name in found or not stubs.install([name]):
-            break
-        found.append(name)
-        try:
-            case.reference.module(case.config)
-            break
-        except (Exception, SystemExit) as following:
-            error = following
+    with stubs.on_trial():
+        while isinstance(error, ModuleNotFoundError) and error.name:
+            name = error.name.partition(".")[0]
+            if name in found or not stubs.install([name]):
+                break
+            found.append(name)
+            try:
+                case.reference.module(case.config)
+                break
+            except (Exception, SystemExit) as following:
+                error = following
     return found[1:]
 
 
@@ -74,9 +86,7 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
     own, ties = module.state_dict(), tied(module)
     if case.weights is None:
         return {
-            name: torch.from_numpy(draw(ties.get(name, name), tuple(tensor.shape), seed))
-            if tensor.is_floating_point() and name not in kept
-            else tensor.clone()
+            name: tensor.clone() if name in kept else _drawn(ties.get(name, name), tensor, seed)
             for name, tensor in own.items()
         }
     pattern = re.compile(case.keep) if case.keep else None
@@ -100,6 +110,15 @@ def state_of(case: Case, module: nn.Module, seed: int, kept: Collection[str]) ->
         name: (given[name].float() if own[name].is_floating_point() else given[name]) if name in given else own[name]
         for name in own
     }
+
+
+def _drawn(name: str, tensor: Tensor, seed: int) -> Tensor:
+    """Numbers for a tensor of the state; complex ones have both parts drawn, whole ones stay as they are."""
+    shape = tuple(tensor.shape)
+    if tensor.is_complex():
+        parts = (torch.from_numpy(draw(f"{name}.{part}", shape, seed)) for part in ("real", "imaginary"))
+        return torch.complex(*parts)
+    return torch.from_numpy(draw(name, shape, seed)) if tensor.is_floating_point() else tensor.clone()
 
 
 def computed(case: Case, module: nn.Module) -> list[str]:

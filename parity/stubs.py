@@ -8,8 +8,10 @@ tensor nothing can be done, so that no number comes from it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -167,3 +169,28 @@ def install(names: Iterable[str]) -> list[str]:
 
 def _within(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.startswith(name + ".") for name in names)
+
+
+@contextmanager
+def on_trial() -> Iterator[None]:
+    """Stubs that are installed inside the block are gone after it, with all code that was imported beside them."""
+    names, modules, find_spec = set(_FINDER.names), dict(sys.modules), importlib.util.find_spec
+    try:
+        yield
+    finally:
+        for path in [p for p, m in sys.modules.items() if modules.get(p) is not m and _tainted(m)]:
+            del sys.modules[path]
+        _FINDER.names = names
+        importlib.util.find_spec = find_spec
+
+
+def _tainted(module: ModuleType) -> bool:
+    """Whether a module is a stub, holds something of one, or is code of a project, which may."""
+    if isinstance(module, _Module):
+        return True
+    own = f"{getattr(module, '__file__', None) or ''}"
+    libraries = ("site-packages", "dist-packages", "lib-dynload", os.path.dirname(os.__file__))  # noqa: PTH120
+    held = list(vars(module).values()) if isinstance(module, ModuleType) else []
+    return (bool(own) and not any(name in own for name in libraries)) or any(
+        isinstance(v, (Stub, _Module)) for v in held
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+SKIPPED = "not compared"
 State = Literal["pass", "holds", "fail"]
 
 
@@ -37,6 +38,29 @@ def results(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [*data["components"], *([data["pipeline"]] if data["pipeline"] else [])]
 
 
+def decisive(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The failing comparison that the conclusion names: the first with a guilty module, else the first."""
+    failing = [result for result in results(data) if not result["passed"]]
+    return next((result for result in failing if result.get("guilty")), next(iter(failing), None))
+
+
+def further(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The modules and steps that fail by themselves beside the guilty one, which is most often the first of them."""
+    faults, guilty = result.get("faults", []), result.get("guilty")
+    if not faults or not guilty:
+        return list(faults)
+    first = faults[0]
+    pair = f"{guilty['candidate']} ↔ {guilty['reference']}"
+    named = first["by"].startswith(pair) or first["reference"] == guilty["reference"]
+    return list(faults[1:] if named or (first["step"] and guilty["code"]) else faults)
+
+
+def uncompared(result: dict[str, Any]) -> list[str]:
+    """Every output that was not compared, with the reason."""
+    found = (v for v in result.get("outputs", ()) if v["status"] == SKIPPED)
+    return [": ".join(filter(None, (v["name"], v["status"], v["note"]))) for v in found]
+
+
 def state(data: dict[str, Any]) -> State:
     """Whether a document is a pass, holds as far as it goes, or fails."""
     return "pass" if data["passed"] else "holds" if data["holds"] else "fail"
@@ -52,8 +76,11 @@ def sentence(data: dict[str, Any]) -> str:
     """The verdict in one sentence."""
     found = results(data)
     if not data["holds"]:
-        if data["guilty"]:
-            return f"Parity fails. First guilty module: {data['guilty']['candidate']} ↔ {data['guilty']['reference']}."
+        failed = decisive(data)
+        if failed:  # why, and which module, stands below it
+            best = failed["headline"] if failed["status"] != SKIPPED else None
+            number = f", by {sci(best['max_abs'])} with a noise floor of {sci(best['floor'])}" if best else ""
+            return f"Parity fails: {failed['title']}: {failed['status']}{number}."
         return f"Parity fails: {data['conclusion'].removeprefix('FAIL ').rstrip('.')}."
     values = sum(r["counts"]["compared"] for r in found)
     best = max((r["headline"] for r in found if r["headline"]), key=lambda v: v["max_abs"] or 0.0, default=None)
@@ -63,6 +90,7 @@ def sentence(data: dict[str, Any]) -> str:
     if data["passed"]:
         return f"Parity holds: {line}."
     short_of = ["only a part was asked for"] if data["partial"] else []
+    short_of = ["only outputs were compared, no module was looked at"] if data["level"] == "component" else short_of
     if data["unproven"]:
         short_of.append(f"not compared with the original: {', '.join(data['unproven'])}")
     return f"What was compared holds, which is no verdict on the whole ({'; '.join(short_of)}): {line}."

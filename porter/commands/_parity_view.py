@@ -14,6 +14,7 @@ def inside(out: Path, port: Path) -> bool:
 
 def comparisons(outcome: Any, width: int) -> tuple[Any, str]:
     """One line a comparison, and what the table leaves out; numbers are never cut."""
+    from parity.compare import SKIPPED
     from parity.pipeline import PipelineResult
     from parity.wording import ratio_text
     from porter.commands._render import table
@@ -24,7 +25,8 @@ def comparisons(outcome: Any, width: int) -> tuple[Any, str]:
         v = result.headline
         whole = isinstance(result, PipelineResult)
         called = "pipeline (native)" if whole else f"{result.component} ({result.candidate})"
-        numbers = (f"{v.max_abs:.1e}", f"{v.floor:.1e}", ratio_text(v.ratio)) if v else ("–", "–", "–")
+        measured = v is not None and v.status != SKIPPED  # what was not compared has no number
+        numbers = (f"{v.max_abs:.1e}", f"{v.floor:.1e}", ratio_text(v.ratio)) if measured else ("–", "–", "–")
         counts = {key: str(result.counts[key]) for key in ("compared", "skipped", "missing")}
         against = "diffusers" if whole else result.against
         texts = (called, against, result.status)
@@ -41,17 +43,34 @@ def comparisons(outcome: Any, width: int) -> tuple[Any, str]:
     return built, f"{' and '.join(lacking)}: 0 everywhere" if lacking else ""
 
 
-def remarks(outcome: Any, verbose: bool) -> list[str]:
-    """Why something fails, and what a reader must know about what passes."""
-    from parity.outcome import describe, reason_of
+_MOST = 5  # of a list on the terminal
 
+
+def remarks(data: dict[str, Any], verbose: bool) -> list[str]:
+    """Why something fails, and what a reader must know about what passes; not what the conclusion says.
+
+    Args:
+        data: the result document.
+    """
+    from parity.wording import decisive, further, results, uncompared
+
+    concluded = decisive(data)
     lines = []
-    for result in outcome.results:
-        if not result.passed:
-            guilty = getattr(result, "guilty", None)
-            lines.append(f"{describe(result)}: {guilty or reason_of(result)}")
-            if guilty:
-                lines.append(f"  {guilty.why}")
-        lines += [f"warning: {result.component}: {text}" for text in getattr(result, "warnings", [])]
-        lines += [f"{describe(result)}: {text}" for text in getattr(result, "notes", []) if verbose]
+    for result in results(data):
+        title, guilty, told = result["title"], result.get("guilty"), result is concluded
+        if guilty:
+            lines += [f"{title}: {guilty['why']}"] if told else [f"{title}: {guilty['text']}", f"  {guilty['why']}"]
+        elif not result["passed"] and not told:
+            lines.append(f"{title}: {result['reason']}")
+        lines += _listed("further faults" if guilty else "faults", [f["text"] for f in further(result)])
+        lines += _listed("not compared", [text for text in uncompared(result) if text != result["reason"]])
+        lines += [f"warning: {result['component']}: {text}" for text in result.get("warnings", ())]
+        lines += [f"{title}: {text}" for text in result.get("notes", ()) if verbose]
     return list(dict.fromkeys(lines))
+
+
+def _listed(title: str, texts: list[str]) -> list[str]:
+    """A short list under its title; the report has all of it."""
+    shown = list(dict.fromkeys(texts))
+    more = [f"    and {len(shown) - _MOST} more, see the report"] if len(shown) > _MOST else []
+    return [f"  {title}:", *(f"    {text}" for text in shown[:_MOST]), *more] if shown else []

@@ -42,8 +42,8 @@ class Parity(WithParts):
 )
 @click.option(
     "--case",
-    metavar="FILE|FAMILY[:NAME]",
-    help="Compare what this file, or this family's, declares; without PORT, on drawn weights. docs/parity.md",
+    metavar="FILE.py[:NAME]|FAMILY[:NAME]",
+    help="Compare what this case, or one of this family's, declares; without PORT, on drawn weights. docs/parity.md",
 )
 @click.option(
     "--reference-repo",
@@ -54,10 +54,16 @@ class Parity(WithParts):
 @click.option("--reference-python", metavar="EXE", help="Interpreter that the reference runs in; it needs no porter.")
 @click.option(
     "--shims", is_flag=False, flag_value="", metavar="[NAMES]",
-    help="CPU equivalents of flash_attn, xformers, apex and timm for the reference of a case, where they are missing.",
+    help="CPU equivalents of flash_attn, xformers, apex and timm for the reference of a case, where they are missing, "
+    "and of cuda; or of these, by commas.",
 )  # fmt: skip
 @click.option(
-    "--limit", type=float, default=1800.0, metavar="SECONDS", show_default=True, help="Time limit of a reference."
+    "--limit",
+    type=float,
+    default=1800.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="Time limit of a reference, and of a case's candidate.",
 )
 @click.option(
     "--level", type=click.Choice(["component", "block", "module", "step", "pipeline"]), default=None,
@@ -91,7 +97,11 @@ class Parity(WithParts):
     help="What both sides run in; below float32, each side's error to the reference's float64 run decides.",
 )
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the report; default PORT/parity."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the report; default PORT/parity, or ./parity-<case>.",
 )
 @click.option(
     "--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write every comparison as JUnit XML to FILE."
@@ -128,11 +138,8 @@ def command(
     Every converted component is compared with what the original code answered on the original weights, then native and
     diffusers implementations with each other, then the whole pipeline, step by step. Exit code 1 when anything differs.
     """
-    from parity import junit as junit_xml
-    from parity.compare import GATE
-    from parity.document import document, write
-    from parity.markdown import to_markdown
-    from parity.outcome import Options
+    from parity import early
+    from parity.named import Pinned, case_file
     from porter.commands._parity_view import comparisons, inside, remarks
     from porter.commands._render import console, notes, print_json
     from porter.core.errors import CheckFailed, MissingError, UsageError
@@ -158,15 +165,31 @@ def command(
                 f"{written} lies among the port's own files", expected=f"{port}/parity, or a place outside",
                 hint=f"another {name}",
             )  # fmt: skip
-    if junit is not None:
-        junit_xml.usable(junit)
-    if gate is not None and not 0 < gate < float("inf"):
-        raise UsageError("--gate must be positive and finite", found=str(gate))
+    # All that can be refused is refused before torch is imported, and before anything runs.
+    early.checkout(reference_repo)
+    early.interpreter(reference_python)
+    early.time_limit(limit)
+    early.gate(gate)
+    early.junit_file(junit)
+    early.report_folder(out if out is not None or port is not None else Path())
+    names = early.shim_names(shims)
+    traces = [Path(name.removeprefix("trace:")) for name in against if name.startswith("trace:")]
+    for trace in traces:
+        early.file_to_read(trace, "--against trace")
+    if case is not None:
+        Pinned.of(case_file(case)).require(case, reference_repo, recorded=bool(traces))
+
+    from parity import junit as junit_xml
+    from parity.compare import GATE
+    from parity.document import document, write
+    from parity.markdown import to_markdown
+    from parity.outcome import Options
+
     options = Options(
         components=components, against=against, reference_repo=reference_repo, source=source,
         gate=GATE if gate is None else gate, seed=0 if seed is None else seed, prompt=prompt, steps=steps, dtype=dtype,
         level=level or "", device=device, inputs=inputs, reference_python=reference_python, time_limit=limit,
-        shims=None if shims is None else tuple(name for name in shims.split(",") if name),
+        shims=names,
     )  # fmt: skip
     bare = as_json or markdown
     note = (lambda text: None) if quiet or bare else (lambda text: notes().print(f"[dim]{text}[/dim]"))
@@ -193,7 +216,7 @@ def command(
         screen.print(rows)
         if rest:
             screen.print(rest, style="dim")
-        for line in remarks(outcome, verbose):
+        for line in remarks(data, verbose):
             screen.print(line, markup=False)
     # Last: a folder that cannot be written costs the report, not the result.
     if junit is not None:
@@ -204,7 +227,5 @@ def command(
             screen.print(f"report: {paths[1]}", markup=False)
         screen.print(outcome.conclusion(), markup=False, style="bold green" if outcome.holds else "bold red")
     if not outcome.holds:
-        raise CheckFailed(
-            f"parity of {port or case} does not hold: {outcome.conclusion().removeprefix('FAIL ')}",
-            hint=f"open {paths[1]}",
-        )
+        why = f": {outcome.conclusion().removeprefix('FAIL ')}" if bare else ""  # else it was just said
+        raise CheckFailed(f"parity of {port or case} does not hold{why}", hint=f"open {paths[1]}")

@@ -35,22 +35,27 @@ def command(
 
     Both must be of the same weights and inputs. Modules are matched by name, or by a case's conversion.
     """
-    from parity.compare import GATE
-    from parity.loading import CaseError, load_case
+    from parity import early
     from parity.named import case_file
-    from parity.offline import compare_traces
-    from parity.outcome import reason_of
-    from parity.trace import Trace
     from porter.commands._render import console, print_json
     from porter.core.errors import BadInputError, CheckFailed, UsageError
 
-    if gate is not None and not 0 < gate < float("inf"):
-        raise UsageError("--gate must be positive and finite", found=str(gate))
+    early.gate(gate)
     if weights is not None and case is None:
         raise UsageError("--weights is checked against a case's conversion", hint="add --case CASE.py")
+    for path, option in ((reference, "A"), (candidate, "B"), (weights, "--weights")):
+        early.file_to_read(path, option)
+    file = case_file(case) if case else None
+
+    from parity.compare import GATE
+    from parity.loading import CaseError, load_case
+    from parity.offline import compare_traces
+    from parity.outcome import reason_of
+    from parity.trace import Trace
+
     traces = [Trace.open(path) for path in (reference, candidate)]
     try:
-        chosen = load_case(case_file(case)) if case else None
+        chosen = load_case(file) if file else None
     except CaseError as error:
         raise BadInputError(str(error), hint="docs/parity.md, A case of your own") from error
     result = compare_traces(traces[0], traces[1], case=chosen, weights=weights, gate=GATE if gate is None else gate)

@@ -23,13 +23,21 @@ from porter.commands._options import output_options
 @click.option("--reference-repo", type=click.Path(path_type=Path), metavar="DIR", help="Checkout of the original code.")
 @click.option(
     "--shims", is_flag=False, flag_value="", metavar="[NAMES]",
-    help="CPU equivalents of flash_attn, xformers, apex and timm where they are missing; or of these, by commas.",
+    help="CPU equivalents of flash_attn, xformers, apex and timm where they are missing, and of cuda; or of these, by "
+    "commas.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Seed of weights and inputs; default 0.")
 @click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Run in it too and keep what it loses, for `porter parity --dtype` with --against trace.",
+)
+@click.option(
     "--level", type=click.Choice(["component", "block", "module"]), default="module", help="How deep to record."
 )
-@click.option("--limit", type=float, default=None, metavar="SECONDS", help="Time limit; default 1800.")
+@click.option("--limit", type=float, default=1800.0, show_default=True, metavar="SECONDS", help="Time limit.")
 @click.option("--write", "kit", type=click.Path(path_type=Path), metavar="DIR", help="Write the stand-alone recorder.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="The trace; default trace.safetensors."
@@ -46,8 +54,9 @@ def command(
     reference_repo: Path | None,
     shims: str | None,
     seed: int,
+    dtype: str,
     level: str,
-    limit: float | None,
+    limit: float,
     kit: Path | None,
     out: Path | None,
     as_json: bool,
@@ -59,14 +68,15 @@ def command(
     It runs in a process of its own, and leaves a trace file, which `porter parity compare` and `--against trace` read.
     --write DIR writes the recorder out instead, to be run on another machine.
     """
-    from parity.named import case_file
+    from parity import early
+    from parity.named import Pinned, case_file
     from porter.commands._render import console, print_json
     from porter.core.errors import UsageError
 
     hint = "porter parity record CASE.py, or --module file.py:function --inputs FILE --watch REGEX --source FILE"
     if case is not None and module is not None:
         raise UsageError("a case and --module name two references", expected="one of them", hint=hint)
-    case = case_file(case) if case else None
+    shown, case = case, case_file(case) if case else None
     if kit is not None:
         if module is not None or reference_python or out is not None:
             raise UsageError(
@@ -80,14 +90,30 @@ def command(
         elif not quiet:
             console().print(f"{len(files)} files in {kit}; {kit}/README.md says how to run them", markup=False)
         return
-    from parity.foreign import LIMIT, record_elsewhere, run_recorder
-
+    if case is None and module is None:
+        raise UsageError("nothing to record", expected="a case, or --module", hint=hint)
+    if case is not None and (inputs or watch or source):
+        raise UsageError("--inputs, --watch and --source go with --module; a case has its own", hint=hint)
+    if module is not None:
+        if inputs is None or source is None or not watch:
+            raise UsageError("--module needs --inputs, --source and at least one --watch", hint=hint)
+        if shims is not None or reference_repo is not None or dtype != "float32":
+            raise UsageError(
+                "--shims, --reference-repo and --dtype go with a case", hint="a module's file can do the same itself"
+            )
     out = out or Path("trace.safetensors")
-    limit = LIMIT if limit is None else limit
+    early.trace_file(out)
+    early.checkout(reference_repo)
+    early.interpreter(reference_python)
+    early.time_limit(limit)
+    names = early.shim_names(shims)
+    for path, option in ((inputs, "--inputs"), (source, "--source")):
+        early.file_to_read(path, option)
     if case is not None:
-        if inputs or watch or source:
-            raise UsageError("--inputs, --watch and --source go with --module; a case has its own", hint=hint)
-        names = None if shims is None else [name for name in shims.split(",") if name]
+        Pinned.of(case).require(str(shown), reference_repo)
+    from parity.foreign import record_elsewhere, run_recorder
+
+    if case is not None:
         trace = record_elsewhere(
             case,
             python=reference_python,
@@ -97,19 +123,13 @@ def command(
             shims=names,
             limit=limit,
             out=out,
+            dtype=dtype,
         )
-    elif module is not None:
-        if inputs is None or source is None or not watch:
-            raise UsageError("--module needs --inputs, --source and at least one --watch", hint=hint)
-        if shims is not None or reference_repo is not None:
-            raise UsageError(
-                "--shims and --reference-repo go with a case", hint="a module's file can extend sys.path itself"
-            )
+    else:
+        assert module is not None and inputs is not None and source is not None
         arguments = ["parity.recorder", "--module", module, "--inputs", str(inputs), "--source", str(source)]
         arguments += ["--call", call, "--seed", str(seed), *(f"--watch={pattern}" for pattern in watch)]
         trace = run_recorder(arguments, python=reference_python, limit=limit, out=out)
-    else:
-        raise UsageError("nothing to record", expected="a case, or --module", hint=hint)
     modules = sorted({path for name in trace.passes for path in trace.modules(name)})
     if as_json:
         print_json({

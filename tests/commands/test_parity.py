@@ -71,7 +71,8 @@ def test_a_port_with_the_swap_left_out_fails(tmp_path: Path, capsys: pytest.Capt
     captured = capsys.readouterr()
     last = captured.out.rstrip().splitlines()[-1]
     assert last.startswith("FAIL first guilty module: norm_out.linear ↔ final_layer.adaLN_modulation.1 (rule ")
-    assert "norm_out.linear" in captured.err and "report.html" in captured.err
+    assert captured.out.count("final_layer.adaLN_modulation.1 (rule") == 2  # once for each side that fails
+    assert "report.html" in captured.err and "norm_out.linear" not in captured.err  # said once
     document = json.loads((tmp_path / "port" / "parity" / "parity.json").read_text())
     assert document["passed"] is False and document["guilty"]["reference"] == "final_layer.adaLN_modulation.1"
     against = {(c["candidate"], c["against"]): c["passed"] for c in document["components"] if c["component"] != "vae"}
@@ -172,7 +173,7 @@ def test_a_narrow_table_drops_columns_and_cuts_no_number(
     width: int, skipped: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    verdict = SimpleNamespace(max_abs=2.437e-6, floor=3.8e-6, ratio=414000.0)
+    verdict = SimpleNamespace(status="differs", max_abs=2.437e-6, floor=3.8e-6, ratio=414000.0)
     counts = {"compared": 199, "skipped": skipped, "missing": 0}
     result = SimpleNamespace(component="text_encoder_2", candidate="diffusers", against="original", passed=False,
                              status="differs (precision)", headline=verdict, counts=counts)  # fmt: skip

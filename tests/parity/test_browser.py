@@ -86,7 +86,7 @@ def reports(tiny_port: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 PAGES = {
     "good/report.html": ("Parity holds: 5 comparisons pass", "transformer (native) against diffusers", "Error by step",
                          "double_blocks.0", "every pixel is equal", "What this verdict is bound to"),
-    "bad/report.html": ("Parity fails. First guilty module:", f"{LONG}_3.norm", "activations do not pass",
+    "bad/report.html": ("First guilty module", f"{LONG}_3.norm", "activations do not pass",
                         "first guilty module", "eps 1e-05 in the reference, 0.01 in the candidate"),
     "index.html": ("1 of 2 published reports holds", "stack", "original code (flux.model:Flux at 802fb47)"),
 }  # fmt: skip

@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from parity.arbiter import cast_disagreement
-from parity.compare import DIFFERS, IDENTICAL, OVER, PRECISION, ROUNDING, SKIPPED, Verdict, judge, skipped, worst
+from parity.compare import (
+    DIFFERS,
+    IDENTICAL,
+    OVER,
+    PRECISION,
+    ROUNDING,
+    SKIPPED,
+    Verdict,
+    judge,
+    judge_lossy,
+    skipped,
+    worst,
+)  # fmt: skip
+from parity.precision import judge_low
 from parity.recorder import Event
 from parity.trace import Value
 
@@ -100,3 +113,28 @@ def test_cast_disagreement_looks_below_each_module() -> None:
     ours = {"rope": ["float32"], "rope.table": ["float64"], "block": ["float32"]}
     found = cast_disagreement(theirs, ours, {"pe": "rope", "block": "block", "": ""})
     assert set(found) == {"pe", ""} and "float64" in found["pe"]
+
+
+@pytest.mark.parametrize("where", ["everywhere", "in one place"])
+def test_lossy_runs_of_modules_and_of_pipelines_are_judged_alike(where: str) -> None:
+    """The same losses, from far below to far above the reference's own, give the same verdict."""
+    truth = torch.randn(4096, generator=torch.Generator().manual_seed(0)).double()
+    reference = truth.bfloat16()
+    lost = (reference.double() - truth).abs()
+    noise = torch.randn(4096, generator=torch.Generator().manual_seed(1))
+    found = set()
+    for factor in (0.1, 0.5, 1.0, 1.5, 1.9, 2.5, 4.0, 16.0, 256.0):
+        error = noise * lost.square().mean().sqrt() * factor
+        if where == "in one place":
+            error = torch.where(torch.arange(4096) == 7, 16 * factor * lost.max(), 0.0)
+        candidate = truth + error
+        event = Event("x", (4096,), "float32", 4096)
+        event.losses["bfloat16"] = [float(lost.max()), float(lost.square().mean().sqrt())]
+        value = Value(event, truth.float(), truth)
+        pair = (
+            judge_lossy("x", value, candidate.float(), "bfloat16").status,
+            judge_low("x", truth, reference, candidate.to(torch.float32)).status,
+        )
+        assert pair[0] == pair[1], (factor, pair)
+        found.add(pair[0])
+    assert found == {ROUNDING, PRECISION}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import conversions.flux1.recipe as flux
 from conversions.flux1.case import CASES
-from parity import heat, junit
+from parity import early, heat, junit
 from parity.case import Case, Draw, Side
 from parity.chart import Curve, chart, module_chart
 from parity.document import document, write
@@ -241,8 +241,8 @@ def test_two_faults_stand_alone() -> None:
     assert [g.name for g in groups if g.open] == ["blocks.2", "blocks.6"]
     assert all(not g.passed for g in groups[2:]) and all(g.passed for g in groups[:2])
     text, lines = page(data), to_markdown(data)
-    assert "2 modules or steps fail by themselves" in text and "fails by itself" in text
-    assert "2 modules or steps fail by themselves" in lines and "blocks.6.0 ↔ blocks.6.0, call 0" in lines
+    assert "1 further fault" in text and "fails by itself" in text
+    assert "1 further fault, each with" in lines and "blocks.6.0 ↔ blocks.6.0, call 0" in lines
 
 
 def test_a_pipeline_shows_pictures_guards_and_draws(good: Outcome) -> None:
@@ -391,11 +391,11 @@ def test_where_a_junit_file_may_go(tmp_path: Path, bad: Outcome) -> None:
         (tmp_path / "none" / "x.xml", MissingError),
     ):  # fmt: skip
         with pytest.raises(error):
-            junit.usable(place)
+            early.junit_file(place)
     data = document(bad, "")
-    junit.usable(tmp_path / "parity.xml")
+    early.junit_file(tmp_path / "parity.xml")
     junit.save(data, tmp_path / "parity.xml")
-    junit.usable(tmp_path / "parity.xml")  # an earlier one of its own may be replaced
+    early.junit_file(tmp_path / "parity.xml")  # an earlier one of its own may be replaced
     assert (tmp_path / "weights.safetensors").read_bytes() == b"precious"
     with pytest.raises(ResourceError):
         junit.save(data, Path("/dev/null/x.xml"))

@@ -46,6 +46,7 @@ class Verdict:
     of: int = 0
     worst: tuple[int, ...] = ()
     note: str = ""
+    module: str = ""  # of several modules of the candidate that answer to one of the reference, the one it speaks of
 
     @property
     def passed(self) -> bool:
@@ -68,7 +69,7 @@ class Verdict:
     def to_json(self, brief: bool = False) -> dict[str, Any]:
         """Plain data; numbers that are not finite become None. `brief` leaves out what a table does not show."""
         data = asdict(self) | {"floor": self.floor, "ratio": self.ratio, "scaled": self.scaled, "passed": self.passed}
-        left_out = _DETAILS if brief else ()
+        left_out = (*_DETAILS, "module") if brief else ("module",)
         return {k: _number(v, k) if isinstance(v, float) else v for k, v in data.items() if k not in left_out}
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
-from parity.compare import GATE, IDENTICAL, Verdict, judge, judge_lossy, skipped
+from parity.compare import GATE, IDENTICAL, SKIPPED, Verdict, judge, judge_lossy, skipped
 from parity.reach import reachable, unread
 from parity.recorder import Exact, sample_indices, seeded, told
 from parity.trace import Trace, split_key
@@ -114,18 +114,34 @@ class Judge:
     def __call__(self, event: Event, pair: Pair, reach: Capture | None = None) -> Verdict:
         """The verdict on an event; `not compared` where the candidate has no counterpart of it.
 
+        Where several modules take what one of the reference takes (a split projection, copies), the first that is
+        given something else decides.
+
         Args:
             reach: 1 where the candidate's elements reach an output (see `parity.reach`); others are left out, and an
                 event without any that does so is `identical`, with no element compared.
         """
+        parts = self.alignment.parts.get(event.path, ()) if event.kind == "in" else ()
+        takers = {
+            part.candidate: self._one(event, pair, reach, Alignment({event.path: (part,)}))
+            for part in parts
+            if len({other.candidate for other in parts}) > 1
+        }
+        bad = [name for name, one in takers.items() if not one.passed and one.status != SKIPPED]
+        if bad and any(one.passed for one in takers.values()):
+            one = takers[bad[0]]
+            return replace(one, module=bad[0], note="; ".join(filter(None, [one.note, f"in what {bad[0]} takes"])))
+        return self._one(event, pair, reach, self.alignment)
+
+    def _one(self, event: Event, pair: Pair, reach: Capture | None, alignment: Alignment) -> Verdict:
         value, place = self.trace.value(event.key), event.place
         what = event.key.partition("/")[0] if event.path == "=" else event.key.partition("/")[2]
         shape = value.event.shape
-        low, high = (read(run, self.alignment, self.candidate, place, shape) for run in (pair.low, pair.high))
+        low, high = (read(run, alignment, self.candidate, place, shape) for run in (pair.low, pair.high))
         if isinstance(low, str) or isinstance(high, str):
             return skipped(what, low if isinstance(low, str) else str(high))
         index = sample_indices(low.numel(), value.event.elements)
-        live = read(reach, self.alignment, self.candidate, place, shape) if reach else ""
+        live = read(reach, alignment, self.candidate, place, shape) if reach else ""
         if not isinstance(live, str):
             kept = live.reshape(-1)[index] != 0
             if not bool(kept.any()):

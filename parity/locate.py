@@ -123,6 +123,7 @@ def faults(
             step = tap.kind == "in"
             made = (steps.plain.suspect(tap.key, alone, since) or _code(tap, steps, alone)) if step else None
             said = "" if step else settings.get(tap.module, "")
+            ours = _taker(tap) or ours
             found.append(Fault(ours, theirs, call, step, tap.reset, "" if step else rule, str(made or ""), said))
         since = tap.key
     for by in steps.found.get("", ()) if "" in before else ():
@@ -132,11 +133,16 @@ def faults(
 
 def _code(tap: Tap, steps: Steps, captured: Capture) -> Suspect | None:
     """The module whose code makes what a tap shows; None for the outermost."""
-    maker, taker = maker_of(steps.trace, tap.key, steps.alignment, steps.candidate, captured)
+    maker, taker = maker_of(steps.trace, tap.key, steps.alignment, steps.candidate, captured, _taker(tap))
     theirs = behind(maker, steps.alignment)[0]
     if not (maker and theirs):
         return None
     return Suspect(maker, theirs, code=steps.part(captured, maker, f"{taker}#{_call(tap)}"))
+
+
+def _taker(tap: Tap) -> str:
+    """Of several modules that answer to the tap's, the one that takes something else; empty where the first does."""
+    return tap.reset.module if tap.reset else ""
 
 
 def _call(tap: Tap) -> int:
@@ -209,7 +215,7 @@ def locate(
         if named:
             seen = f"seen in {split_key(first.key)[2]} of {_names(alignment, first.module)[0]}: {size}"
             return _accused(named[0], seen, within, others, alignment)
-    maker, taker = maker_of(trace, first.key, alignment, candidate, captured)
+    maker, taker = maker_of(trace, first.key, alignment, candidate, captured, first.free.module)
     reference, rule = behind(maker, alignment)
     code = steps.part(captured, maker, f"{taker}#{_call(first)}") if steps is not None and maker else "it"
     why = f"the weights in it match, what {code} hands to {taker} ({split_key(first.key)[2]}) does not: {size}"
@@ -257,7 +263,13 @@ def _differing(trace: Trace, tap: Tap, alignment: Alignment, candidate: Candidat
     index = sample_indices(mine.numel(), value.event.elements)
     axis = 1 if mine.ndim == 4 else mine.ndim - 1
     rows = torch.unravel_index(index, mine.shape)[axis]
-    wrong = (mine.reshape(-1)[index].double() - value.high).abs() > tap.free.max_abs64 / FALL
+    gap = (mine.reshape(-1)[index].double() - value.high).abs()
+    wrong = gap > tap.free.max_abs64 / FALL
+    if bool((gap > 1.001 * tap.free.max_abs64).any()):  # rows that reach no output were not judged: the worst place is
+        at = torch.stack(torch.unravel_index(index, mine.shape))
+        there = torch.tensor([*tap.free.worst[:axis], 0, *tap.free.worst[axis:][1:]])[:, None]
+        at[axis] = 0
+        wrong &= (at == there).all(0)
     bad = dict.fromkeys(
         part.candidate
         for part in parts

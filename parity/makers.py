@@ -11,14 +11,20 @@ from parity.case import Candidate
 from parity.trace import Trace, split_key
 
 
-def maker_of(trace: Trace, key: str, alignment: Alignment, candidate: Candidate, captured: Capture) -> tuple[str, str]:
-    """(candidate module that computes a differing input, the module that receives it)."""
+def maker_of(
+    trace: Trace, key: str, alignment: Alignment, candidate: Candidate, captured: Capture, taker: str = ""
+) -> tuple[str, str]:
+    """(candidate module that computes a differing input, the module that receives it).
+
+    Args:
+        taker: of several that answer to the reference's module, the one whose input differs; empty for the first.
+    """
     where, _, name = split_key(key)
     module = where.partition("/")[2].rpartition("#")[0]
     leaf = module in alignment.parts
     call = int(where.rpartition("#")[2])
     parts = (part.candidate for part in alignment.parts.get(module, ()))
-    taker = captured.first(parts, call) if leaf else alignment.counterpart(module) or ""
+    taker = taker or (captured.first(parts, call) if leaf else alignment.counterpart(module) or "")
     prefix = f"{taker}#{where.rpartition('#')[2]}.in."
     own = {k.removeprefix(prefix): t for k, t in captured.tensors.items() if k.startswith(prefix)}
     block = next((b for b in candidate.blocks if b.matches(module)), None)

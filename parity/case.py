@@ -225,8 +225,8 @@ class Case:
                 re.compile(block.reference)
             except (re.error, TypeError) as error:
                 raise TypeError(f"a block's `reference` is a regular expression: {error}") from error
-        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
-            raise TypeError(f"name is a text that can be printed, not {self.name!r}")
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"name is a text, not {self.name!r}")
         number = isinstance(self.baseline, (int, float)) and not isinstance(self.baseline, bool)
         if self.baseline is not None and not (number and 0 < self.baseline < float("inf")):
             raise ValueError(f"baseline is a positive, finite number, not {self.baseline!r}")

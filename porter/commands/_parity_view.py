@@ -14,10 +14,13 @@ def inside(out: Path, port: Path) -> bool:
 
 def comparisons(outcome: Any, width: int) -> tuple[Any, str]:
     """One line a comparison, and what the table leaves out; numbers are never cut."""
+    from rich.markup import escape
+
     from parity.compare import SKIPPED
     from parity.pipeline import PipelineResult
     from parity.wording import ratio_text
     from porter.commands._render import table
+    from porter.core.errors import visible
 
     names = ("component", "against", "verdict")
     rows = []
@@ -29,7 +32,7 @@ def comparisons(outcome: Any, width: int) -> tuple[Any, str]:
         numbers = (f"{v.max_abs:.1e}", f"{v.floor:.1e}", ratio_text(v.ratio)) if measured else ("–", "–", "–")
         counts = {key: str(result.counts[key]) for key in ("compared", "skipped", "missing")}
         against = "diffusers" if whole else result.against
-        texts = (called, against, result.status)
+        texts = tuple(escape(visible(text)) for text in (called, against, result.status))
         rows.append(dict(zip((*names, "max|Δ|", "floor", "ratio"), (*texts, *numbers), strict=True)) | counts)
     lacking = [key for key in ("skipped", "missing") if rows and all(row[key] == "0" for row in rows)]
     shown = [key for key in (rows[0] if rows else names) if key not in lacking]
@@ -53,6 +56,7 @@ def remarks(data: dict[str, Any], verbose: bool) -> list[str]:
         data: the result document.
     """
     from parity.wording import decisive, further, results, uncompared
+    from porter.core.errors import visible
 
     concluded = decisive(data)
     lines = []
@@ -66,7 +70,7 @@ def remarks(data: dict[str, Any], verbose: bool) -> list[str]:
         lines += _listed("not compared", [text for text in uncompared(result) if text != result["reason"]])
         lines += [f"warning: {result['component']}: {text}" for text in result.get("warnings", ())]
         lines += [f"{title}: {text}" for text in result.get("notes", ()) if verbose]
-    return list(dict.fromkeys(lines))
+    return [visible(line) for line in dict.fromkeys(lines)]
 
 
 def _listed(title: str, texts: list[str]) -> list[str]:

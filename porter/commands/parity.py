@@ -142,7 +142,7 @@ def command(
     from parity.named import Pinned, case_file
     from porter.commands._parity_view import comparisons, inside, remarks
     from porter.commands._render import console, notes, print_json
-    from porter.core.errors import CheckFailed, MissingError, UsageError
+    from porter.core.errors import CheckFailed, MissingError, UsageError, visible
     from porter.core.planned import is_plan, port_of
 
     if markdown and as_json:
@@ -225,7 +225,7 @@ def command(
     if not bare:
         if not quiet:
             screen.print(f"report: {paths[1]}", markup=False)
-        screen.print(outcome.conclusion(), markup=False, style="bold green" if outcome.holds else "bold red")
+        screen.print(visible(outcome.conclusion()), markup=False, style="bold green" if outcome.holds else "bold red")
     if not outcome.holds:
         why = f": {outcome.conclusion().removeprefix('FAIL ')}" if bare else ""  # else it was just said
         raise CheckFailed(f"parity of {port or case} does not hold{why}", hint=f"open {paths[1]}")

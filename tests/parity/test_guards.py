@@ -221,7 +221,7 @@ LIBERTIES = {
     "exits as if well": (PORT.format("os._exit(0)"), 1, "SystemExit: 0"),
     "goes elsewhere": (PORT.format("os.chdir('/')"), 0, "PASS max|Δ| = 0"),
     "prints": (PORT.format("print('PASS of its own')"), 0, "PASS max|Δ| = 0"),
-    "a name that steers the terminal": (SAME + "more = {'name': 'x\\x1b[31m'}", 6, "can be printed"),
+    "a name that steers the terminal": (SAME + "more = {'name': 'x\\x1b[31m [red]'}", 0, "x\\x1b[31m [red]"),
     "a reserved name": (GIVEN.format("'x/y': draw('x', 2, 3, 4)"), 6, "no name for"),
     "complex inputs": (GIVEN.format("'x': draw('x', 2, 3, 4) + 1j"), 6, "give both parts"),
 }
@@ -278,7 +278,7 @@ Reference = Net
         ({"modules": {"embed": 3}}, "modules maps names to texts, and 3 is none"),
         ({"steps": {"forward": None}}, "steps maps names to texts, and None is none"),
         ({"blocks": None}, "blocks is a tuple of Block"),
-        ({"name": ""}, "name is a text that can be printed"),
+        ({"name": ""}, "name is a text, not ''"),
     ],
 )
 def test_fields_of_another_kind(given: dict[str, Any], says: str) -> None:

@@ -6,32 +6,26 @@ it. `parity.locate` says from the verdicts which module is guilty.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from parity.align import Alignment
-from parity.arbiter import cast_disagreement
 from parity.case import Candidate
-from parity.compare import GATE, IDENTICAL, PASSING, SKIPPED, Verdict, skipped, worst
-from parity.events import Judge, Runner, events, settle, singles_of
-from parity.force import forcings
-from parity.isolate import Isolation
-from parity.locate import Fault, Guilty, Tap, faults, locate
+from parity.compare import GATE, PASSING, SKIPPED, Verdict, skipped, worst
+from parity.events import Runner
+from parity.locate import Fault, Guilty, Tap
+from parity.onepass import OnePass, Subject, plain
 from parity.perturb import ALL, PERTURBED
 from parity.plain import Plain
 from parity.preflight import constant_tensors, differing_settings
 from parity.recorder import Exact, aliases, owners, told
-from parity.reorder import reorder
-from parity.steps import Steps
 from parity.tied import tied
 from parity.trace import Trace
-from parity.twins import answers, settled, twins
+from parity.twins import twins
 
 
 @dataclass
@@ -118,108 +112,33 @@ def compare_component(
     alignment = alignment.single(trace.meta.get("aliases", {}), aliases(module))
     result.warnings += constant_tensors(module)
     settings = differing_settings(trace.meta.get("attributes", {}), module, alignment)
-    plain_ones = Plain.of(trace, module)
-    whole, theirs, ours = alignment, twins(trace.meta.get("weights", {}).get("tied", {})), twins(tied(module))
+    theirs, ours = twins(trace.meta.get("weights", {}).get("tied", {})), twins(tied(module))
+    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
+    subject = Subject(
+        candidate, trace, alignment, runner, Plain.of(trace, module), theirs, ours, settings, gate, baseline, level,
+        dtype, step_names or {},
+    )  # fmt: skip
     ran: set[str] = set()
     untouched: set[str] | None = None
-    singles: dict[str, str] = {}
-    runner = Runner(module, int(trace.meta.get("seed", 0)), bool(trace.meta.get("float64", True)), dtype, device, exact)
     for name in trace.passes:
         if plain(name) not in candidate.passes:
             result.reason = f"the candidate has no call for the pass {plain(name)!r}"
             return result
-        run = partial(runner.pair, candidate.passes[plain(name)], trace.inputs(name))
+        one = OnePass(subject, name)
         try:
-            free = run()
-            made = {k.partition("/")[2]: e.shape for k, e in trace.events.items() if k.startswith(f"{name}/")}
-            called = {key: tensor.shape for key, tensor in free.low.tensors.items()}
-            alignment = settled(whole, theirs, ours, answers(made), answers(called))
-            forcing = forcings(trace, name, candidate, alignment)
-            isolation = Isolation(trace, name, candidate, alignment)
-            settle(trace, name, candidate, alignment, free)
-            deep = level != "component" and not dtype
-            reset = run(forcing=forcing) if forcing and deep else None
-            alone = run(isolation=isolation.of) if isolation.holders and deep else None
+            one.run()
         except (Exception, SystemExit) as error:  # whatever a project's code raises
             result.reason = f"{name}: the candidate did not run: {told(error)}"
             return result
-        ran |= free.low.ran
-        untouched = free.low.untouched if untouched is None else untouched & free.low.untouched
-        pairs = {p: c for p in trace.modules(name) if (c := alignment.counterpart(p))}
-        single = None if runner.double else baseline or math.nan
-        casts = cast_disagreement(trace.casts, free.low.casts, {**pairs, "": ""}) if not dtype else {}
-        judge = Judge(trace, candidate, alignment, gate, casts, single, dtype, baseline)
-        if alone is not None and (low := singles_of(trace.meta.get("singles", ()), free.high.singles)):
-            apart = [e for e in events(trace, name) if e.kind == "out" and (e.path, e.call) in isolation.given]
-            if not any(_fails(judge(event, alone)) for event in apart):  # else a module computes otherwise by itself
-                singles[name] = low
-        judge = replace(judge, singles=singles.get(name.partition(PERTURBED)[0], ""))
-        forced = [f.path for f in forcing.values() if not f.unfit]
-        taps, outputs, differing, unlike = [], [], [], []
-        for event in events(trace, name):
-            if event.path == "=":
-                outputs.append(judge(event, free))
-                continue
-            if level == "component" or (level == "block" and event.path in alignment.parts):
-                continue
-            inside = any(event.path == p or event.path.startswith(p + ".") for p in forced)
-            given = None
-            if alone is not None and (event.path, event.call) in isolation.given:
-                given = alone
-            elif inside and reset is not None:
-                given = reset
-            taps.append(
-                Tap(event.key, event.path, event.kind, judge(event, free), judge(event, given) if given else None)
-            )
-            if event.path in alignment.parts and not dtype and taps[-1].differs:
-                differing.append((len(taps) - 1, event, given))
-            if event.path in alignment.parts and not dtype and event.kind == "in" and taps[-1].free.status == SKIPPED:
-                unlike.append((len(taps) - 1, event))
-        if unlike:
-            takers = {event.path: alignment.parts[event.path][0].candidate for _, event in unlike}
-            shapes = runner.unread(candidate.passes[plain(name)], trace.inputs(name), set(takers.values()))
-            passed = {at: event.path for at, event in unlike if takers[event.path] in shapes}
-            for at in passed:
-                taps[at] = taps[at].judged(Verdict(taps[at].free.name, IDENTICAL, max_abs=0.0, max_abs64=0.0), None)
-            other = "gets something else, and nothing but its shape is used: not judged"
-            result.notes += [f"{name}: {alignment.label(path)} {other}" for path in dict.fromkeys(passed.values())]
-        reach = None
-        if differing:
-            paths = {part.candidate for _, event, _ in differing for part in alignment.parts[event.path]}
-            reach = runner.reach(candidate.passes[plain(name)], trace.inputs(name), paths)
-            for at, event, given in differing if reach else ():
-                taps[at] = taps[at].judged(judge(event, free, reach), judge(event, given, reach) if given else None)
-            hidden = [event.path for at, event, _ in differing if not taps[at].differs]
-            if hidden:
-                result.notes.append(
-                    f"{name}: what differs in {len(hidden)} tensors reaches no output of the candidate (padding, rows "
-                    f"that nothing uses) and was not judged: {', '.join(dict.fromkeys(hidden))}"
-                )
-        steps = None
-        if alone is not None:
-            once = partial(runner.once, candidate.passes[plain(name)], trace.inputs(name))
-            steps = Steps(trace, name, candidate, alignment, plain_ones, isolation, once, runner.double)
-            failing = {t.key: t.reset for t in taps if t.reset and t.kind == "in" and _fails(t.reset)}
-            ends = [judge(event, alone) for event in events(trace, name) if event.path == "="]
-            if bad := worst(filter(_fails, ends)):
-                failing[""] = bad
-            if failing and result.guilty is None:
-                reorder(steps, alone.high, [key for key in failing if key])
-            if failing and steps.settle(alone.high):
-                alone = run(isolation=isolation.planned(steps.plan))
-                of = {event.key: event for event in events(trace, name)}
-                for i, tap in enumerate(taps):
-                    if (tap.module, of[tap.key].call) in isolation.given:
-                        taps[i] = tap.judged(tap.free, judge(of[tap.key], alone, reach))
-                still = [t.key for t in taps if t.reset and t.kind == "in" and _fails(t.reset)]
-                steps.blame(alone.high, failing.keys(), still)
-            result.faults += faults(taps, steps, alone.high, failing, settings)
-        result.taps += taps
-        result.outputs += outputs
-        result.notes += [f"{text}; lost precision would show in that side's own noise" for text in casts.values()][:1]
-        step = (step_names or {}).get(plain(name), "the steps after its last module")
-        found = locate(trace, name, taps, outputs, alignment, candidate, free.high, step, steps)
-        result.guilty = result.guilty or (found and found.because(settings))
+        ran |= one.free.low.ran
+        untouched = one.free.low.untouched if untouched is None else untouched & one.free.low.untouched
+        one.look()
+        found = one.blame(first=result.guilty is None)
+        result.guilty = result.guilty or found
+        result.taps += one.taps
+        result.outputs += one.outputs
+        result.faults += one.faults
+        result.notes += one.notes
     result.outputs += effects(trace)
     result.notes += runner.notes
     result.notes += [f"{path}: {text}" for path, text in settings.items()]
@@ -230,7 +149,7 @@ def compare_component(
         for path in owners(module)
         if path
         and not ran & {path, *ours.get(path, ())}
-        and not all(skip.fullmatch(b) for b in whole.behind(path) or ["-"])
+        and not all(skip.fullmatch(b) for b in alignment.behind(path) or ["-"])
     ]
     result.unused += sorted(name for name in untouched or () if not skip.fullmatch(name))
     recorded = {path for name in trace.passes for path in trace.modules(name)} | set(trace.meta.get("idle", ()))
@@ -238,19 +157,10 @@ def compare_component(
     # Tensors of the outermost module itself (no path, on either side) take part in the pass, whose output is compared.
     if "module" == level == trace.meta.get("level", "module"):
         result.unwatched = [
-            leaf for leaf, parts in whole.parts.items()
+            leaf for leaf, parts in alignment.parts.items()
             if leaf and not recorded & {leaf, *theirs.get(leaf, ())} and any(part.candidate for part in parts)
         ]  # fmt: skip
     return result
-
-
-def _fails(verdict: Verdict) -> bool:
-    return not verdict.passed and verdict.status != SKIPPED
-
-
-def plain(name: str) -> str:
-    """The pass as the case names it: `forward~mask` and `forward@3` are calls of `forward`."""
-    return name.partition(PERTURBED)[0].partition("@")[0]
 
 
 def effects(trace: Trace) -> list[Verdict]:

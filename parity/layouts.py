@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -23,6 +24,7 @@ Layout = Callable[[str, tuple[int, ...], Tensor], Tensor]
 Shape = tuple[int, ...]
 Way = Callable[[Tensor], Tensor]
 _MOST_AXES = 6
+_CLEAR = 0.5  # of the next best's distance: the best is no chance
 _MOST_EVENTS = 8  # of one module that a rearrangement is held against
 
 
@@ -35,6 +37,7 @@ class Rearranged:
     def __init__(self, trace: Trace, own: Layout) -> None:
         self.trace, self.own = trace, own
         self._chosen: dict[tuple[str, Shape, Shape], Callable[[Tensor], Tensor]] = {}
+        self._usual: dict[tuple[str, Shape, Shape], int] = {}
         self._values: dict[tuple[str, Shape], list[str]] = {}
         given = [value for name in trace.passes for value in trace.inputs(name).values()]
         self._masks = [m.bool() for m in given if m.ndim and bool(((m == 0) | (m == 1)).all())]
@@ -98,7 +101,15 @@ class Rearranged:
             return lambda t: t
         if len(ways) == 1 or (path, shape) not in self._values:
             return ways[0]
-        return min(ways, key=lambda way: self._gap(way, path, shape, tensor))
+        gaps = [self._gap(way, path, shape, tensor) for way in ways]
+        best = min(range(len(ways)), key=gaps.__getitem__)
+        others = [gap for gap in gaps if gap > gaps[best]]  # some ways are one and the same
+        kind = (re.sub(r"\d+", "*", path), shape, old)  # the same module of all blocks
+        if gaps[best] <= _CLEAR * min(others, default=math.inf):
+            self._usual.setdefault(kind, best)
+        else:  # other numbers, whatever their order: as where they were the same
+            best = self._usual.get(kind, best)
+        return ways[best]
 
 
 def rearrangements(old: Shape, new: Shape) -> Iterator[Callable[[Tensor], Tensor]]:

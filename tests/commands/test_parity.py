@@ -137,8 +137,9 @@ def test_the_gate_is_a_fence_and_no_more(own_port: Path) -> None:
         (["PORT", "--junit", "PORT/manifest.json"], 2, "lies among the port's own files"),
         (["PORT", "--junit", "/nonexistent/parity.xml"], 4, "no folder /nonexistent"),
         (["PORT", "--junit", "/dev"], 2, "is a folder"),
-        (["PORT", "--against", "original", "--reference-repo", "/dev/null"], 4, "not a checkout"),
-        (["PORT", "--component", "vae", "-o", "/dev/null/report"], 5, "cannot be written"),
+        (["PORT", "--against", "original", "--reference-repo", "/dev/null"], 4, "no such checkout"),
+        (["PORT", "--component", "vae", "-o", "/dev/null/report"], 2, "/dev/null is no folder"),
+        (["PORT", "--component", "vae", "-o", "/proc/report"], 5, "cannot be written"),
     ],
 )
 def test_bad_input(

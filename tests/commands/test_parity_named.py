@@ -107,6 +107,7 @@ def test_options_that_a_case_would_ignore(
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text(CODE.format(commit=""))
+    words = [*words, "--reference-repo", str(tmp_path)]
     assert main(["parity", "--case", str(file), *words, "-o", str(tmp_path / "r")]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "r").exists()
 

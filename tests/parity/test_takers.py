@@ -49,7 +49,8 @@ class Split(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         embedded = self.embed(x + self.first(t))
         x = self.norm(embedded)
-        q, k, v = (layer(embedded if name == self.wrong else x) for name, layer in self.named_children() if name in "qkv")
+        taken = {name: embedded if name == self.wrong else x for name in "qkv"}
+        q, k, v = self.q(taken["q"]), self.k(taken["k"]), self.v(taken["v"])
         out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v) + self.second(t))
         return out
 

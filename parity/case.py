@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from parity import stubs
 from parity.asserts import without_asserts, without_init
 from parity.halves import without_halves
+
+if TYPE_CHECKING:  # this file also runs beside the reference, without porter
+    from parity.stages import Request
 
 Named = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -289,14 +292,14 @@ class PipelineSide:
             with `denoiser` are called once a step or more, `decoder` gets the latents after the last.
         weights: all modules with weights, to be run in float64 by the arbiter.
         scheduler: the scheduler whose `step` is called once a step.
-        run: (prompt, seed, steps, guidance) -> image (B, 3, H, W) or video (B, F, 3, H, W) in [0, 1].
+        run: what is asked for -> image (B, 3, H, W) or video (B, F, 3, H, W) in [0, 1], B one for each prompt.
         save: such an image -> the levels its own code writes to a file, uint8 (frames, 3, H, W).
     """
 
     stages: Mapping[str, nn.Module]
     weights: tuple[nn.Module, ...]
     scheduler: Any
-    run: Callable[[str, int, int, float], Tensor]
+    run: Callable[[Request], Tensor]
     save: Callable[[Tensor], Tensor] | None = None
 
 
@@ -308,6 +311,8 @@ class PipelineCase:
         other_prompt: what both sides must paint something else for.
         own: inputs of its denoiser that the candidate alone has by design, such as tables computed ahead.
         baseline: the largest scaled difference of a correct port in float32, where float64 cannot run.
+        part: height and width of the third request, which has two prompts, as parts of the model's own.
+        negative: negative prompt of the third request and the scale of its guidance; None where there are none.
     """
 
     reference: Callable[[Path, torch.dtype], PipelineSide]
@@ -318,6 +323,8 @@ class PipelineCase:
     other_prompt: str = "a small blue triangle on a black background"
     own: tuple[str, ...] = ()
     baseline: float | None = None
+    part: tuple[float, float] = (0.5, 0.75)
+    negative: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,12 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
     delta = (low.double() - reference.high).abs()
     largest, mean = float(delta.max()), float(delta.square().mean().sqrt())
     peak = float(reference.high.abs().max())
-    fits = loses_no_more((largest, mean), (known[0], known[1]), peak, getattr(torch, dtype))
+    fits = loses_no_more((largest, mean), (known[0], known[1]), reference.high, getattr(torch, dtype))
     at = int(delta.argmax())
-    if not math.isfinite(largest) or not math.isfinite(peak):
-        status, note = DIFFERS, _not_finite(reference.high, low.double())
+    if not all(math.isfinite(x) for x in (largest, peak, *known)):
+        lost = "" if all(map(math.isfinite, known)) else f"NaN or inf in the reference's run in {dtype}"
+        here = "" if math.isfinite(largest) else _not_finite(reference.high, low.double())
+        status, note = DIFFERS, "; ".join(n for n in (lost, here) if n)
     elif fits:
         status, note = (ROUNDING if largest else IDENTICAL), ""
     else:
@@ -195,19 +197,22 @@ def judge_lossy(name: str, reference: Value, low: Tensor, dtype: str, *, positio
 
 
 def loses_no_more(
-    candidate: tuple[float, float], reference: tuple[float, float], peak: float, dtype: torch.dtype
+    candidate: tuple[float, float], reference: tuple[float, float], truth: Tensor, dtype: torch.dtype
 ) -> bool:
     """Whether a run in a lossy dtype loses no more than `LOSSES` times what the reference itself loses in it.
 
-    Below a step of the dtype at the peak (in the mean: a quarter of it) it counts as rounding.
+    Below a step of the dtype at the truth's peak (in the root mean square: half a step of its own) it is what storing
+    the numbers costs, and counts as rounding.
 
     Args:
         candidate, reference: largest and root mean square distance from the float64 truth.
-        peak: the truth's largest value.
     """
-    step = torch.finfo(dtype).eps * peak
+    step = torch.finfo(dtype).eps
+    peak, size = float(truth.abs().max()), float(truth.square().mean().sqrt())
     largest, mean = candidate
-    return mean <= max(LOSSES * reference[1], step / 4) and largest <= max(2 * LOSSES * reference[0], step)
+    return mean <= max(LOSSES * reference[1], step / 2 * size) and largest <= max(
+        2 * LOSSES * reference[0], step * peak
+    )
 
 
 def _not_finite(reference: Tensor, candidate: Tensor) -> str:

@@ -108,6 +108,9 @@ def compare_component(
         device: where the candidate runs; what it computes is compared on the CPU.
         exact: see `recorder.float64`.
     """
+    if dtype and not any(dtype in event.losses for event in trace.events.values()):
+        result.reason = f"the reference has no run in {dtype}: it was recorded without one, or did not run in it"
+        return result
     module.to(device)
     alignment = alignment.single(trace.meta.get("aliases", {}), aliases(module))
     result.warnings += constant_tensors(module)

@@ -141,7 +141,7 @@ def _pipeline(result: PipelineResult) -> dict[str, Any]:
         "component": "pipeline",
         "candidate": "native",
         "against": "diffusers",
-        "request": vars(result.request),
+        "request": {name: getattr(result.request, name) for name in ("prompt", "seed", "steps", "guidance")},
         **_judged(result),
         "pixels_changed": result.pixels_changed,
         **result.details(),

@@ -37,7 +37,7 @@ def captured_inputs(case: PipelineCase, port: Path, component: str, request: Req
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        side.run(request.prompt, request.seed, request.steps, request.guidance)
+        side.run(request)
     finally:
         handle.remove()
     if not seen or not seen[0]:

@@ -123,15 +123,15 @@ def neighbours(planes: Tensor) -> float:
 
 
 def repeated(planes: Tensor) -> tuple[int, float]:
-    """The period (2, 4, 8 … positions) whose mean tile explains the most of (..., H, W), and its share of the variance.
+    """The period whose mean tile explains the most of (..., H, W), and its share of the variance.
 
-    Periods that fit fewer than four times are not looked at.
+    Periods: 2 to 32 positions and powers of two, those that fit at least four times.
     """
     x = planes.double().reshape(-1, *planes.shape[-2:])
     x = x - x.mean((-2, -1), keepdim=True)
     best = (0, 0.0)
-    period = 2
-    while 4 * period <= min(x.shape[-2:]):
+    most = min(x.shape[-2:]) // 4
+    for period in (*range(2, min(most, 32) + 1), *(2**n for n in range(6, most.bit_length()) if 2**n <= most)):
         rows, columns = (n // period * period for n in x.shape[-2:])
         cut = x[:, :rows, :columns]
         tile = cut.reshape(len(x), rows // period, period, columns // period, period).mean((1, 3))
@@ -139,7 +139,6 @@ def repeated(planes: Tensor) -> tuple[int, float]:
         share = float((tile**2).mean()) / total if total else 0.0
         if share > best[1] + TILE_GAIN:
             best = (period, share)
-        period *= 2
     return best
 
 

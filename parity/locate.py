@@ -196,6 +196,8 @@ def locate(
     if first.free.status == SKIPPED:
         return Guilty(*_names(alignment, first.module), f"not compared: {first.free.note}", within, others)
     size = f"max|Δ| {first.free.max_abs:.1e}, in float64 {first.free.max_abs64:.1e}, floor {first.free.floor:.1e}"
+    if math.isnan(first.free.max_abs64) and first.free.note:  # a lossy run, or one side alone in float32
+        size = first.free.note
     size = size if math.isfinite(first.free.max_abs) else first.free.note
     size += f"; {first.free.note}" if first.free.status == PRECISION else ""
     if first.kind == "out":

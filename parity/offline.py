@@ -153,7 +153,8 @@ def _captures(trace: Trace, name: str) -> tuple[Capture, Capture]:
         if key.startswith(f"{name}/") and value.complete:
             short = key.partition("/")[2]
             low.tensors[short], high.tensors[short] = value.tensor(False), value.tensor(True)
-    low.ran = high.ran = set(trace.modules(name))
+    paths = [path.split(".") for path in trace.modules(name)]
+    low.ran = high.ran = {".".join(parts[:n]) for parts in paths for n in range(1, len(parts) + 1)}
     return low, high
 
 

@@ -1,7 +1,8 @@
 """A whole pipeline against another: draws, encoders, schedule, every step and the image, without editing either side.
 
 Module calls are seen through hooks, steps through the scheduler, draws through torch's own dispatch. Both sides run
-alone: as asked, for another prompt, and in float64; in low precision the reference's float64 run judges both.
+alone: as asked, for another prompt, for a batch of another size, and in float64; in low precision the reference's
+float64 run judges both.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from parity.draws import Drawn, OtherDraws
 from parity.images import Metrics, difference, frames, measure
 from parity.pipeline_judge import Runs, judge_stages
 from parity.schedule import Growth, growth
-from parity.stages import Request, run_side
+from parity.stages import Request, Run, Stopped, run_side
 from porter.core.errors import CheckFailed, UsageError
 
 STEP, PIPELINE = "step", "pipeline"
@@ -144,13 +145,18 @@ def compare_pipelines(
                 f"pipelines have no {what} {value!r}", expected=" | ".join(known), hint="porter parity PORT"
             )
     result = PipelineResult(request, level, dtype)
-    runs = []
+    asked = request, replace(request, prompt=case.other_prompt), _batch(case, request)
+    runs: list[Runs] = []
     for load, truth in ((case.reference, True), (case.candidate, dtype == "float32")):
         gc.collect()  # the other side is gone, and so are its cycles
         try:
-            runs.append(_run(load, port, request, case.other_prompt, getattr(torch, dtype), truth, level == STEP))
+            runs.append(_run(load, port, asked, getattr(torch, dtype), truth, level == STEP))
+        except Stopped as stop:
+            result.reason = f"{getattr(load, '__name__', load)} did not run: {stop}"
+            result.reason += guards.until_then(runs[0], runs[0].first, stop, dtype) if runs else ""
+            return result
         except (RuntimeError, ValueError, TypeError, CheckFailed, OtherDraws) as error:
-            text = str(error).splitlines()[0] if str(error) else ""
+            text = next(iter(str(error).splitlines()), "")
             result.reason = f"{getattr(load, '__name__', load)} did not run: {type(error).__name__}: {text}"
             return result
     reference, candidate = runs
@@ -162,31 +168,31 @@ def compare_pipelines(
     _judge_images(result, reference, candidate)
     steps = [v for v in result.stages if re.fullmatch(r"step \d+ latents", v.name) and v.status != SKIPPED]
     result.growth = growth(steps)
-    floors = {v.name: v.noise_reference for v in result.stages}
-    result.guards += guards.check(reference.first, candidate.first, reference.second, candidate.second, floors, dtype)
+    result.guards += guards.check(reference, candidate, asked[2], dtype)
     return result
+
+
+def _batch(case: PipelineCase, request: Request) -> Request:
+    """What one square picture without a negative prompt can't show."""
+    more = (request.prompt,)
+    steps = min(2, request.steps)
+    return replace(request, prompt=case.other_prompt, more=more, steps=steps, part=case.part, negative=case.negative)
 
 
 def _run(
     load: Callable[[Path, torch.dtype], PipelineSide],
     port: Path,
-    request: Request,
-    other_prompt: str,
+    asked: tuple[Request, Request, Request],
     dtype: torch.dtype,
     truth: bool,
     steps: bool,
 ) -> Runs:
     """All runs of one side, then it is gone from memory."""
     side = load(port, dtype)
+    request = asked[0]
     first = run_side(side, request, steps=steps)
-    try:
-        second = run_side(side, Request(other_prompt, request.seed, request.steps, request.guidance), steps=steps)
-    except MemoryError:
-        raise
-    except Exception as error:
-        text = f"its second request ended in {type(error).__name__}: {error}"
-        raise RuntimeError(text) from error
-    runs = Runs(first, second, None)
+    second, third = (_try(side, one, steps) for one in asked[1:])
+    runs = Runs(first, second, third, None)
     if not truth:
         return runs
     if dtype != torch.float32:
@@ -195,12 +201,21 @@ def _run(
         side = load(port, torch.float32)
     try:
         runs.truth = run_side(side, request, double=True, steps=steps, replay=first.draws)
-    except (RuntimeError, ValueError, TypeError) as error:
-        runs.why = f"{getattr(load, '__name__', load)} cannot run in float64: {str(error).splitlines()[0]}"
+    except Stopped as stop:
+        if isinstance(stop.__cause__, OtherDraws):
+            raise stop.__cause__ from None
+        runs.why = f"{getattr(load, '__name__', load)} cannot run in float64: {stop}"
         if dtype != torch.float32:
             runs.truth = run_side(side, request, steps=steps, replay=first.draws)
             runs.why += "; its float32 run is the truth"
     return runs
+
+
+def _try(side: PipelineSide, request: Request, steps: bool) -> Run | Stopped:
+    try:
+        return run_side(side, request, steps=steps)
+    except Stopped as stop:
+        return stop
 
 
 def _judge_images(result: PipelineResult, reference: Runs, candidate: Runs) -> None:

@@ -4,42 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parity.compare import DIFFERS, IDENTICAL, ROUNDING, Verdict, skipped
+from parity.compare import DIFFERS, IDENTICAL, PRECISION, ROUNDING, Verdict, skipped
+from parity.draws import compare_draws
 from parity.images import emptiness, frames, levels
+from parity.pipeline_judge import OWN_WAY, Runs, base
 from parity.schedule import differing
-from parity.stages import Run
+from parity.stages import Request, Run, Stopped
 
-SECOND = "a second request"
+SECOND, BATCH = "a second request", "a batch of another size"
 AGAIN = 30.0  # times its noise in the first request that a second one may differ; kept state is far above
 EFFECT = 1e-3  # another prompt must change some pixel by more
 HALFWAY = 1e-4  # levels: this close to the middle of two, float32 rounds either way
 STATE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}  # scaled tolerance of tensors that a scheduler keeps
+LEAST = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}  # scaled difference that counts as none in any stage
 
 
-def check(
-    reference: Run, candidate: Run, again: Run, again_here: Run, floors: Mapping[str, float], dtype: str
-) -> list[Verdict]:
-    """One verdict for each guard.
+@dataclass(frozen=True)
+class Apart:
+    """Where two runs for the same request part first, and by how much at the stage where numbers do."""
 
-    Args:
-        reference, candidate: both sides' runs as asked.
-        again, again_here: both sides' next runs, for another prompt.
-        floors: stage -> the reference's own noise in its first run, in the stage's unit.
-    """
+    where: str
+    gap: float = math.nan
+    peak: float = math.nan
+    why: str = ""
+
+
+def check(theirs: Runs, ours: Runs, batch: Request, dtype: str) -> list[Verdict]:
+    """One verdict for each guard; `batch` is what both sides' third runs were asked for."""
+    reference, candidate = theirs.first, ours.first
     found = [_shows("the reference's picture", reference.image)]
     latents = _before_decoding(reference)
     if latents is not None:
         found.append(_shows("the reference's last latents", latents, latent=True))
-    found.append(_prompt(reference, candidate, again, again_here))
-    found.append(_second(again, again_here, floors))
+    pairs = [(reference, candidate)]
+    for name, a, b in ((SECOND, theirs.second, ours.second), (BATCH, theirs.third, ours.third)):
+        if isinstance(a, Stopped):
+            found.append(skipped(name, f"the reference's ended in {a}"))
+        elif isinstance(b, Stopped):
+            found.append(skipped(name, f"the candidate's ended in {b}{until_then(theirs, a, b, dtype)}"))
+        elif name == SECOND:
+            pairs.append((a, b))
+            found.append(_prompt(reference, candidate, a, b))
+            found.append(_agree(name, theirs, a, b, dtype, "something is kept from the first"))
+        else:
+            found.append(_batch(theirs, a, b, batch, dtype))
     if reference.saved is not None and candidate.saved is not None:
         found.append(_saved(reference, candidate))
     if reference.schedule.kind == candidate.schedule.kind:
-        found += [_state(n, a, b, dtype) for n, a, b in (("", reference, candidate), (" again", again, again_here))]
+        found += [_state(when, *pair, dtype) for when, pair in zip(("", " again"), pairs, strict=False)]
     return found
 
 
@@ -79,24 +96,75 @@ def _prompt(reference: Run, candidate: Run, again: Run, again_here: Run) -> Verd
     return Verdict(name, DIFFERS, gaps["candidate"], gaps["candidate"], note=note)
 
 
-def _second(again: Run, again_here: Run, floors: Mapping[str, float]) -> Verdict:
-    """A second request must agree as the first did: state kept from the first shows here."""
-    name = SECOND
-    largest = 0.0
-    stages = again.seen | {"image": again.image}
-    ours = again_here.seen | {"image": again_here.image}
-    for stage in (n for n in stages if n.endswith("latents") or n == "image" or n.startswith("sigmas")):
-        a, b = stages[stage], ours.get(stage)
+def _floors(reference: Runs) -> dict[str, float]:
+    """Kind of stage -> the largest noise of the reference's own first run in it, in the stage's unit."""
+    found: dict[str, float] = {}
+    exact = reference.truth.seen | {"image": reference.truth.image} if reference.truth else {}
+    for stage, low in (reference.first.seen | {"image": reference.first.image}).items():
+        high = exact.get(stage)
+        if high is not None and high.shape == low.shape and low.numel():
+            noise = float((low.double() - high.double()).abs().max())
+            found[base(stage)] = max(found.get(base(stage), 0.0), noise if math.isfinite(noise) else 0.0)
+    return found
+
+
+def apart(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], floors: Mapping[str, float], dtype: str
+) -> Apart | None:
+    """Where two runs for the same request part first; None where no stage of the reference's differs.
+
+    Differences count above `AGAIN` times the reference's own noise in that kind of stage.
+    """
+    first = None
+    for stage, a in theirs.items():
+        b = ours.get(stage)
         if b is None or a.shape != b.shape:
-            return skipped(name, f"it has no such {stage} on the candidate's side")
-        gap, peak = float((a.double() - b.double()).abs().max()), float(a.double().abs().max())
-        floor = floors.get(stage, 0.0)
-        allowed = AGAIN * (floor if math.isfinite(floor) else 0.0) + 1e-6 * max(1.0, peak)
+            if not stage.startswith((OWN_WAY, "draw ")):
+                seen = "is never seen" if b is None else f"has the shape {tuple(b.shape)}, reference {tuple(a.shape)}"
+                first = first or Apart(stage, why=f"{stage} {seen} on the candidate's side")
+            continue
+        x, y = a.double(), b.double()
+        same = (x == y) | (x.isnan() & y.isnan())
+        gap, peak = float((x - y).abs()[~same].max()) if not bool(same.all()) else 0.0, float(x.abs().max())
+        allowed = AGAIN * floors.get(base(stage), 0.0) + LEAST[dtype] * max(1.0, peak)
         if not gap <= allowed:
-            text = f"differs from {stage} on ({gap:.1e}, allowed {allowed:.1e}): something is kept from the first"
-            return Verdict(name, DIFFERS, gap, gap, peak=peak, elements=a.numel(), of=a.numel(), note=text)
-        largest = max(largest, gap)
-    return _holds(name, largest, again.image.numel())
+            text = f"differs from {stage} on ({gap:.1e}, allowed {allowed:.1e})"
+            return Apart((first or Apart(stage)).where, gap, peak, f"{first.why}, and {text}" if first else text)
+    return first
+
+
+def until_then(reference: Runs, a: Run, stopped: Stopped, dtype: str) -> str:
+    """What a candidate that stopped half way had differently from the reference's run `a` until then."""
+    found = apart({n: t for n, t in a.seen.items() if n in stopped.seen}, stopped.seen, _floors(reference), dtype)
+    return f"; before that, it {found.why}" if found else "; until then it agreed with the reference"
+
+
+def _agree(name: str, reference: Runs, a: Run, b: Run, dtype: str, why: str) -> Verdict:
+    """A further request must agree as the first did."""
+    draws = compare_draws(a.draws, b.draws, getattr(torch, dtype))
+    first = next((v for v in draws.values() if not v.passed), None)
+    theirs = {n: t for n, t in a.seen.items() if not n.startswith("draw ")} | {"image": a.image}
+    found = apart(theirs, b.seen | {"image": b.image}, _floors(reference), dtype)
+    if found is None and first is None:
+        gap = float((a.image.double() - b.image.double()).abs().max())
+        return _holds(name, gap, a.image.numel())
+    notes = [f"{first.name}: {first.note}"] if first else []
+    notes += [found.why] if found else []
+    text = f"{'; '.join(notes)}: {why}"
+    if found is None or math.isnan(found.peak):
+        return skipped(name, text)
+    status = DIFFERS if dtype == "float32" or not math.isfinite(found.gap) else PRECISION
+    return Verdict(name, status, found.gap, found.gap, peak=found.peak, note=text)
+
+
+def _batch(reference: Runs, a: Run, b: Run, asked: Request, dtype: str) -> Verdict:
+    """Several prompts and a size that is not square show what one square picture hides: orders of axes and rows."""
+    count, size = len(a.image), tuple(a.image.shape[-2:])
+    if count != len(asked.prompts) or size == tuple(reference.first.image.shape[-2:]):
+        made = f"{count} of {size[0]} x {size[1]}"
+        return skipped(BATCH, f"asked for {len(asked.prompts)} pictures of another size, the reference made {made}")
+    what = f"{count} prompts, {size[0]} x {size[1]}" + (", a negative prompt" if asked.negative else "")
+    return _agree(BATCH, reference, a, b, dtype, f"asked for {what}")
 
 
 def _saved(reference: Run, candidate: Run) -> Verdict:

@@ -14,19 +14,20 @@ from parity.compare import DIFFERS, IDENTICAL, SKIPPED, Verdict, judge, skipped
 from parity.draws import compare_draws, on_grid
 from parity.precision import judge_low
 from parity.recorder import Event
-from parity.stages import Run
+from parity.stages import Run, Stopped
 from parity.trace import Value
 
 IMAGE = "image"
-_OWN_WAY = "set_timesteps"  # how a side asks its scheduler is its own affair; what comes of it, is not
+OWN_WAY = "set_timesteps"  # how a side asks its scheduler is its own affair; what comes of it, is not
 
 
 @dataclass
 class Runs:
-    """One side: as asked, for the other prompt, and the truth (float64, or None where it cannot run)."""
+    """One side: as asked, for the other prompt, for a batch, and the truth (float64, or None where it cannot run)."""
 
     first: Run
-    second: Run
+    second: Run | Stopped
+    third: Run | Stopped
     truth: Run | None
     why: str = ""
 
@@ -56,7 +57,7 @@ def judge_stages(case: PipelineCase, reference: Runs, candidate: Runs, dtype: st
             result.stages.append(_steps(reference.first.schedule.steps, candidate.first.schedule.steps))
         if name in draws:
             result.stages.append(draws[name])
-        elif other is None and name.startswith(_OWN_WAY):
+        elif other is None and name.startswith(OWN_WAY):
             result.notes.append(f"{name}: on the reference's side only")
         elif other is None or other.shape != value.shape:
             found = "never seen" if other is None else f"shape {tuple(other.shape)}, reference {tuple(value.shape)}"
@@ -76,10 +77,20 @@ def judge_stages(case: PipelineCase, reference: Runs, candidate: Runs, dtype: st
             own = other.float().reshape(-1), highs[1].double().reshape(-1)
             result.stages.append(_grid(judge(name, pair, *own, gate=gate, casts=casts, single=single), value, other))
     result.missing += sum(v.status == SKIPPED for v in draws.values() if v.name in theirs)
-    only = [draws[n] for n in draws if n not in theirs] + _only_here(theirs, ours, case.own)
+    only = {n: v for n, v in draws.items() if n not in theirs} | _only_here(theirs, ours, case.own)
     result.missing += len(only)
-    result.stages[-1:-1] = only
+    result.stages = _in_order(result.stages, only, list(ours))
     return result
+
+
+def _in_order(stages: list[Verdict], only: dict[str, Verdict], ours: list[str]) -> list[Verdict]:
+    """`only`, what the candidate alone has, each before the first common stage that follows it there."""
+    places = {v.name: i for i, v in enumerate(stages)}
+    found: dict[int, list[Verdict]] = {}
+    for name, verdict in only.items():
+        after = ours[ours.index(name) + 1 :] if name in ours else []
+        found.setdefault(next((places[n] for n in after if n in places), len(stages) - 1), []).append(verdict)
+    return [v for i, stage in enumerate(stages) for v in (*found.get(i, ()), stage)]
 
 
 def _grid(verdict: Verdict, theirs: Tensor, ours: Tensor) -> Verdict:
@@ -101,24 +112,25 @@ def _steps(theirs: int, ours: int) -> Verdict:
     return Verdict("steps", DIFFERS if gap else IDENTICAL, gap, gap, gap, 0, 0, theirs, 1, 1, 1, note=note)
 
 
-def _only_here(theirs: dict[str, Tensor], ours: dict[str, Tensor], own: tuple[str, ...]) -> list[Verdict]:
+def _only_here(theirs: dict[str, Tensor], ours: dict[str, Tensor], own: tuple[str, ...]) -> dict[str, Verdict]:
     """Steps and inputs that only the candidate has: what the reference computes without cannot be the same."""
-    known = {_base(name) for name in theirs}
+    known = {base(name) for name in theirs}
     found: dict[str, Verdict] = {}
+    lacking: set[str] = set()
     for name in ours:
-        base = _base(name)
+        kind = base(name)
         if name in theirs or " -> " in name or "scheduler " in name:
             continue
         if re.fullmatch(r"step \d+ latents", name):
             found[name] = skipped(name, "on the reference's side: never seen")
-        elif base not in known and not name.startswith(("draw ", _OWN_WAY)):
-            argument = base.rpartition(" ")[2].partition(".")[0]
+        elif kind not in known and kind not in lacking and not name.startswith(("draw ", OWN_WAY)):
+            argument = kind.rpartition(" ")[2].partition(".")[0]
             if argument not in own:
-                why = f"the reference's gets no {argument}; `own` of the case allows it"
-                found.setdefault(base, skipped(name, why))
-    return list(found.values())
+                lacking.add(kind)
+                found[name] = skipped(name, f"the reference's gets no {argument}; `own` of the case allows it")
+    return found
 
 
-def _base(name: str) -> str:
+def base(name: str) -> str:
     """`step 3 denoiser#1 timestep` -> `denoiser timestep`."""
     return re.sub(r"#\d+ ", " ", re.sub(r"^step \d+ ", "", name))

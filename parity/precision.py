@@ -33,7 +33,7 @@ def judge_low(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) ->
         status, note = DIFFERS, f"{int((gap > 0).sum())} of {gap.numel()} whole numbers differ"
     else:
         losses = [(float((x - t).abs().max()), rms) for x, rms in ((c, ours), (r, theirs))]
-        fits = loses_no_more(losses[0], losses[1], float(t.abs().max()), reference.dtype)
+        fits = loses_no_more(losses[0], losses[1], t, reference.dtype)
         status = ROUNDING if fits else PRECISION
     if reference.dtype != candidate.dtype:
         note += f"; {reference.dtype} there, {candidate.dtype} here".replace("torch.", "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from parity.passes import Pass
 from parity.preflight import differing_settings
 from parity.recorder import attributes, seeded
 from parity.reference import blocks_of, leaves_and_parents
-from parity.shelf import Shelf
+from parity.shelf import Shelf, spool
 from parity.trace import split_key
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError, RecipeError, ResourceError
@@ -55,13 +54,15 @@ def compare_scaled(
     """Compare a case's candidate with its reference, in the memory of two blocks.
 
     Args:
-        folder: activations are kept in a folder inside it, which is removed at the end.
+        folder: activations are kept in a folder inside it, which is removed at the end; so are those of runs that were
+            killed.
         say: told what was done.
         edit: changes the candidate, which has no weights yet, for planted faults.
 
     Raises:
         BadInputError: the case cannot be compared block after block, or its reference does not run.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or `folder` cannot be written.
+        BusyError: another process compares in `folder`.
     """
     reference = _built(case.reference, case, seed, "reference")
     shapes = _floats(reference, case.keep)
@@ -81,10 +82,9 @@ def compare_scaled(
     leaves = [p for p in leaves_and_parents(reference)[0] if p in alignment.parts]
     outside = [p for p in leaves if not any(p == b or p.startswith(f"{b}.") for b in pairs.values())]
     matched = sorted({part.candidate for path in outside for part in alignment.parts[path]})
-    folder.mkdir(parents=True, exist_ok=True)
     passes: dict[str, Pass] = {}
-    with tempfile.TemporaryDirectory(prefix=".activations-", dir=folder) as spool:
-        shelf = Shelf(Path(spool))
+    with spool(folder) as own_folder:
+        shelf = Shelf(own_folder)
         for what, inputs in _inputs(case, seed).items():
             calls = (case.reference.passes[what], case.candidate.passes[what])
             sides = Side(theirs, calls[0], outside, shelf, seed), Side(ours, calls[1], matched, shelf, seed)

@@ -164,12 +164,10 @@ class Watcher:
         return call
 
     def _step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.before_model()
-            given = signature.bind(*args, **kwargs).arguments
+            given = dict(zip(("model_output", "timestep"), args, strict=False)) | kwargs  # whatever it calls them
             at = self.result.steps
             for name in ("model_output", "timestep") if self._steps else ():
                 if (tensor := numbers_of(given.get(name))) is not None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from porter.core.atomic import lock, unwritable
 from porter.core.errors import ResourceError
+
+PREFIX = ".activations-"
+
+
+@contextmanager
+def spool(folder: Path) -> Iterator[Path]:
+    """A folder for one run inside `folder`, for this process alone; what a killed run left there goes first.
+
+    Raises:
+        ResourceError: `folder` cannot be made or written.
+        BusyError: another process is at work in it.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            lock(descriptor, folder)
+            for left in folder.glob(f"{PREFIX}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder))
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        yield Path(made)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,26 @@ DENOISER = "denoiser"
 
 @dataclass(frozen=True)
 class Request:
-    """What both sides are asked for."""
+    """What both sides are asked for.
+
+    Attributes:
+        more: further prompts; picture i is drawn from a generator of its own, with seed + i.
+        negative: a negative prompt and the scale of its guidance; None asks for none.
+        part: height and width, as parts of the model's own.
+    """
 
     prompt: str
     seed: int
     steps: int
     guidance: float
+    more: tuple[str, ...] = ()
+    negative: tuple[str, float] | None = None
+    part: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts, one for each picture."""
+        return [self.prompt, *self.more]
 
 
 @dataclass
@@ -43,6 +57,14 @@ class Run:
     draws: list[Drawn]
     schedule: Schedule
     saved: Tensor | None = None
+
+
+class Stopped(Exception):
+    """A side raised: `__cause__`, and what was seen until then."""
+
+    def __init__(self, error: BaseException, seen: dict[str, Tensor]) -> None:
+        super().__init__(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+        self.seen = seen
 
 
 @dataclass
@@ -78,7 +100,7 @@ def run_side(
         replay: draws of another run of the same side, whose numbers this one gets.
 
     Raises:
-        Exception: whatever the side raises.
+        Stopped: the side raised anything but a lack of memory.
     """
     sink = _Sink()
     watcher = Watcher(side.scheduler, sink, steps)
@@ -89,9 +111,13 @@ def run_side(
         for name, module in side.stages.items():
             stack.enter_context(_watch(name, module, sink, watcher, steps))
         schedule = stack.enter_context(watcher.watching())
-        image = side.run(request.prompt, request.seed, request.steps, request.guidance)
-    image = image.detach().cpu().clone()
-    saved = side.save(image) if side.save is not None and not double else None
+        try:
+            image = side.run(request).detach().cpu().clone()
+            saved = side.save(image) if side.save is not None and not double else None
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise Stopped(error, sink.seen) from error
     return Run(image, sink.seen, draws, schedule, saved)
 
 
@@ -99,22 +125,21 @@ def run_side(
 def _watch(name: str, module: nn.Module, sink: _Sink, watcher: Watcher, steps: bool) -> Iterator[None]:
     """Keep what a stage's module receives and returns; a denoiser's calls carry the number of their step.
 
-    Numbers among its arguments count as tensors. Further calls in one step are `denoiser#1`, `denoiser#2` …
+    Numbers among its arguments count as tensors. Further calls (of a denoiser: in one step) are `encoder#1` …
     """
     looped = name.startswith(DENOISER)
     calls: dict[int, int] = {}
 
     def label(what: str) -> str:
-        if not looped:
-            return f"{name} {what}"
-        at = watcher.result.steps
+        at = watcher.result.steps if looped else 0
         again = calls[at]
-        return f"step {at} {name}{f'#{again}' if again else ''} {what}"
+        return f"{f'step {at} ' if looped else ''}{name}{f'#{again}' if again else ''} {what}"
 
     def enter(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if looped:
             watcher.before_model()
-            calls[watcher.result.steps] = calls.get(watcher.result.steps, -1) + 1
+        at = watcher.result.steps if looped else 0
+        calls[at] = calls.get(at, -1) + 1
         given = bind(m, args, kwargs)
         given = {k: n if (n := _number(v)) is not None else v for k, v in given.items()}
         for key, tensor in tensors_of(given, integers=True):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
 from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, PipelineCase, PipelineSide, Shapes
+from parity.stages import Request
 from porter.core.files import read_config
 from runtime.image import to_pil
 from runtime.loader import load_module, quiet_libraries
@@ -21,6 +22,7 @@ from runtime.registry import load
 
 HERE = Path(__file__).parent
 PROMPT = "a large red circle left of a small blue square, on a white background"
+NEGATIVE = "a green triangle", 2.5
 
 
 # --- the transformer -------------------------------------------------------------------------------------------------
@@ -231,14 +233,18 @@ def diffusers_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
         pipe: Any = FluxPipeline.from_pretrained(port, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
 
-    def run(prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
+    def run(request: Request) -> Tensor:
+        height, width = _size(request, pipe.vae.config.sample_size, 2 * pipe.vae_scale_factor)
+        negative, scale = request.negative or ("", 1.0)
         image: Tensor = pipe(
-            prompt,
-            height=pipe.vae.config.sample_size,
-            width=pipe.vae.config.sample_size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed),
+            request.prompts,
+            negative_prompt=[negative] * len(request.prompts) if request.negative else None,
+            true_cfg_scale=scale,
+            height=height,
+            width=width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=[torch.Generator().manual_seed(request.seed + i) for i in range(len(request.prompts))],
             max_sequence_length=min(512, pipe.tokenizer_2.model_max_length),
             output_type="pt",
         ).images
@@ -254,13 +260,23 @@ def native_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
     """The native pipeline of a port on the CPU."""
     pipe = load(port, dtype=dtype, device="cpu")
 
-    def run(prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
-        request = pipe.generate(prompt, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
-        assert request.output is not None  # the last stage verified it
-        return request.output
+    def run(request: Request) -> Tensor:
+        height, width = _size(request, pipe.config.default_size()[0], pipe.config.size_multiple())
+        negative, scale = request.negative or (None, None)
+        answer = pipe.generate(
+            request.prompts, negative_prompt=negative, true_cfg_scale=scale, height=height, width=width,
+            seed=request.seed, num_inference_steps=request.steps, guidance_scale=request.guidance,
+        )  # fmt: skip
+        assert answer.output is not None  # the last stage verified it
+        return answer.output
 
     parts = (pipe.modules[name] for name in ("text_encoder", "text_encoder_2", "transformer", "vae", "scheduler"))
     return _side(*parts, run=run, save=lambda image: _levels(to_pil(image)))
+
+
+def _size(request: Request, side: int, multiple: int) -> tuple[int, int]:
+    height, width = (max(multiple, int(part * side) // multiple * multiple) for part in request.part)
+    return height, width
 
 
 def _levels(pictures: list[Any]) -> Tensor:
@@ -309,6 +325,6 @@ CASES = FamilyCases(
             candidates=(NATIVE, DIFFUSERS),
         ),
     ),
-    pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5, own=("rotary",)),
+    pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5, own=("rotary",), negative=NEGATIVE),
     code=("conversions.flux1", "conversions.common", "runtime", "porter.core"),
 )

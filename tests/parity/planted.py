@@ -62,7 +62,8 @@ def noise(draw: Callable[[tuple[int, ...], torch.Generator], Tensor]) -> Callabl
 
     def forward(self: Any, batch: Any, config: Any) -> Any:
         raw = config.prepare_latent_shape(batch)
-        batch.latents = config.maybe_pack_latents(draw(raw, batch.generator[0]), batch)
+        drawn = torch.cat([draw((1, *raw[1:]), generator) for generator in batch.generator])
+        batch.latents = config.maybe_pack_latents(drawn, batch)
         return original(self, batch, config)
 
     return forward

@@ -138,3 +138,48 @@ def test_lossy_runs_of_modules_and_of_pipelines_are_judged_alike(where: str) -> 
         assert pair[0] == pair[1], (factor, pair)
         found.add(pair[0])
     assert found == {ROUNDING, PRECISION}
+
+
+# --- lossy dtypes ----------------------------------------------------------------------------------------------------
+
+
+NORMAL = torch.randn(50, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).reshape(-1)
+
+
+def lossy(losses: list[float]) -> Value:
+    event = Event("p/m#0.out.0", (50, 40), "float32", 2000)
+    event.losses["bfloat16"] = losses
+    return Value(event, NORMAL.float(), NORMAL)
+
+
+def losing(times: float) -> Tensor:
+    """`times` what storing the numbers in bfloat16 loses."""
+    return NORMAL + times * (NORMAL.bfloat16().double() - NORMAL)
+
+
+STORED = [float((losing(1) - NORMAL).abs().max()), float((losing(1) - NORMAL).square().mean().sqrt())]
+
+
+@pytest.mark.parametrize(("losses", "times", "status"), [
+    (STORED, 1.0, ROUNDING), (STORED, 1.9, ROUNDING), (STORED, 3.0, PRECISION), (STORED, 100.0, PRECISION),
+    ([0.0, 0.0], 1.0, ROUNDING), ([0.0, 0.0], 0.0, IDENTICAL), ([0.0, 0.0], 3.0, PRECISION),
+    ([x * 4 for x in STORED], 7.0, ROUNDING), ([x * 4 for x in STORED], 12.0, PRECISION),
+])  # fmt: skip
+def test_a_candidate_may_lose_twice_what_the_reference_loses(losses: list[float], times: float, status: str) -> None:
+    verdict = judge_lossy("x", lossy(losses), losing(times), "bfloat16")
+    assert verdict.status == status and verdict.passed == (status != PRECISION)
+
+
+@pytest.mark.parametrize("losses", [STORED, [math.nan, math.nan], [math.inf, math.inf]])
+def test_numbers_that_are_not_finite_in_a_lossy_run_of_any_side_differ(losses: list[float]) -> None:
+    broken = losing(1)
+    broken[3] = math.nan
+    verdict = judge_lossy("x", lossy(losses), broken, "bfloat16")
+    assert verdict.status == DIFFERS and "1 of 2000 elements of the candidate" in verdict.note
+    alone = judge_lossy("x", lossy(losses), losing(1), "bfloat16")
+    finite = math.isfinite(losses[0])
+    assert (alone.status == ROUNDING) == finite and ("in the reference's run in bfloat16" in alone.note) != finite
+
+
+def test_a_dtype_that_the_reference_never_ran_in_is_not_compared() -> None:
+    assert judge_lossy("x", lossy(STORED), losing(1), "float16").status == SKIPPED

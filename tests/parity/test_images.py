@@ -176,6 +176,8 @@ def test_what_the_detectors_measure() -> None:
     checks = ((torch.arange(32)[:, None] + torch.arange(32)) % 2).float()
     assert neighbours(checks) == pytest.approx(-1) and neighbours(ramp(64)) > 0.9
     assert math.isnan(neighbours(torch.ones(3, 8, 8)))
+    third = torch.rand(3, 6, 6, generator=draw()).repeat(1, 11, 11)
+    assert repeated(third[..., :64, :64]) == (6, pytest.approx(1)) and emptiness(third).startswith("one tile of 6 x 6")
     assert repeated(checks) == (2, pytest.approx(1)) and repeated(torch.ones(3, 32, 32))[1] == 0
     half = 0.5**0.5  # as much noise as picture
     mixed = half * (ramp(256) - 0.5) / ramp(256).std() + half * torch.randn(3, 256, 256, generator=draw())

@@ -329,3 +329,14 @@ def test_help_imports_no_torch(part: list[str], capsys: pytest.CaptureFixture[st
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n") and "Usage: porter parity" in done.stdout
     assert part or ("record" in done.stdout and "compare" in done.stdout)
+
+
+def test_code_between_two_modules_is_said_to_be_the_one_around_them(traces: tuple[Path, Path], tmp_path: Path) -> None:
+    def spoil(document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        row = next(row for row in document["events"] if row[0] == "forward/blocks.1.down#0.in.input")
+        tensors["spoilt"], tensors["spoilt|delta"] = (tensors[row[4] + end].clone() for end in ("", "|delta"))
+        tensors["spoilt"].view(-1)[3] = float("nan")
+        row[4] = "spoilt"
+
+    guilty = compared(traces[0], edited(traces[0], spoil, tmp_path / "c.safetensors")).guilty
+    assert guilty is not None and (guilty.candidate, guilty.reference) == ("blocks.1", "blocks.1")

@@ -34,7 +34,7 @@ def test_an_honest_pipeline_agrees_at_every_stage(tiny_port: Path, seed: int) ->
     assert names.index("sigmas") < names.index("step 0 denoiser hidden_states") < names.index("step 1 latents")
     assert names[-2:] == ["decoder -> 0", "image"]
     assert names.index("draw 0") < names.index("step 0 denoiser hidden_states")
-    assert all(v.passed for v in result.guards) and len(result.guards) == 7
+    assert all(v.passed for v in result.guards) and len(result.guards) == 8
     assert result.metrics is not None and result.metrics.ssim > 0.999999
     assert all(v.max_abs64 < 1e-11 for v in result.stages)
 

@@ -105,7 +105,9 @@ def test_a_schedule_that_is_never_reset_fails_at_the_second_request(
 ) -> None:
     monkeypatch.setattr(TimestepPreparationStage, "forward", never_reset)
     result = compare(tiny_port)
-    assert result.status == SKIPPED and "its second request ended in IndexError" in result.reason
+    assert result.status == SKIPPED and result.first_failing is not None
+    assert result.first_failing.name == "a second request"
+    assert result.first_failing.note.startswith("the candidate's ended in IndexError")
 
 
 def test_guidance_off_by_one_step(tiny_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:

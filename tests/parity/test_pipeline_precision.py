@@ -87,7 +87,7 @@ def test_where_float64_cannot_run_the_baseline_decides(tiny_port: Path) -> None:
     result = compare(tiny_port, case)
     assert result.status == SKIPPED and result.first_failing is not None
     assert "the case gives no `baseline`" in result.first_failing.note
-    assert "cannot run in float64: expected scalar type Float but found Double" in result.notes[0]
+    assert "cannot run in float64: RuntimeError: expected scalar type Float but found Double" in result.notes[0]
     assert compare(tiny_port, replace(case, baseline=1e-6)).passed
 
 

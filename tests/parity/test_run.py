@@ -61,6 +61,14 @@ def test_trace_and_verdict_of_both_components(tiny_port: Path) -> None:
     assert outcome.facts["manifest_sha256"] == Port.open(tiny_port).manifest_sha256
 
 
+def test_a_recorded_reference_without_a_run_in_the_dtype_says_so_and_blames_no_module(tiny_port: Path) -> None:
+    outcome = compare(tiny_port, components=("transformer",), dtype="bfloat16")
+    recorded = [r for r in outcome.components if r.against == "trace"]
+    assert {r.reason.partition(":")[0] for r in recorded} == {"the reference has no run in bfloat16"}
+    assert recorded and all(r.guilty is None for r in recorded)
+    assert not outcome.passed and [r.passed for r in outcome.components if r.against == "diffusers"] == [True]
+
+
 def test_a_narrowed_run_is_no_verdict_wherever_it_is_written(own_port: Path) -> None:
     outcome = compare(own_port, against=("trace",))
     assert outcome.holds and outcome.unproven == [] and not outcome.passed

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +30,8 @@ from parity.ondemand import Converted, drawing, drawn, straight
 from parity.own import compare_case
 from parity.scale import main
 from parity.scaled import Scaled, compare_scaled
-from parity.shelf import Shelf, with_tensors
+from parity.shelf import Shelf, spool, with_tensors
+from porter.core.atomic import BusyError
 from porter.core.errors import BadInputError, PorterError, RecipeError, ResourceError
 from porter.core.execute import apply
 from porter.core.ops import Split
@@ -381,6 +385,30 @@ def test_activations_are_removed_whatever_happens(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="the reference does not run: ValueError"):
         compare_scaled(replace(TOY, reference=Side(lambda c: Reference(), _raises)), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    case, out = tmp_path / "mine.py", tmp_path / "out"
+    case.write_text(
+        "import os, signal\nfrom dataclasses import replace\nfrom parity.case import Side\n"
+        "from tests.parity.test_scale import Reference, TOY as good\n\n"
+        "class Killed(Reference):\n    def forward(self, x, t):\n        super().forward(x, t)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n\n"
+        "killed = replace(good, reference=Side(lambda c: Killed()))\n"
+    )
+    command = [sys.executable, "-m", "parity.scale", f"{case}:killed", "-o", str(out)]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert [p.name.startswith(".activations-") for p in out.iterdir()] == [True]
+    assert main([f"{case}:good", "-o", str(out)]) == 0
+    assert [p.name for p in out.iterdir()] == ["parity-scale.json"]
+
+
+def test_a_folder_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot write"):
+        compare_scaled(TOY, tmp_path / "file")
+    with spool(tmp_path), pytest.raises(BusyError, match="another process is writing"):
+        compare_scaled(TOY, tmp_path)
 
 
 def test_cases_that_cannot_be_compared_block_after_block(tmp_path: Path) -> None:

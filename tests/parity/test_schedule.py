@@ -48,6 +48,19 @@ def test_what_a_scheduler_is_asked_is_seen() -> None:
     assert seen["set_timesteps sigmas"].tolist() == [1.0, 0.5] and seen["set_timesteps mu"].item() == 0.7
 
 
+class Renamed(FlowMatchEulerDiscreteScheduler):
+    """A scheduler of one's own, whose arguments have other names."""
+
+    def step(self, prediction: Tensor, t: Tensor, x: Tensor) -> Any:  # type: ignore[override]
+        return super().step(prediction, t, x)
+
+
+def test_a_step_is_seen_whatever_its_arguments_are_called() -> None:
+    _, seen = sampled(Renamed(), 2)
+    assert torch.equal(seen["step 1 scheduler model_output"], seen["step 0 latents"] / 2)
+    assert seen["step 1 scheduler timestep"] == seen["timesteps"][1]
+
+
 def test_what_changes_the_schedule_after_it_was_set_is_seen() -> None:
     plain, changed = FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
     changed.set_timesteps(4)

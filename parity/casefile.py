@@ -85,7 +85,7 @@ def compare_case_file(
 
 
 def _title(shown: str, file: Path, wanted: str) -> str:
-    """A case in reports: `dit:transformer`, `my_case.py`, `my_case.py:small`."""
+    """A case in reports: `some_family:transformer`, `my_case.py`, `my_case.py:small`."""
     if shown.endswith(".py") or ".py:" in shown:
         return f"{file.name}:{wanted}" if wanted else file.name
     return f"{shown.partition(':')[0]}:{wanted}"

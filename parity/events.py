@@ -121,7 +121,8 @@ class Judge:
             reach: 1 where the candidate's elements reach an output (see `parity.reach`); others are left out, and an
                 event without any that does so is `identical`, with no element compared.
         """
-        parts = self.alignment.parts.get(event.path, ()) if event.kind == "in" else ()
+        declared = any(block.matches(event.path) for block in self.candidate.blocks)
+        parts = self.alignment.parts.get(event.path, ()) if event.kind == "in" and not declared else ()
         takers = {
             part.candidate: self._one(event, pair, reach, Alignment({event.path: (part,)}))
             for part in parts

@@ -18,5 +18,6 @@ FAMILY = Family(
     ),
     style="Hybrid",
     style_reason="lyrics, timbre and optional audio tokens are encoded together before denoising",
+    originals=("conversions.ace_step.original",),
     license_hint="the code is under the MIT licence; a port keeps its source's licence",
 )

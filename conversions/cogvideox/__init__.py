@@ -25,6 +25,7 @@ FAMILY = Family(
     ),
     style="Modular",
     style_reason="standard text-to-video and text+image-to-video",
+    originals=("conversions.cogvideox.original",),
     license_hint=(
         "CogVideoX-2B is under Apache-2.0, the 5B models under the CogVideoX License; a port keeps its source's licence"
     ),

@@ -19,5 +19,6 @@ FAMILY = Family(
     ),
     style="Hybrid",
     style_reason="two towers, for video and for sound, are denoised together over a bridge",
+    originals=("conversions.mova.original",),
     license_hint="the code is under Apache-2.0; a port keeps its source's licence",
 )

@@ -66,10 +66,12 @@ def two_objects(pipeline: FluxPipeline) -> Pictures:
     return paint(pipeline, captions(2))
 
 
+@pytest.mark.slow
 def test_one_object_is_right_in_95_of_100(one_object: Pictures) -> None:
     assert score(one_object, captions(1)) >= 0.95
 
 
+@pytest.mark.slow
 def test_two_objects_are_right_in_90_of_100(two_objects: Pictures) -> None:
     assert score(two_objects, captions(2)) >= 0.90
 
@@ -83,6 +85,7 @@ def test_without_the_t5_tokens_the_score_falls_by_30_points(
         assert blind <= score(pictures, captions(objects)) - 0.30
 
 
+@pytest.mark.slow
 def test_guidance_matters(pipeline: FluxPipeline, two_objects: Pictures) -> None:
     """At guidance 0 the caption counts little, and the score falls; from 1 to the default pixels visibly differ."""
     texts = captions(2)[:32]
@@ -93,6 +96,7 @@ def test_guidance_matters(pipeline: FluxPipeline, two_objects: Pictures) -> None
     assert np.median(changed) > 0.002
 
 
+@pytest.mark.slow
 def test_a_wrong_caption_is_noticed(one_object: Pictures) -> None:
     """The rule itself can fail: the same pictures under each other's captions are hardly ever right."""
     texts = captions(1)

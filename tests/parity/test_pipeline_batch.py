@@ -88,7 +88,9 @@ FAULTS: dict[str, tuple[type, str, Callable[..., Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if i else ()) for i, fault in enumerate(FAULTS)]
+)
 def test_a_fault_that_one_square_picture_hides(tiny_port: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     owner, name, planted, where = FAULTS[fault]
     known = getattr(owner, name)

@@ -89,7 +89,9 @@ def judge(port: Path, component: str) -> Outcome:
 @pytest.mark.parametrize(
     "shipped", [pytest.param(False, id="own recipe", marks=pytest.mark.slow), pytest.param(True, id="shipped recipe")]
 )
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if i % 4 else ()) for i, fault in enumerate(FAULTS)]
+)
 def test_transformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, shipped: bool) -> None:
     changes, named = FAULTS[fault]
     recipe = broken(flux.TRANSFORMER, changes)

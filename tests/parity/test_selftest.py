@@ -82,16 +82,19 @@ def test_faults_in_the_first_family(sd3: Bed, fault: Fault) -> None:
     found(sd3.compare(fault[0]), fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", Z_IMAGE, ids=names(Z_IMAGE))
 def test_faults_in_the_second_family(z_image: Bed, fault: Fault) -> None:
     found(z_image.compare(fault[0]), fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FLUX, ids=names(FLUX))
 def test_faults_in_the_third_family(flux: Bed, fault: Fault) -> None:
     found(flux.compare(fault[0]), fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PAIR, ids=names(PAIR))
 def test_faults_between_two_implementations(fault: Fault) -> None:
     result = compare_case(case, edit=fault[0])
@@ -121,6 +124,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", range(6))
 def test_no_false_alarm(run: int, threads: Callable[[int], None]) -> None:
     threads(1 + run % 2)

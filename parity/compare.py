@@ -53,6 +53,11 @@ class Verdict:
         return self.status in PASSING
 
     @property
+    def fails(self) -> bool:
+        """Whether it was compared, and does not pass."""
+        return not self.passed and self.status != SKIPPED
+
+    @property
     def floor(self) -> float:
         """The larger of both sides' own float32 noise."""
         return max(self.noise_reference, self.noise_candidate)

@@ -69,7 +69,7 @@ class ComponentResult:
         if gravest.passed:
             final = worst(self.outputs)
             return final.status if final else SKIPPED
-        real = worst(v for v in self.verdicts if v.status != SKIPPED and not v.passed)
+        real = worst(v for v in self.verdicts if v.fails)
         return real.status if real else SKIPPED
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 from parity.align import Alignment, Place, read
 from parity.capture import Capture, capture
 from parity.case import Candidate, Named
-from parity.compare import GATE, IDENTICAL, SKIPPED, Verdict, judge, judge_lossy, skipped
+from parity.compare import GATE, IDENTICAL, Verdict, judge, judge_lossy, skipped
 from parity.reach import reachable, unread
 from parity.recorder import Exact, sample_indices, seeded, told
 from parity.trace import Trace, split_key
@@ -123,15 +123,15 @@ class Judge:
         """
         declared = any(block.matches(event.path) for block in self.candidate.blocks)
         parts = self.alignment.parts.get(event.path, ()) if event.kind == "in" and not declared else ()
-        takers = {
-            part.candidate: self._one(event, pair, reach, Alignment({event.path: (part,)}))
-            for part in parts
-            if len({other.candidate for other in parts}) > 1
-        }
-        bad = [name for name, one in takers.items() if not one.passed and one.status != SKIPPED]
-        if bad and any(one.passed for one in takers.values()):
-            one = takers[bad[0]]
-            return replace(one, module=bad[0], note="; ".join(filter(None, [one.note, f"in what {bad[0]} takes"])))
+        takers = {part.candidate: part for part in parts}  # what a module takes does not depend on which rows it holds
+        if len(takers) > 1:
+            found = {
+                name: self._one(event, pair, reach, Alignment({event.path: (part,)})) for name, part in takers.items()
+            }
+            bad = [name for name, one in found.items() if one.fails]
+            if bad and any(one.passed for one in found.values()):
+                one = found[bad[0]]
+                return replace(one, module=bad[0], note="; ".join(filter(None, [one.note, f"in what {bad[0]} takes"])))
         return self._one(event, pair, reach, self.alignment)
 
     def _one(self, event: Event, pair: Pair, reach: Capture | None, alignment: Alignment) -> Verdict:

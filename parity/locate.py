@@ -36,7 +36,7 @@ class Tap:
     @property
     def differs(self) -> bool:
         """Whether it was compared, free or reset, and does not pass."""
-        return any(v is not None and not v.passed and v.status != SKIPPED for v in (self.free, self.reset))
+        return any(v is not None and v.fails for v in (self.free, self.reset))
 
     def judged(self, free: Verdict, reset: Verdict | None) -> Tap:
         """The same with other verdicts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,14 +134,10 @@ def mended(module: nn.Module, trace: Trace, plan: Plan) -> Iterator[None]:
 
         return hook
 
-    handles = []
     paths = {split_key(key)[0].rpartition("#")[0] for key in plan}
-    for path, child in module.named_modules():
-        if path in paths:
-            handles.append(child.register_forward_pre_hook(enter(path), with_kwargs=True))
-            handles.append(child.register_forward_hook(leave(path)))
-    try:
+    with ExitStack() as hooks:
+        for path, child in module.named_modules():
+            if path in paths:
+                hooks.enter_context(child.register_forward_pre_hook(enter(path), with_kwargs=True))
+                hooks.enter_context(child.register_forward_hook(leave(path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

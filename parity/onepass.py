@@ -128,7 +128,7 @@ class OnePass:
         if self.alone is not None and low:
             given = self.isolation.given
             apart = [e for e in events(s.trace, name) if e.kind == "out" and (e.path, e.call) in given]
-            if not any(_fails(judge(event, self.alone)) for event in apart):  # else a module computes otherwise itself
+            if not any(judge(event, self.alone).fails for event in apart):  # else a module computes otherwise itself
                 s.singles[name] = low
         return replace(judge, singles=s.singles.get(name.partition(PERTURBED)[0], ""))
 
@@ -195,9 +195,9 @@ class OnePass:
         self.steps = steps = Steps(
             trace, name, s.candidate, self.alignment, s.plain, self.isolation, once, s.runner.double
         )
-        failing = {t.key: t.reset for t in self.taps if t.reset and t.kind == "in" and _fails(t.reset)}
+        failing = {t.key: t.reset for t in self.taps if t.reset and t.kind == "in" and t.reset.fails}
         ends = [self.judge(event, alone) for event in events(trace, name) if event.path == "="]
-        if bad := worst(filter(_fails, ends)):
+        if bad := worst(v for v in ends if v.fails):
             failing[""] = bad
         if failing and first:
             reorder(steps, alone.high, [key for key in failing if key])
@@ -207,13 +207,9 @@ class OnePass:
             for i, tap in enumerate(self.taps):
                 if (tap.module, of[tap.key].call) in self.isolation.given:
                     self.taps[i] = tap.judged(tap.free, self.judge(of[tap.key], alone, self.reach))
-            still = [t.key for t in self.taps if t.reset and t.kind == "in" and _fails(t.reset)]
+            still = [t.key for t in self.taps if t.reset and t.kind == "in" and t.reset.fails]
             steps.blame(alone.high, failing.keys(), still)
         self.faults = faults(self.taps, steps, alone.high, failing, s.settings)
-
-
-def _fails(verdict: Verdict) -> bool:
-    return not verdict.passed and verdict.status != SKIPPED
 
 
 def plain(name: str) -> str:

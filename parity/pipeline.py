@@ -89,7 +89,7 @@ class PipelineResult:
         if self.reason or gravest is None:
             return SKIPPED
         if not gravest.passed:
-            real = worst(v for v in every if not v.passed and v.status != SKIPPED)
+            real = worst(v for v in every if v.fails)
             return real.status if real else SKIPPED
         return self.stages[-1].status
 

@@ -17,7 +17,7 @@ from parity.preflight import pair_settings
 from parity.recorder import attributes, plain_modules
 from parity.trace import Trace, split_key
 
-_ALIKE = 1e-9  # of the largest number; both sides run in float64
+ALIKE = 1e-9  # of the largest number; both sides run in float64
 
 
 @dataclass(frozen=True)
@@ -113,4 +113,4 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.numel() != b.numel() or not a.numel():
         return False
     x, y = (t.double().reshape(-1).sort().values for t in (a, b))
-    return bool((x - y).abs().max() <= _ALIKE * max(1.0, float(y.abs().max())))
+    return bool((x - y).abs().max() <= ALIKE * max(1.0, float(y.abs().max())))

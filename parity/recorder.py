@@ -198,12 +198,16 @@ class Dtypes(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") != "__get__":  # a look at its dtype or shape is no use of it
-            for value in (*args, *(kwargs or {}).values()):
-                items = value if isinstance(value, (list, tuple)) else (value,)
-                self.used.update(id(item) for item in items if isinstance(item, nn.Parameter))
+            self.used.update(id(item) for item in _flat(args, kwargs) if isinstance(item, nn.Parameter))
         if isinstance(out, Tensor) and out.is_floating_point():
             self.seen.setdefault(self.stack[-1], set()).add(str(out.dtype).removeprefix("torch."))
         return out
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterator[Any]:
+    """The arguments of a torch function, with what its lists hold."""
+    for value in (*args, *(kwargs or {}).values()):
+        yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 class Singles(Dtypes):
@@ -222,9 +226,8 @@ class Singles(Dtypes):
         out = func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():  # `Float64` would hide what their dtypes are
             if isinstance(out, Tensor) and out.dtype in _SMALLER:
-                values = (*args, *(kwargs or {}).values())
-                given = (i for v in values for i in (v if isinstance(v, (list, tuple)) else (v,)))
-                if any(isinstance(i, Tensor) and i.dtype in _LARGER and i.numel() > 1 for i in given):
+                given = (item for item in _flat(args, kwargs) if isinstance(item, Tensor))
+                if any(item.dtype in _LARGER and item.numel() > 1 for item in given):
                     self.mixed.add(self.stack[-1])
         return out
 
@@ -599,9 +602,14 @@ def owners(module: nn.Module) -> list[str]:
 
 def aliases(module: nn.Module) -> dict[str, str]:
     """Further paths of modules that are registered at several places -> the first."""
+    return further_names(dict(module.named_modules(remove_duplicate=False)))
+
+
+def further_names(named: Mapping[str, object]) -> dict[str, str]:
+    """Names of what an earlier name has already -> that name."""
     first: dict[int, str] = {}
-    found = ((path, first.setdefault(id(m), path)) for path, m in module.named_modules(remove_duplicate=False))
-    return {path: at for path, at in found if path != at}
+    found = {name: first.setdefault(id(thing), name) for name, thing in named.items()}
+    return {name: earlier for name, earlier in found.items() if name != earlier}
 
 
 def plain_modules(module: nn.Module) -> dict[str, str]:

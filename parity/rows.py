@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,6 @@ def _turned(out: Tensor) -> Iterator[tuple[str, Tensor]]:
 def answering(module: nn.Module, answers: Mapping[str, Tensor]) -> Iterator[None]:
     """Leaves answer other tensors (`path#call.out.0` -> tensor) in every run inside the block."""
     calls: dict[str, int] = {}
-    handles = []
 
     def leave(path: str) -> Callable[..., Tensor | None]:
         def hook(m: nn.Module, args: object, out: Tensor) -> Tensor | None:
@@ -90,11 +89,8 @@ def answering(module: nn.Module, answers: Mapping[str, Tensor]) -> Iterator[None
         return hook
 
     paths: Collection[str] = {key.rpartition("#")[0] for key in answers}
-    for path, child in module.named_modules():
-        if path in paths:
-            handles.append(child.register_forward_hook(leave(path)))
-    try:
+    with ExitStack() as hooks:
+        for path, child in module.named_modules():
+            if path in paths:
+                hooks.enter_context(child.register_forward_hook(leave(path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

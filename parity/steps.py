@@ -21,11 +21,11 @@ from parity.case import Candidate
 from parity.events import Event, events
 from parity.isolate import Isolation
 from parity.mend import Moment, Way, containers, moments, way_to
-from parity.plain import Plain, Suspect
+from parity.plain import ALIKE, Plain, Suspect
 from parity.recorder import sample_indices
 from parity.trace import Trace, split_key
 
-_ALIKE, _ALIKE_SINGLE = 1e-9, 1e-5  # of the largest number, in float64 and where that does not run
+_ALIKE_SINGLE = 1e-5  # of the largest number, where float64 does not run
 _MOST_RUNS = 24
 
 
@@ -246,7 +246,7 @@ class Steps:
         return bool((mine - theirs).abs().max() <= self._tolerance() * max(1.0, float(theirs.abs().max())))
 
     def _tolerance(self) -> float:
-        return _ALIKE if self.double else _ALIKE_SINGLE
+        return ALIKE if self.double else _ALIKE_SINGLE
 
     def _numel(self, key: str) -> int:
         value = self.trace.value(key)

@@ -8,7 +8,7 @@ replaced in place where it can be: then what reads the same tensor later (a resi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -106,7 +106,6 @@ class Isolation:
     def of(self, module: nn.Module) -> Iterator[None]:
         """Give and take in every run of `module` inside the block; its hooks must come after those that listen."""
         self.given.clear()
-        handles = []
         calls: dict[str, int] = {}
         fixed = {tensor.untyped_storage().data_ptr() for _, tensor in held(module)}
 
@@ -138,15 +137,12 @@ class Isolation:
 
             return hook
 
-        for path, child in module.named_modules():
-            if path in self.holders:
-                handles.append(child.register_forward_pre_hook(enter(path), with_kwargs=True))
-                handles.append(child.register_forward_hook(leave(path), with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            for path, child in module.named_modules():
+                if path in self.holders:
+                    hooks.enter_context(child.register_forward_pre_hook(enter(path), with_kwargs=True))
+                    hooks.enter_context(child.register_forward_hook(leave(path), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _rows(value: Tensor, parts: list[Part], count: int) -> Tensor:

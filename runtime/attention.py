@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from porter.core.errors import UsageError
+from runtime.parallel import sequence
 
 # "sdpa" leaves the choice to torch; the others allow exactly one of its kernels.
 BACKENDS: dict[str, SDPBackend | None] = {
@@ -25,11 +26,32 @@ BACKENDS: dict[str, SDPBackend | None] = {
 }
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention at scale 1/sqrt(E).
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, shared: int = 0) -> Tensor:
+    """Self-attention, softmax at scale 1/sqrt(E): (B, L, N, E) three times -> (B, L, N * E).
 
-    q, k, v: (B, L, N, E); mask: None, or bool broadcastable to (B, N, L, L) where True takes part -> (B, L, N * E).
+    Args:
+        mask: None when it carries nothing; bool (B, L), True for tokens that are no padding; bool (B, 1 or N, L, L)
+            where only a structure can say which token sees which.
+        shared: how many of the first tokens (the text) every rank of a sequence-parallel group has whole. The others
+            are this rank's part of the sequence, and see the other ranks' parts too.
     """
+    if (ranks := sequence.ranks()) is not None:
+        return sequence.attend(q, k, v, mask, shared, ranks, kernel)
+    return kernel(q, k, v, mask)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention to another sequence, which every rank has whole: (B, L, N, E), (B, M, N, E) twice -> (B, L, N * E).
+
+    mask: None, bool (B, M), or bool (B, 1 or N, L, M).
+    """
+    return kernel(q, k, v, mask)
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention on this device alone, by the backend that is chosen: (B, L, N, E) … -> (B, L, N * E)."""
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]  # (B, 1, 1, M)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, L, E)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 

@@ -10,20 +10,23 @@ import importlib
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from porter.core.checkpoint import Header, read_header, read_sharded
+from porter.core.checkpoint import ANY, Header, read_header, read_sharded, spec
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.files import read_config
 from porter.core.libraries import LIBRARIES
+from porter.core.onload import compile_on_load, on_disk
 from porter.core.port import MANIFEST, is_manifest
+from porter.core.tensorplan import TensorPlan
+from runtime.layers import PackedLinear
 
 INDEX = "model_index.json"
 _AGAIN = "convert the model again: porter convert <model> -o <port> --overwrite"
@@ -177,13 +180,31 @@ def load_module(
 ) -> nn.Module:
     """Build `cls.from_config(config)` without memory, then fill it from the safetensors of `folder`.
 
+    A native class names in `on_load` the recipe that packs its weights on the way.
+
     Raises:
         CheckpointError: tensors that are missing, left over or of another shape; all of them are named.
     """
     header = component_header(folder)
     with torch.device("meta"), _readable(folder):
         module: nn.Module = cls.from_config(dict(config))
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    plan = _plan(cls, config, folder, header, module)
+    fill(module, plan, dtype, device)
+    if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
+        raise _misfit(folder, cls, unfilled, [], [])
+    return module.eval()
+
+
+def _plan(cls: Any, config: Mapping[str, Any], folder: Path, header: Header, module: nn.Module) -> TensorPlan:
+    """What of the files goes where in `module`: every tensor of either side exactly once."""
+    recipe = getattr(cls, "on_load", None)
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, stored in on_disk(recipe, config, own).items():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        rows = owner.outputs if isinstance(owner, PackedLinear) else (own[name][:1] or [None])
+        for each, row in zip(stored, rows, strict=True):
+            expected[each] = own[name] if len(stored) == 1 else (row, *own[name][1:])
     missing, extra = [n for n in expected if n not in header], [n for n in header if n not in expected]
     shapes = [
         f"{n} is {header[n].shape}, not {shape}"
@@ -192,29 +213,41 @@ def load_module(
     ]
     if missing or extra or shapes:
         raise _misfit(folder, cls, missing, extra, shapes)
-    _fill(module, header, dtype, device)
-    if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
-        raise _misfit(folder, cls, unfilled, [], [])
-    return module.eval()
+    return compile_on_load(recipe, config, header, {name: spec(ANY, shape, name) for name, shape in own.items()})
 
 
-def _fill(module: nn.Module, header: Header, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace every meta tensor by the file's, one tensor in memory at a time beyond the module itself."""
-    for file in dict.fromkeys(info.file for info in header.values()):
-        try:
-            with safe_open(str(file), framework="pt", device="cpu") as tensors:
-                for name, info in header.items():
-                    if info.file != file:
-                        continue
-                    owner_name, _, leaf = name.rpartition(".")
-                    owner, tensor = module.get_submodule(owner_name), tensors.get_tensor(name)
-                    tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-                    if leaf in owner._parameters:
-                        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-                    else:
-                        setattr(owner, leaf, tensor)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read", found=str(error), hint=_AGAIN) from error
+def fill(module: nn.Module, plan: TensorPlan, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace every meta tensor by what the plan makes of the files, one tensor in memory beyond the module itself."""
+    opened: dict[Path, Any] = {}
+    with ExitStack() as stack:
+
+        def read(name: str) -> Tensor:
+            info = plan.sources[name]
+            assert info.file is not None  # a header that was read
+            try:
+                if info.file not in opened:
+                    opened[info.file] = stack.enter_context(safe_open(str(info.file), framework="pt", device="cpu"))
+                found: Tensor = opened[info.file].get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{info.file} cannot be read", found=str(error), hint=_AGAIN) from error
+            return found
+
+        for step in plan.steps:
+            values = [read(name) for name in step.sources]
+            for op in step.ops:
+                values = op.compute(values, torch)
+            for output, value in zip(step.outputs, values, strict=True):
+                tensor = value.to(device, dtype if value.is_floating_point() else value.dtype)
+                _put(module, output.name, tensor)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(owner, leaf, tensor)
 
 
 def component_header(folder: Path) -> Header:

@@ -1,11 +1,12 @@
-"""FLUX.1's transformer, native to porter's runtime. Parameter names and shapes are those of diffusers on disk.
+"""FLUX.1's transformer, native to porter's runtime. Weights are packed while they are read
+(`ON_LOAD`); on disk names and shapes are diffusers'.
 
 B: images, S: image tokens (2x2 latent patches), T: text tokens, L = T + S (text first),
 C: channels of a packed patch, X: width of a text token, P: width of the pooled text,
 N: heads, E: head width, D = N * E: model width.
 
 Ported from https://github.com/black-forest-labs/flux/tree/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux.
-Deviations, everywhere: q, k and v are three linears where the original has one; the final modulation's halves are
+Deviations, everywhere: in single blocks q, k, v and the MLP are one product as in the original, on disk four; the final modulation's halves are
 stored scale first; ids carry no batch axis (they are the same for every image).
 """
 
@@ -18,9 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conversions.flux1.recipe import ON_LOAD
 from porter.core.errors import BadInputError
 from runtime.attention import attention
-from runtime.layers import AdaLayerNorm, FeedForward, MLPEmbedder, apply_rotary, modulate, rotary_table, sinusoid
+from runtime.layers import (
+    AdaLayerNorm,
+    FeedForward,
+    MLPEmbedder,
+    PackedLinear,
+    RMSNorm,
+    apply_rotary,
+    modulate,
+    rotary_table,
+    sinusoid,
+)
+from runtime.parallel import sequence
 
 THETA = 10000.0  # fixed in every FLUX.1; diffusers has no field for it
 FREQUENCIES = 256  # width of the sinusoids of timestep and guidance
@@ -81,6 +94,7 @@ class FluxTransformer(nn.Module):
     """Velocity of the flow at (latents, time), given text and guidance."""
 
     supported_attention_backends = ("sdpa", "math", "flash", "efficient", "cudnn")
+    on_load = ON_LOAD
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -116,8 +130,11 @@ class FluxTransformer(nn.Module):
         rotary: Table | None = None,  # the table of these ids, where the caller has it already
     ) -> Tensor:
         """Predict the velocity -> (B, S, C). `guidance` is needed exactly when the config says guidance_embeds."""
+        text = encoder_hidden_states.shape[1]
         rope = self.rotary(txt_ids, img_ids) if rotary is None else rotary
-        img = self.x_embedder(hidden_states)  # (B, S, D)
+        # Of a sequence-parallel group each rank has the text, and its part of the image (S of it from here on).
+        rope = tuple(torch.cat((t[:text], sequence.scatter(t[text:], dim=0))) for t in rope)  # type: ignore[assignment]
+        img = sequence.scatter(self.x_embedder(hidden_states))  # (B, S, D)
         txt = self.context_embedder(encoder_hidden_states)  # (B, T, D)
         vec = self.time_text_embed(timestep.to(img.dtype), guidance, pooled_projections)  # (B, D)
 
@@ -125,8 +142,8 @@ class FluxTransformer(nn.Module):
             img, txt = block(img, txt, vec, rope)
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
         for block in self.single_transformer_blocks:
-            x = block(x, vec, rope)
-        img = x[:, txt.shape[1] :]  # (B, S, D)
+            x = block(x, vec, rope, text)
+        img = sequence.gather(x[:, text:])  # (B, S, D), of the whole image
 
         (img,) = self.norm_out(img, vec)
         velocity: Tensor = self.proj_out(img)  # (B, S, C)
@@ -186,40 +203,40 @@ class DoubleBlock(nn.Module):
 
 
 # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L194
-# Deviation: `linear1` is four linears here (q, k, v, mlp); in float16 the output is clipped, as diffusers does.
+# Deviation: in float16 the output is clipped, as diffusers does.
 class SingleBlock(nn.Module):
     """One joint stream; attention and MLP side by side."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm = AdaLayerNorm(width, 3)
-        self.attn = SelfAttention(width, heads)
-        self.proj_mlp = nn.Linear(width, 4 * width)
+        self.to_qkv_mlp = PackedLinear(width, (width, width, width, 4 * width))
+        self.attn = SelfAttention(width // heads)
         self.act_mlp = nn.GELU(approximate="tanh")
         self.proj_out = nn.Linear(5 * width, width)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Table) -> Tensor:
-        """x: (B, L, D), vec: (B, D) -> (B, L, D)."""
+    def forward(self, x: Tensor, vec: Tensor, rope: Table, text: int) -> Tensor:
+        """x: (B, L, D) of which the first `text` tokens are text, vec: (B, D) -> (B, L, D)."""
         y, gate = self.norm(x, vec)
-        attn = self.attn(y, rope)  # (B, L, D)
-        mlp = self.act_mlp(self.proj_mlp(y))  # (B, L, 4 D)
+        q, k, v, mlp = self.to_qkv_mlp.parts(y)  # (B, L, D) three times, (B, L, 4 D)
+        attn = self.attn(q, k, v, rope, text)  # (B, L, D)
+        mlp = self.act_mlp(mlp)
         return _finite(x + gate * self.proj_out(torch.cat((attn, mlp), dim=-1)))
 
 
 # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L227
 class SelfAttention(nn.Module):
-    """Attention of the joint stream; it has no output projection of its own."""
+    """Attention of the joint stream; its projections are the block's."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, head: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.head = head
+        self.norm_q, self.norm_k = (RMSNorm(head) for _ in range(2))
 
-    def forward(self, x: Tensor, rope: Table) -> Tensor:
-        """x: (B, L, D) -> (B, L, D)."""
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (B, L, N, E)
-        return attention(apply_rotary(self.norm_q(q), rope), apply_rotary(self.norm_k(k), rope), v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rope: Table, text: int) -> Tensor:
+        """q, k, v: (B, L, D) of which the first `text` tokens are text -> (B, L, D)."""
+        q, k, v = (x.unflatten(-1, (-1, self.head)) for x in (q, k, v))  # (B, L, N, E)
+        return attention(apply_rotary(self.norm_q(q), rope), apply_rotary(self.norm_k(k), rope), v, shared=text)
 
 
 # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L158
@@ -228,25 +245,24 @@ class JointAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.head = width // heads
+        self.to_qkv = PackedLinear(width, (width, width, width))
+        self.norm_q, self.norm_k = (RMSNorm(self.head) for _ in range(2))
+        self.add_qkv_proj = PackedLinear(width, (width, width, width))
+        self.norm_added_q, self.norm_added_k = (RMSNorm(self.head) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = nn.Linear(width, width)
 
     def forward(self, img: Tensor, txt: Tensor, rope: Table) -> tuple[Tensor, Tensor]:
         """img: (B, S, D), txt: (B, T, D) -> the same shapes."""
-        own, added = (self.to_q, self.to_k, self.to_v), (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        img_q, img_k, img_v = (to(img).unflatten(-1, (self.heads, -1)) for to in own)  # (B, S, N, E)
-        txt_q, txt_k, txt_v = (to(txt).unflatten(-1, (self.heads, -1)) for to in added)  # (B, T, N, E)
+        img_q, img_k, img_v = (x.unflatten(-1, (-1, self.head)) for x in self.to_qkv.parts(img))  # (B, S, N, E)
+        txt_q, txt_k, txt_v = (x.unflatten(-1, (-1, self.head)) for x in self.add_qkv_proj.parts(txt))  # (B, T, N, E)
         q = torch.cat((self.norm_added_q(txt_q), self.norm_q(img_q)), dim=1)  # (B, L, N, E)
         k = torch.cat((self.norm_added_k(txt_k), self.norm_k(img_k)), dim=1)
         v = torch.cat((txt_v, img_v), dim=1)
-        x = attention(apply_rotary(q, rope), apply_rotary(k, rope), v)  # (B, L, D)
-        length = txt.shape[1]
-        return self.to_out[0](x[:, length:]), self.to_add_out(x[:, :length])
+        text = txt.shape[1]
+        x = attention(apply_rotary(q, rope), apply_rotary(k, rope), v, shared=text)  # (B, L, D)
+        return self.to_out[0](x[:, text:]), self.to_add_out(x[:, :text])
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 
 from porter.core.checkpoint import ANY, Header, TensorInfo, specs
 from porter.core.errors import RecipeError
-from porter.core.ops import PermuteBlocks, Split
+from porter.core.onload import on_load
+from porter.core.ops import Concat, PermuteBlocks, Split
 from porter.core.patterns import count_blocks
-from porter.core.recipe import Recipe, Rule, settle, tensor_shape
+from porter.core.recipe import INPUTS, OUTPUTS, Recipe, Rule, Shard, settle, tensor_shape
 
 CLASS = "FluxTransformer2DModel"
 SINUSOIDS = 256  # width of the timestep and guidance sinusoids, fixed in the original code
@@ -253,4 +254,29 @@ TRANSFORMER = Recipe(
     source_headers=original_headers,
     target_headers=diffusers_headers,
     infer_config=infer_config,
+)  # fmt: skip
+
+_PACKED = "one product reads the input once"
+_B, _P = "transformer_blocks.{i:int}.", "transformer_blocks.{i}."
+_Q, _R = "single_transformer_blocks.{i:int}.", "single_transformer_blocks.{i}."
+
+ON_LOAD = on_load(
+    "flux1-on-load",
+    Rule(
+        (_B + "attn.to_q.{p:weight|bias}", _P + "attn.to_k.{p}", _P + "attn.to_v.{p}"),
+        _P + "attn.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(
+        (_B + "attn.add_q_proj.{p:weight|bias}", _P + "attn.add_k_proj.{p}", _P + "attn.add_v_proj.{p}"),
+        _P + "attn.add_qkv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_B + "attn.{o:to_out.0|to_add_out}.{p:weight|bias}", _P + "attn.{o}.{p}", shard=INPUTS),
+    Rule(_B + "{f:ff|ff_context}.net.0.proj.{p:weight|bias}", _P + "{f}.net.0.proj.{p}", shard=OUTPUTS),
+    Rule(_B + "{f:ff|ff_context}.net.2.{p:weight|bias}", _P + "{f}.net.2.{p}", shard=INPUTS),
+    Rule(
+        (_Q + "attn.to_q.{p:weight|bias}", _R + "attn.to_k.{p}", _R + "attn.to_v.{p}", _R + "proj_mlp.{p}"),
+        _R + "to_qkv_mlp.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_Q + "proj_out.{p:weight|bias}", _R + "proj_out.{p}", shard=Shard(1, ("h", "4*h"))),
+    parameters=parameters,
 )  # fmt: skip

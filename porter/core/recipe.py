@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from porter.core.accounting import Problems
 from porter.core.checkpoint import ANY, Header, TensorInfo, dtype_code, spec
@@ -20,13 +20,29 @@ from porter.core.errors import RecipeError
 from porter.core.files import check_counts
 from porter.core.modulemap import ModulePair
 from porter.core.ops import Constant, Drop, Op, castable
-from porter.core.patterns import Pattern, Value, evaluate, nearest
+from porter.core.patterns import Pattern, Size, Value, evaluate, nearest
 from porter.core.tensorplan import Coverage, Step, TensorPlan, cast_step, digest_of, make_step
 
-__all__ = ["Coverage", "ModulePair", "Recipe", "Rule", "TensorPlan", "compile_recipe"]
+__all__ = ["INPUTS", "OUTPUTS", "Coverage", "ModulePair", "Recipe", "Rule", "Shard", "TensorPlan", "compile_recipe"]
 
 Config = Mapping[str, Any]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How tensor-parallel ranks share a rule's targets.
+
+    Attributes:
+        dim: 0 shares the outputs of a linear layer (its bias with them), 1 its inputs (each rank has the whole bias).
+        parts: sizes along `dim` of parts that are shared each by itself; a `Concat` says its parts without this.
+    """
+
+    dim: Literal[0, 1]
+    parts: tuple[Size, ...] = ()
+
+
+OUTPUTS, INPUTS = Shard(0), Shard(1)
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,8 @@ class Rule:
     The first source pattern is matched against all names; further sources and the targets are filled in from its
     variables and the recipe's parameters. No targets and one `Drop` leave the sources out; no sources and one
     `Constant` make a target that the source layout does not have.
-    `when` names a parameter, or an expression of them, that must not be 0 for the rule to exist.
+    `when` names a parameter, or an expression of them, that must not be 0 for the rule to exist. `shard` says how
+    tensor-parallel ranks share the targets; without it each has them whole.
     """
 
     sources: str | tuple[str, ...]
@@ -44,6 +61,7 @@ class Rule:
     ops: tuple[Op, ...] = ()
     why: str = "another name"
     when: str | None = None
+    shard: Shard | None = None
     line: str = field(default="", compare=False, repr=False)  # where it is written: file:number
 
     def __post_init__(self) -> None:
@@ -84,9 +102,10 @@ class Rule:
 
     def canonical(self) -> dict[str, Any]:
         """This rule as JSON data: what it does, not why."""
+        shared = {} if self.shard is None else {"shard": [self.shard.dim, self.shard.parts]}
         return {
             "sources": self.sources, "targets": self.targets, "ops": [op.canonical() for op in self.ops],
-            "when": self.when,
+            "when": self.when, **shared,
         }  # fmt: skip
 
 

@@ -3,6 +3,19 @@
 from .embedding import MLPEmbedder, sinusoid
 from .feed_forward import FeedForward
 from .modulation import AdaLayerNorm, modulate
+from .norm import FP32LayerNorm, RMSNorm
+from .packed import PackedLinear
 from .rotary import apply_rotary, rotary_table
 
-__all__ = ["AdaLayerNorm", "FeedForward", "MLPEmbedder", "apply_rotary", "modulate", "rotary_table", "sinusoid"]
+__all__ = [
+    "AdaLayerNorm",
+    "FP32LayerNorm",
+    "FeedForward",
+    "MLPEmbedder",
+    "PackedLinear",
+    "RMSNorm",
+    "apply_rotary",
+    "modulate",
+    "rotary_table",
+    "sinusoid",
+]

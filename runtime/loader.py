@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from porter.core.checkpoint import ANY, Header, read_header, read_sharded, spec
 from porter.core.errors import BadInputError, CheckpointError, MissingError
+from porter.core.execute import apply
 from porter.core.files import read_config
 from porter.core.libraries import LIBRARIES
 from porter.core.onload import compile_on_load, on_disk
@@ -193,6 +194,16 @@ def load_module(
     if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
         raise _misfit(folder, cls, unfilled, [], [])
     return module.eval()
+
+
+def packed(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their names on disk -> the state of a native class, by its on-load recipe.
+
+    Raises:
+        RecipeError: a tensor that the recipe packs with others is missing.
+    """
+    header = {name: spec(ANY, tuple(tensor.shape), name) for name, tensor in tensors.items()}
+    return apply(compile_on_load(getattr(cls, "on_load", None), config, header), tensors)
 
 
 def _plan(cls: Any, config: Mapping[str, Any], folder: Path, header: Header, module: nn.Module) -> TensorPlan:

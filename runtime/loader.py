@@ -150,6 +150,7 @@ def _load_reused(
     """Load a component with the library's own class."""
     import diffusers
     import transformers
+    from transformers.image_processing_base import ImageProcessingMixin
 
     if issubclass(cls, diffusers.SchedulerMixin):
         loaded.modules[name] = cls.from_config(read_config(folder / "scheduler_config.json"))
@@ -169,11 +170,13 @@ def _load_reused(
         if missing or extra:
             raise _misfit(folder, cls, missing, extra, [])
         loaded.modules[name] = model.to(device).eval()
-    elif issubclass(cls, transformers.PreTrainedTokenizerBase):
+    elif issubclass(cls, (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin, ImageProcessingMixin)):
         with _readable(folder):
             loaded.modules[name] = cls.from_pretrained(folder, local_files_only=True)
     else:
-        raise BadInputError(f"{name}: {cls.__name__} is not a model, tokenizer or scheduler", hint="porter plan <port>")
+        raise BadInputError(
+            f"{name}: {cls.__name__} is not a model, tokenizer, processor or scheduler", hint="porter plan <port>"
+        )
 
 
 def load_module(

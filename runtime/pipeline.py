@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from porter.core.errors import BadInputError, UsageError
 from runtime.config import PipelineConfig, SamplingParams
-from runtime.loader import load_components
+from runtime.loader import load_components, read_index
 from runtime.request import Req
 from runtime.stages import (
     DecodingStage,
     DenoisingStage,
+    ImageEncodingStage,
+    ImageVAEEncodingStage,
     InputValidationStage,
     LatentPreparationStage,
     PipelineStage,
@@ -31,11 +33,16 @@ class ComposedPipelineBase(ABC):
     Attributes:
         pipeline_name: `_class_name` in model_index.json.
         native_models: class name in model_index.json -> our module for it; every other class is the library's.
+        denoisers: components that predict; the config selects one at each step.
+        _required_config_modules: components that the pipeline can't run without.
+        _optional_config_modules: components that it uses where model_index.json has them.
     """
 
     pipeline_name: ClassVar[str]
     native_models: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    denoisers: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
     _required_config_modules: ClassVar[tuple[str, ...]] = ()
+    _optional_config_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, modules: Mapping[str, Any], config: PipelineConfig, sampling_params: SamplingParams) -> None:
         """Wire `modules` (component name -> loaded object) into stages.
@@ -66,7 +73,9 @@ class ComposedPipelineBase(ABC):
         device: torch.device,
     ) -> Self:
         """Load the components of a pipeline folder and wire them. Errors: see `load_components`."""
-        names = cls._required_config_modules
+        index = read_index(path)
+        present = [name for name in cls._optional_config_modules if (index.get(name) or [None])[0] is not None]
+        names = [*cls._required_config_modules, *present]
         loaded = load_components(path, names, native_models=cls.native_models, dtype=dtype, device=device)
         pipeline = cls(loaded.modules, config, sampling_params)
         pipeline.warnings += loaded.warnings
@@ -74,8 +83,8 @@ class ComposedPipelineBase(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lives."""
-        found: Tensor = next(self.modules["transformer"].parameters())
+        """Where the denoiser lives."""
+        found: Tensor = next(next(iter(self.transformers.values())).parameters())
         return found.device
 
     @abstractmethod
@@ -87,19 +96,50 @@ class ComposedPipelineBase(ABC):
         name = name or stage.name
         if name in self.stages:
             raise UsageError(f"{self.pipeline_name} has two stages called {name}", hint="give add_stage a name")
+        stage.given_name = name
         self.stages[name] = stage
 
-    def add_standard_t2i_stages(self) -> None:
-        """Text to image: validate, encode, schedule, noise, loop, decode."""
+    def add_standard_t2i_stages(self, *, text_encoding: PipelineStage | None = None) -> None:
+        """Text to image: validate, encode, schedule, noise, loop, decode.
+
+        Args:
+            text_encoding: the family's own, instead of the standard stage.
+        """
+        self._add_beginning(text_encoding)
+        self.add_standard_denoising_stages()
+
+    def add_standard_ti2i_stages(self, *, text_encoding: PipelineStage | None = None) -> None:
+        """Text and images to image: as `add_standard_t2i_stages`, and the pictures' latents after the noise."""
+        self._add_beginning(text_encoding)
+        self.add_stage(ImageVAEEncodingStage(self.modules["vae"], self.modules["transformer"]))
+        self.add_standard_denoising_stages()
+
+    def add_standard_ti2v_stages(self, *, text_encoding: PipelineStage | None = None) -> None:
+        """Text and image to video: as `add_standard_ti2i_stages`, and the vision encoder where there is one."""
+        self._add_beginning(text_encoding)
+        if (encoder := self.modules.get("image_encoder")) is not None:
+            self.add_stage(ImageEncodingStage(encoder, self.modules["image_processor"]))
+        self.add_stage(ImageVAEEncodingStage(self.modules["vae"], self.modules["transformer"]))
+        self.add_standard_denoising_stages()
+
+    def add_standard_denoising_stages(self) -> None:
+        """The loop and the decoder: what follows a Hybrid pipeline's `BeforeDenoisingStage`."""
+        self.add_stage(DenoisingStage(self.transformers, self.modules["scheduler"]))
+        self.add_stage(DecodingStage(self.modules["vae"]))
+
+    @property
+    def transformers(self) -> dict[str, nn.Module]:
+        """The denoisers by component name, the first one first."""
+        return {name: self.modules[name] for name in self.denoisers if self.modules.get(name) is not None}
+
+    def _add_beginning(self, text_encoding: PipelineStage | None) -> None:
         get, specs = self.modules, self.config.text_encoders
         encoders = {spec.encoder: get[spec.encoder] for spec in specs}
         tokenizers = {spec.tokenizer: get[spec.tokenizer] for spec in specs}
         self.add_stage(InputValidationStage(self.sampling_params))
-        self.add_stage(TextEncodingStage(encoders, tokenizers))
+        self.add_stage(text_encoding or TextEncodingStage(encoders, tokenizers), "text_encoding")
         self.add_stage(TimestepPreparationStage(get["scheduler"], self.device))
-        self.add_stage(LatentPreparationStage(get["transformer"]))
-        self.add_stage(DenoisingStage(get["transformer"], get["scheduler"]))
-        self.add_stage(DecodingStage(get["vae"]))
+        self.add_stage(LatentPreparationStage(next(iter(self.transformers.values()))))
 
     @torch.no_grad()
     def forward(self, batch: Req) -> Req:
@@ -107,7 +147,7 @@ class ComposedPipelineBase(ABC):
 
         Raises:
             UsageError: the request asks for what cannot be made.
-            CheckFailed: the loop ended in numbers that are not finite.
+            CheckFailed: a step ended in numbers that are not finite.
         """
         for stage in self.stages.values():
             batch = stage(batch, self.config)

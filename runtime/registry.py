@@ -119,11 +119,14 @@ def describe(path: Path) -> Model:
         MissingError: no such folder.
         BadInputError: not a pipeline folder, or a pipeline without native code.
     """
-    name = read_index(path)["_class_name"]
+    index = read_index(path)
+    name = index["_class_name"]
     cls = entry_class(name)
-    configs = read_configs(path, cls._required_config_modules)
+    configs = read_configs(path, (*cls._required_config_modules, *cls._optional_config_modules))
     model = model_configs(name, configs)
     config = model.pipeline_config_cls(
+        configs=configs,
+        model_index=index,
         dit_config=configs.get("transformer", {}),
         vae_config=configs.get("vae", {}),
         scheduler_config=configs.get("scheduler", {}),

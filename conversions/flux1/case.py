@@ -19,6 +19,7 @@ from porter.core.files import read_config
 from runtime.image import to_pil
 from runtime.loader import load_module, quiet_libraries
 from runtime.registry import load
+from runtime.request import Req
 
 HERE = Path(__file__).parent
 PROMPT = "a large red circle left of a small blue square, on a white background"
@@ -261,7 +262,7 @@ def native_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
     pipe = load(port, dtype=dtype, device="cpu")
 
     def run(request: Request) -> Tensor:
-        height, width = _size(request, pipe.config.default_size()[0], pipe.config.size_multiple())
+        height, width = _size(request, pipe.config.default_size(Req())[0], pipe.config.size_multiple())
         negative, scale = request.negative or (None, None)
         answer = pipe.generate(
             request.prompts, negative_prompt=negative, true_cfg_scale=scale, height=height, width=width,

@@ -111,9 +111,10 @@ class FluxPipelineConfig(PipelineConfig):
             "rotary": table,
         }
 
-    def scale_timestep(self, timestep: Tensor) -> Tensor:
-        """The model counts time from 1 to 0, the scheduler from 1000."""
-        return timestep / 1000
+    def scale_timestep(self, timestep: Tensor, batch: Req) -> Tensor:
+        """The model counts time from 1 to 0, the scheduler from 1000; rounded first, as diffusers does."""
+        assert batch.latents is not None
+        return timestep.to(batch.latents.dtype) / 1000
 
 
 @dataclass

@@ -22,9 +22,7 @@ NATIVE = "native"
 _VARIABLE = re.compile(r"\{([A-Za-z_]\w*)(?::([^{}]*))?\}")
 
 
-def on_load(
-    name: str, *rules: Rule, parameters: Callable[[Config], Mapping[str, int]] = lambda config: {}
-) -> Recipe:
+def on_load(name: str, *rules: Rule, parameters: Callable[[Config], Mapping[str, int]] = lambda config: {}) -> Recipe:
     """The recipe diffusers → native of one model; rules that match nothing in a file do nothing."""
     return Recipe(name, "diffusers", NATIVE, rules, parameters=parameters)
 

@@ -36,10 +36,12 @@ def _short(value: Any) -> str:
 class PipelineStage(ABC):
     """One step of a pipeline. Modules come through the constructor, everything else through the request."""
 
+    given_name: str | None = None  # by the pipeline that it is a stage of
+
     @property
     def name(self) -> str:
-        """The stage's name in taps: `TextEncodingStage` is "text_encoding"."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__.removesuffix("Stage")).lower()
+        """The stage's name in taps: `TextEncodingStage` is "text_encoding", unless its pipeline calls it otherwise."""
+        return self.given_name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__.removesuffix("Stage")).lower()
 
     @abstractmethod
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
@@ -77,6 +79,26 @@ class PipelineStage(ABC):
             found="; ".join(f"{field}: {found}" for field, _, found in result.failures),
             hint="porter generate --help",
         )
+
+
+class BeforeDenoisingStage(PipelineStage):
+    """Base of a Hybrid pipeline's one model-specific stage: all that stands between the request and the loop.
+
+    It leaves what `DenoisingStage` and `DecodingStage` need: prompt embeddings, timesteps, noise and its raw shape.
+    """
+
+    given_name = "before_denoising"
+
+    def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
+        result = VerificationResult()
+        size = batch.batch_size
+        embeds = tensors_of_batch(size, 3)
+        result.add_check("prompt_embeds", batch.prompt_embeds, embeds, "finite tensors, one row for each image")
+        result.add_check("timesteps", batch.timesteps, isinstance(batch.timesteps, torch.Tensor), "a tensor")
+        rows = None if batch.latents is None else batch.latents.shape[0]
+        result.add_check("latents", batch.latents, rows == size, f"{size} rows of noise")
+        result.add_check("raw_latent_shape", batch.raw_latent_shape, batch.raw_latent_shape is not None, "a shape")
+        return result
 
 
 def tensors_of_batch(size: int, ndim: int) -> Callable[[Any], bool]:

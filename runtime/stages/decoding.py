@@ -31,12 +31,14 @@ class DecodingStage(PipelineStage):
         _demand_finite(batch.latents, "the latents after the last step")
         latents = config.post_denoising_loop(batch.latents, batch)  # (B, C, h, w)
         scale, shift = config.get_decode_scale_and_shift()
-        latents = latents / scale + shift
+        latents = latents / _like(scale, latents) + _like(shift, latents)
         if config.vae_precision is not None:
             self.vae.to(getattr(torch, config.vae_precision))
         if config.vae_tiling:
             self.vae.enable_tiling()
-        image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
+        if config.vae_slicing:
+            self.vae.enable_slicing()
+        image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]  # (B, 3, …, H, W) in [-1, 1]
         _demand_finite(image, "the decoded picture")
         batch.output = config.post_decoding(image, batch)
         batch.tap(self.name, latents=latents, image=batch.output)
@@ -44,10 +46,15 @@ class DecodingStage(PipelineStage):
 
     def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
         result = VerificationResult()
-        expected = (batch.batch_size, 3, batch.height, batch.width)
+        frames = (batch.num_frames,) if config.task_type.video else ()
+        expected = (batch.batch_size, 3, *frames, batch.height, batch.width)
         shape = None if batch.output is None else tuple(batch.output.shape)
         result.add_check("output", batch.output, shape == expected, f"pictures of shape {expected}")
         return result
+
+
+def _like(value: float | Tensor, latents: Tensor) -> float | Tensor:
+    return value.to(latents) if isinstance(value, Tensor) else value
 
 
 def _demand_finite(tensor: Tensor, what: str) -> None:

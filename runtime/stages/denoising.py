@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from porter.core.errors import CheckFailed
 from runtime.attention import attention_backend
 from runtime.config import PipelineConfig
 from runtime.request import Req
@@ -18,8 +20,9 @@ from .text_encoding import module_dtype
 class DenoisingStage(PipelineStage):
     """Predicts and steps from noise to latents; each step is shown to the taps."""
 
-    def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
-        self.transformer, self.scheduler = transformer, scheduler
+    def __init__(self, transformers: Mapping[str, nn.Module], scheduler: Any) -> None:
+        """`transformers`: the pipeline's denoisers by component; the config selects one at each step."""
+        self.transformers, self.scheduler = dict(transformers), scheduler
 
     def verify_input(self, batch: Req, config: PipelineConfig) -> VerificationResult:
         result = VerificationResult()
@@ -30,30 +33,77 @@ class DenoisingStage(PipelineStage):
         return result
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
-        latents, timesteps = batch.latents, batch.timesteps
-        assert latents is not None and timesteps is not None  # verified
-        device = latents.device
-        freqs_cis = config.get_freqs_cis(batch, self.transformer, device)
+        assert batch.latents is not None and batch.timesteps is not None  # verified
+        device, kind = batch.latents.device, batch.latents.dtype
+        first = next(iter(self.transformers.values()))
+        freqs_cis = config.get_freqs_cis(batch, first, device)
         positive = config.prepare_pos_cond_kwargs(batch, freqs_cis, device)
-        guided = batch.do_classifier_free_guidance
-        negative = config.prepare_neg_cond_kwargs(batch, freqs_cis, device) if guided else {}
-        supported = getattr(self.transformer, "supported_attention_backends", ("sdpa",))
+        negative = (
+            config.prepare_neg_cond_kwargs(batch, freqs_cis, device) if batch.do_classifier_free_guidance else None
+        )
+        supported = getattr(first, "supported_attention_backends", ("sdpa",))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.enable_autocast)
+        finite = _Finite(self.name)
         with attention_backend(config.attention_backend, supported), autocast:
-            for step, t in enumerate(timesteps):
-                timestep = config.scale_timestep(t.expand(latents.shape[0]).to(latents.dtype))  # (B,)
-                noise_pred = self.transformer(hidden_states=latents, timestep=timestep, **positive)
-                if guided:
-                    opposite = self.transformer(hidden_states=latents, timestep=timestep, **negative)
-                    noise_pred = opposite + batch.true_cfg_scale * (noise_pred - opposite)
-                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
-                latents = latents.to(module_dtype(self.transformer))
+            for step, t in enumerate(batch.timesteps):
+                transformer = self.transformers[config.select_transformer(self.transformers, batch, t)]
+                noise_pred = self._predict(transformer, step, t, positive, negative, batch, config)
+                latents = self.scheduler.step(noise_pred, t, batch.latents, return_dict=False)[0].to(kind)
+                finite.check(step, latents)
+                batch.latents = latents
                 batch.tap(f"{self.name}.step.{step}", noise_pred=noise_pred, latents=latents)
-        batch.latents = latents
-        batch.tap(self.name, latents=latents)
+        finite.last()
+        batch.tap(self.name, latents=batch.latents)
         return batch
+
+    def _predict(
+        self, transformer: nn.Module, step: int, t: Tensor, positive: Mapping[str, Any],
+        negative: Mapping[str, Any] | None, batch: Req, config: PipelineConfig,
+    ) -> Tensor:  # fmt: skip
+        """The prediction for one step, guided where the request asks for it."""
+        assert batch.latents is not None
+        timestep = config.scale_timestep(t.expand(batch.latents.shape[0]), batch)  # (B,)
+        hidden_states = config.prepare_model_input(batch.latents, batch).to(module_dtype(transformer))
+
+        def run(condition: Mapping[str, Any]) -> Tensor:
+            return config.post_model(transformer(hidden_states=hidden_states, timestep=timestep, **condition), batch)
+
+        scale = config.cfg_scale(batch, step, t) if negative is not None else None
+        if negative is None or scale is None:
+            return run(positive)
+        return config.combine_guidance(run(positive), run(negative), scale, batch)
 
     def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
         result = VerificationResult()
         result.add_check("latents", batch.latents, batch.latents is not None, "a tensor")
         return result
+
+
+class _Finite:
+    """Stops at the first step whose latents are no numbers. A step is asked after the next one was started, so that
+    an accelerator never waits for the answer."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.asked: tuple[int, Tensor] | None = None
+
+    def check(self, step: int, latents: Tensor) -> None:
+        """Note step `step`, and read the answer of the one before.
+
+        Raises:
+            CheckFailed: its latents are not finite.
+        """
+        before, self.asked = self.asked, (step, latents.isfinite().all())
+        self._read(before)
+
+    def last(self) -> None:
+        """Read the answer of the last step. Raises CheckFailed as `check`."""
+        self._read(self.asked)
+
+    def _read(self, asked: tuple[int, Tensor] | None) -> None:
+        if asked is not None and not bool(asked[1]):
+            raise CheckFailed(
+                f"{self.stage}: the latents are not finite after step {asked[0]}",
+                expected="numbers", found="NaN or infinity",
+                hint="run it again with --dtype float32; if it stays: porter parity <port>",
+            )  # fmt: skip

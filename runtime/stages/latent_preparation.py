@@ -26,11 +26,12 @@ class LatentPreparationStage(PipelineStage):
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
         batch.raw_latent_shape = config.prepare_latent_shape(batch)  # (B, C, h, w)
-        dtype, device = module_dtype(self.transformer), module_device(self.transformer)
+        device = module_device(self.transformer)
+        dtype = getattr(torch, config.latents_precision) if config.latents_precision else module_dtype(self.transformer)
         if batch.latents is None:
             assert batch.generator is not None  # verified
             shape = (1, *batch.raw_latent_shape[1:])
-            # In the model's dtype: rounding float32 noise would give other numbers than the reference draws.
+            # In the loop's dtype: rounding float32 noise would give other numbers than the reference draws.
             noise = [torch.randn(shape, generator=g, device=g.device, dtype=dtype).to(device) for g in batch.generator]
             batch.latents = config.maybe_pack_latents(torch.cat(noise), batch)
         batch.latents = batch.latents.to(device, dtype)

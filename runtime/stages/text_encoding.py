@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +16,20 @@ from runtime.request import Req
 from .base import PipelineStage, VerificationResult, tensors_of_batch
 
 
+@dataclass
+class TextEmbeddings:
+    """What the encoders made of one prompt per row. One entry for each encoder; masks are None where all tokens count."""
+
+    tokens: list[Tensor]  # (prompts, T, X)
+    pooled: list[Tensor] = field(default_factory=list)  # (prompts, P)
+    masks: list[Tensor | None] = field(default_factory=list)  # bool (prompts, T)
+
+
 class TextEncodingStage(PipelineStage):
-    """Runs each encoder of `config.text_encoders`; a request that brings its embeddings passes through."""
+    """Runs each encoder of `config.text_encoders`; a request that brings its embeddings passes through.
+
+    A family whose prompts take more than that (a template, hidden states of an inner layer) overrides `encode`.
+    """
 
     def __init__(self, encoders: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> None:
         self.encoders, self.tokenizers = encoders, tokenizers
@@ -34,34 +47,32 @@ class TextEncodingStage(PipelineStage):
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
         if not batch.prompt_embeds:
-            batch.prompt_embeds, batch.pooled_embeds = self._encode(batch.prompts, batch, config)
+            found = _for_images(self.encode(batch.prompts, batch, config), batch.num_images)
+            batch.prompt_embeds, batch.pooled_embeds, batch.prompt_masks = found.tokens, found.pooled, found.masks
         if batch.do_classifier_free_guidance and not batch.negative_prompt_embeds:
-            negative = batch.negative_prompt
-            texts = [negative] if isinstance(negative, str) else list(negative or [])
-            texts = texts * len(batch.prompts) if len(texts) == 1 else texts
-            encoded = self._encode(texts, batch, config)
-            batch.negative_prompt_embeds, batch.negative_pooled_embeds = encoded
-        tensors = {f"prompt_embeds.{i}": t for i, t in enumerate(batch.prompt_embeds)}
-        tensors |= {f"pooled_embeds.{i}": t for i, t in enumerate(batch.pooled_embeds)}
-        tensors |= {f"negative_prompt_embeds.{i}": t for i, t in enumerate(batch.negative_prompt_embeds)}
-        tensors |= {f"negative_pooled_embeds.{i}": t for i, t in enumerate(batch.negative_pooled_embeds)}
-        batch.tap(self.name, **tensors)
+            found = _for_images(self.encode(batch.negative_prompts, batch, config), batch.num_images)
+            batch.negative_prompt_embeds, batch.negative_pooled_embeds = found.tokens, found.pooled
+            batch.negative_prompt_masks = found.masks
+        for side in ("", "negative_"):  # embeddings that were given may come without masks
+            masks, tokens = getattr(batch, f"{side}prompt_masks"), getattr(batch, f"{side}prompt_embeds")
+            setattr(batch, f"{side}prompt_masks", masks or [None] * len(tokens))
+        names = ("prompt_embeds", "pooled_embeds", "negative_prompt_embeds", "negative_pooled_embeds")
+        batch.tap(self.name, **{f"{name}.{i}": t for name in names for i, t in enumerate(getattr(batch, name))})
         return batch
 
-    def _encode(self, texts: list[str], batch: Req, config: PipelineConfig) -> tuple[list[Tensor], list[Tensor]]:
-        tokens, pooled = [], []
+    def encode(self, texts: list[str], batch: Req, config: PipelineConfig) -> TextEmbeddings:
+        """One row for each of `texts`."""
+        found = TextEmbeddings([])
         for spec in config.text_encoders:
             encoder = self.encoders[spec.encoder]
-            ids = self._tokenize(texts, spec, batch)  # (prompts, T)
+            ids = self.tokenize(texts, spec, batch)  # (prompts, T)
             out = encoder(ids.to(encoder.device), output_hidden_states=False)
-            tokens.append(out.last_hidden_state.to(encoder.dtype))  # (prompts, T, X)
+            found.tokens.append(out.last_hidden_state.to(encoder.dtype))  # (prompts, T, X)
             if spec.pooled:
-                pooled.append(out.pooler_output.to(encoder.dtype))  # (prompts, P)
-        # Each prompt's images stand together: (B, …).
-        tokens, pooled = ([t.repeat_interleave(batch.num_images, dim=0) for t in part] for part in (tokens, pooled))
-        return tokens, pooled
+                found.pooled.append(out.pooler_output.to(encoder.dtype))  # (prompts, P)
+        return found
 
-    def _tokenize(self, texts: Sequence[str], spec: TextEncoderSpec, batch: Req) -> Tensor:
+    def tokenize(self, texts: Sequence[str], spec: TextEncoderSpec, batch: Req) -> Tensor:
         """Token ids padded to the encoder's length; what does not fit is dropped with a warning."""
         tokenizer = self.tokenizers[spec.tokenizer]
         # Some tokenizers say no length, or an absurd one; the encoder's positions are the limit then.
@@ -75,7 +86,7 @@ class TextEncodingStage(PipelineStage):
         for text in texts:
             count = len(tokenizer(text, truncation=True, max_length=1 << 20).input_ids)
             if count > length:
-                batch.warnings.append(f"{spec.encoder} reads {length} of the prompt's {count} tokens: {text[:40]!r}...")
+                batch.warn(f"{spec.encoder} reads {length} of the prompt's {count} tokens: {text[:40]!r}...")
         return ids
 
     def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
@@ -88,6 +99,17 @@ class TextEncodingStage(PipelineStage):
             negative = batch.negative_prompt_embeds
             result.add_check("negative_prompt_embeds", negative, tensors_of_batch(size, 3), finite)
         return result
+
+
+def _for_images(found: TextEmbeddings, count: int) -> TextEmbeddings:
+    """Each prompt's row `count` times, side by side: (B, …)."""
+
+    def more(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat_interleave(count, dim=0)
+
+    masks = [more(t) for t in found.masks] or [None] * len(found.tokens)
+    tokens, pooled = ([t.repeat_interleave(count, dim=0) for t in part] for part in (found.tokens, found.pooled))
+    return TextEmbeddings(tokens, pooled, masks)
 
 
 def module_dtype(module: torch.nn.Module) -> torch.dtype:

@@ -44,7 +44,7 @@ class TimestepPreparationStage(PipelineStage):
         result = VerificationResult()
         steps = batch.num_inference_steps
         falling = (
-            batch.timesteps is not None and len(batch.timesteps) == steps and bool((batch.timesteps.diff() < 0).all())
+            batch.timesteps is not None and len(batch.timesteps) == steps and bool((batch.timesteps.diff() <= 0).all())
         )
         result.add_check("timesteps", batch.timesteps, falling, f"{steps} falling numbers")
         return result

@@ -85,7 +85,7 @@ def wrong_packing(config: Any, latents: Tensor, batch: Any) -> Tensor:
     return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unscaled_time(config: Any, timestep: Tensor) -> Tensor:
+def unscaled_time(config: Any, timestep: Tensor, batch: Any) -> Tensor:
     return timestep / 1001
 
 

@@ -119,10 +119,10 @@ def test_guidance_off_by_one_step(tiny_port: Path, monkeypatch: pytest.MonkeyPat
         given[:] = [found["guidance"]]
         return found
 
-    def late(self: Any, timestep: Tensor) -> Tensor:
+    def late(self: Any, timestep: Tensor, batch: Any) -> Tensor:
         if timestep.item() < 500:
             given[0].fill_(1.0)  # from this step on, as if it were already the next phase
-        return scale(self, timestep)
+        return scale(self, timestep, batch)
 
     monkeypatch.setattr(FluxPipelineConfig, "_conditions", remembered)
     monkeypatch.setattr(FluxPipelineConfig, "scale_timestep", late)

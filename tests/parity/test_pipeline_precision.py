@@ -23,7 +23,7 @@ __all__ = ["reference_runs_once"]
 pytestmark = pytest.mark.usefixtures("reference_runs_once")
 
 
-def faster(self: Any, timestep: Tensor) -> Tensor:
+def faster(self: Any, timestep: Tensor, batch: Any) -> Tensor:
     return timestep / 900
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import porter
 from porter.core.errors import BadInputError, CheckpointError, MissingError, PorterError
-from runtime.loader import library_class, load_components
+from runtime.loader import library_class, load_components, packed
 from runtime.registry import load
 
 CPU = torch.device("cpu")
@@ -25,9 +25,14 @@ def test_every_parameter_is_filled_and_nothing_trains(bare_port: Path) -> None:
     pipeline = load(bare_port, dtype=torch.float32, device="cpu")
     stored = load_file(bare_port / WEIGHTS)
     transformer = pipeline.modules["transformer"]
-    assert {name for name, _ in transformer.named_parameters()} == set(stored)
+    config = json.loads((bare_port / "transformer/config.json").read_text())
+    expected = packed(type(transformer), config, stored)
+    assert {name for name, _ in transformer.named_parameters()} == set(expected)
     for name, parameter in transformer.named_parameters():
-        assert torch.equal(parameter, stored[name])
+        assert torch.equal(parameter, expected[name])
+    at = "transformer_blocks.1.attn"
+    stacked = torch.cat([stored[f"{at}.to_{n}.weight"] for n in "qkv"])
+    assert torch.equal(transformer.get_parameter(f"{at}.to_qkv.weight"), stacked)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert not pipeline.modules[name].training, name
         assert {p.dtype for p in pipeline.modules[name].parameters()} == {torch.float32}, name
@@ -52,9 +57,11 @@ def test_sharded_weights_load_the_same(own_bare_port: Path) -> None:
         save_file({k: stored[k] for k in keys}, own_bare_port / "transformer" / file)
     index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
     (own_bare_port / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    pipeline = load(own_bare_port, dtype=torch.float32, device="cpu")
-    for name, parameter in pipeline.modules["transformer"].named_parameters():
-        assert torch.equal(parameter, stored[name])
+    transformer = load(own_bare_port, dtype=torch.float32, device="cpu").modules["transformer"]
+    config = json.loads((own_bare_port / "transformer/config.json").read_text())
+    expected = packed(type(transformer), config, stored)
+    for name, parameter in transformer.named_parameters():
+        assert torch.equal(parameter, expected[name])
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], object], file: str = WEIGHTS) -> Callable[[Path], None]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from conversions.flux1.model import FluxParams, FluxTransformer
 from porter.core.errors import BadInputError
+from runtime.loader import packed
+from runtime.quality import at_quality
 
 ROUNDING = 1e-6  # times max(1, max |reference|), float32
 TINY = {
@@ -48,7 +50,7 @@ def diffusers_model(**changes: Any) -> nn.Module:
 
 def native_like(reference: nn.Module, **changes: Any) -> FluxTransformer:
     model = FluxTransformer.from_config(TINY | changes).eval()
-    model.load_state_dict(reference.state_dict(), strict=True)
+    model.load_state_dict(packed(FluxTransformer, TINY | changes, reference.state_dict()), strict=True)
     return model
 
 
@@ -91,6 +93,18 @@ def test_equals_diffusers_in_float64_and_bfloat16() -> None:
         assert gap(native, reference, given) < allowed, dtype
 
 
+def test_exact_is_the_arithmetic_of_diffusers_in_every_bit() -> None:
+    reference = diffusers_model()
+    native, given = native_like(reference), inputs(3)
+    with torch.no_grad(), at_quality("exact"):
+        assert torch.equal(native(**given), reference(**given, return_dict=False)[0])
+    for model in (native, reference):
+        model.to(torch.bfloat16)
+    given = inputs(3, torch.bfloat16)
+    with torch.no_grad(), at_quality("exact"):
+        assert torch.equal(native(**given), reference(**given, return_dict=False)[0])
+
+
 def test_equals_diffusers_without_guidance() -> None:
     reference = diffusers_model(guidance_embeds=False)
     given = inputs(0)
@@ -116,7 +130,8 @@ def test_names_and_shapes_are_those_of_diffusers_at_real_size(guidance: bool) ->
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(**real)
         ours = FluxTransformer.from_config({"_class_name": "FluxTransformer2DModel", **real})
-    shapes = [{name: tuple(p.shape) for name, p in model.state_dict().items()} for model in (ours, theirs)]
+    packed_theirs = packed(FluxTransformer, real, theirs.state_dict())  # on the meta device: shapes only
+    shapes = [{name: tuple(p.shape) for name, p in state.items()} for state in (ours.state_dict(), packed_theirs)]
     assert shapes[0] == shapes[1]
     assert sum(p.numel() for p in ours.parameters()) == (11_901_408_320 if guidance else 11_891_178_560)
     assert ours.params.axes_dims_rope == (16, 56, 56)
@@ -141,7 +156,7 @@ def _eps(model: FluxTransformer) -> None:
 
 
 def _no_bias(model: FluxTransformer) -> None:
-    model.transformer_blocks[0].attn.to_q.bias.data.zero_()
+    model.transformer_blocks[0].attn.to_qkv.bias.data[:48].zero_()  # q's
 
 
 def _text_after_image(model: FluxTransformer) -> None:
@@ -150,8 +165,9 @@ def _text_after_image(model: FluxTransformer) -> None:
 
 
 def _swapped_q_k(model: FluxTransformer) -> None:
-    attn = model.transformer_blocks[0].attn
-    attn.to_q, attn.to_k = attn.to_k, attn.to_q
+    for parameter in model.transformer_blocks[0].attn.to_qkv.parameters():
+        q, k, v = parameter.data.chunk(3)
+        parameter.data = torch.cat([k, q, v])
 
 
 FAULTS = [_swap_final, _half_split, _erf, _eps, _no_bias, _text_after_image, _swapped_q_k]

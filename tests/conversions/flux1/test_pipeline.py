@@ -166,7 +166,7 @@ def test_planted_faults_are_seen(
         right = config._conditions
         monkeypatch.setattr(config, "_conditions", lambda *args: right(*args) | {"guidance": torch.ones(1)})
     else:
-        monkeypatch.setattr(config, "scale_timestep", lambda self, t: t / 999)
+        monkeypatch.setattr(config, "scale_timestep", lambda self, t, batch: t / 999)
     _, batch = run_ours(native, prompt=PROMPT, seed=3, num_inference_steps=2)
     _, image = run_theirs(theirs, [3], prompt=PROMPT, num_inference_steps=2)
     assert batch.output is not None
@@ -176,7 +176,7 @@ def test_planted_faults_are_seen(
 def test_the_embedded_models_port_equals_diffusers(tiny_port: Path) -> None:
     """The same comparison on what `porter convert` writes from the original layout."""
     native = load(tiny_port, dtype=torch.float32, device="cpu")
-    assert (native.sampling_params.num_inference_steps, native.config.default_size()) == (28, (64, 64))
+    assert (native.sampling_params.num_inference_steps, native.config.default_size(Req())) == (28, (64, 64))
     _, batch = run_ours(native, prompt=PROMPT, seed=1, num_inference_steps=3)  # type: ignore[arg-type]
     _, image = run_theirs(diffusers_pipeline(tiny_port), [1], prompt=PROMPT, num_inference_steps=3)
     assert batch.output is not None

@@ -100,7 +100,7 @@ class PipelineConfig:
         takes_mask, takes_last_image: whether requests may bring these pictures.
         latents_precision: dtype of the loop's state; None: the transformer's.
         vae_precision: dtype of the autoencoder; None: as it was loaded.
-        configs: config files of all components by name; `dit_config`, `vae_config`, `scheduler_config` are three of them.
+        configs: config files of all components by name; `dit_config`, `vae_config`, `scheduler_config` are of these.
         model_index: the entries of model_index.json, some of which are settings.
     """
 

@@ -40,9 +40,7 @@ class Req:
     true_cfg_scale: float | None = None  # classifier-free guidance of models that also take guidance as an input
     max_sequence_length: int | None = None  # tokens of the encoders that allow a choice
     sigmas: list[float] | None = None  # noise levels before the scheduler's shift
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # what only some models know; names and defaults: SamplingParams
+    extra: dict[str, Any] = field(default_factory=dict)  # what only some models know; see SamplingParams
 
     # added by the stages, or given to skip them
     generator: list[torch.Generator] | None = None  # one for each image

@@ -6,8 +6,8 @@ C: channels of a packed patch, X: width of a text token, P: width of the pooled 
 N: heads, E: head width, D = N * E: model width.
 
 Ported from https://github.com/black-forest-labs/flux/tree/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux.
-Deviations, everywhere: in single blocks q, k, v and the MLP are one product as in the original, on disk four; the final modulation's halves are
-stored scale first; ids carry no batch axis (they are the same for every image).
+Deviations, everywhere: q, k and v (and the MLP's input in single blocks) are one product, as in the original, on disk
+several; the final modulation's halves are stored scale first; ids carry no batch axis (they are the same for every image).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from runtime.layers import (
     FeedForward,
     MLPEmbedder,
     PackedLinear,
-    RMSNorm,
     apply_rotary,
     modulate,
     rotary_table,
@@ -231,7 +230,7 @@ class SelfAttention(nn.Module):
     def __init__(self, head: int) -> None:
         super().__init__()
         self.head = head
-        self.norm_q, self.norm_k = (RMSNorm(head) for _ in range(2))
+        self.norm_q, self.norm_k = (nn.RMSNorm(head, eps=1e-6) for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rope: Table, text: int) -> Tensor:
         """q, k, v: (B, L, D) of which the first `text` tokens are text -> (B, L, D)."""
@@ -247,9 +246,9 @@ class JointAttention(nn.Module):
         super().__init__()
         self.head = width // heads
         self.to_qkv = PackedLinear(width, (width, width, width))
-        self.norm_q, self.norm_k = (RMSNorm(self.head) for _ in range(2))
+        self.norm_q, self.norm_k = (nn.RMSNorm(self.head, eps=1e-6) for _ in range(2))
         self.add_qkv_proj = PackedLinear(width, (width, width, width))
-        self.norm_added_q, self.norm_added_k = (RMSNorm(self.head) for _ in range(2))
+        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(self.head, eps=1e-6) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = nn.Linear(width, width)
 

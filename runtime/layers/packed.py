@@ -14,8 +14,8 @@ from runtime.quality import quality
 class PackedLinear(nn.Linear):
     """Linear layers stacked along their outputs: (…, D) -> (…, O).
 
-    An on-load recipe joins their weights (`Concat(0)`); `parts` cuts the output again. At quality `exact` each part is a
-    product of its own, as in the reference: the same numbers in every bit.
+    An on-load recipe joins their weights (`Concat(0)`); `parts` cuts the output again. At quality `exact` each part is
+    a product of its own, as in the reference: the same numbers in every bit.
     """
 
     def __init__(self, width: int, outputs: Sequence[int], bias: bool = True) -> None:

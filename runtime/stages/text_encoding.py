@@ -18,7 +18,7 @@ from .base import PipelineStage, VerificationResult, tensors_of_batch
 
 @dataclass
 class TextEmbeddings:
-    """What the encoders made of one prompt per row. One entry for each encoder; masks are None where all tokens count."""
+    """What the encoders made, a prompt per row and an entry per encoder; masks are None where all tokens count."""
 
     tokens: list[Tensor]  # (prompts, T, X)
     pooled: list[Tensor] = field(default_factory=list)  # (prompts, P)

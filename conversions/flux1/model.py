@@ -7,7 +7,7 @@ N: heads, E: head width, D = N * E: model width.
 
 Ported from https://github.com/black-forest-labs/flux/tree/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux.
 Deviations, everywhere: q, k and v (and the MLP's input in single blocks) are one product, as in the original, on disk
-several; the final modulation's halves are stored scale first; ids carry no batch axis (they are the same for every image).
+several; the final modulation's halves are stored scale first; ids carry no batch axis (all images share them).
 """
 
 from __future__ import annotations
@@ -261,7 +261,8 @@ class JointAttention(nn.Module):
         v = torch.cat((txt_v, img_v), dim=1)
         text = txt.shape[1]
         x = attention(apply_rotary(q, rope), apply_rotary(k, rope), v, shared=text)  # (B, L, D)
-        return self.to_out[0](x[:, text:]), self.to_add_out(x[:, :text])
+        img, txt = x[:, text:].contiguous(), x[:, :text].contiguous()  # of one picture they are already
+        return self.to_out[0](img), self.to_add_out(txt)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -25,11 +25,14 @@ from parity.recorder import Exact, float64, seeded, told
 from parity.state import built_dtypes, unfit
 from parity.tied import tied, with_all_names
 from parity.trace import Trace
-from porter.core.checkpoint import spec
+from porter.core.chain import chain
+from porter.core.checkpoint import Header, spec
 from porter.core.errors import BadInputError
 from porter.core.execute import apply
 from porter.core.family import resolve
+from porter.core.onload import compile_on_load
 from porter.core.recipe import Recipe, compile_recipe
+from porter.core.tensorplan import TensorPlan
 from porter.core.userrecipe import read_recipes
 
 State = dict[str, Tensor]
@@ -73,10 +76,9 @@ def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Con
         BadInputError: it is none of these, or does not take this state.
     """
     stubs.install(case.candidate.stubs)  # a conversion may come from a script that imports more than it uses
-    recipe = recipe_of(case)
-    if recipe is not None:
-        header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
-        plan = compile_recipe(recipe, dict(case.config), header)
+    header = {name: spec("F32", tuple(t.shape), name) for name, t in state.items() if t.is_floating_point()}
+    plan = plan_of(case, header)
+    if plan is not None:
         alignment = Alignment.of_plan(plan)
         alignment.parts |= aligned([], case.modules).parts
         return Conversion(lambda own: apply(plan, {n: own[n] for n in plan.sources}), alignment)
@@ -90,6 +92,28 @@ def conversion_of(case: Case, state: State, leaves: Collection[str] = ()) -> Con
     arrived = {move.source for move in found}
     dropped = tuple(n for n, t in state.items() if t.is_floating_point() and n not in arrived)
     return Conversion(lambda own: function(dict(own)), aligned(found, case.modules, leaves), dropped, tuple(found))
+
+
+def plan_of(case: Case, header: Header) -> TensorPlan | None:
+    """What makes the candidate's tensors of the reference's `header`: the case's recipe and its on-load recipe.
+
+    None where a function converts, or both have the same names.
+
+    Raises:
+        BadInputError, RecipeError: no recipe, or it does not take these tensors; a function and an on-load recipe.
+    """
+    recipe, config = recipe_of(case), dict(case.config)
+    if case.on_load is None:
+        return compile_recipe(recipe, config, header) if recipe is not None else None
+    if recipe is None and case.convert is not None:
+        raise BadInputError(
+            "the case has an on-load recipe behind a function", expected="`convert` as a recipe, or none",
+            found=type(case.convert).__name__, hint="docs/parity.md",
+        )  # fmt: skip
+    if recipe is None:
+        return compile_on_load(case.on_load, config, header)
+    plan = compile_recipe(recipe, config, header)
+    return chain(plan, compile_on_load(case.on_load, config, plan.targets))
 
 
 def recipe_of(case: Case) -> Recipe | None:

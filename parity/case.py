@@ -22,6 +22,7 @@ from parity.halves import without_halves
 
 if TYPE_CHECKING:  # this file also runs beside the reference, without porter
     from parity.stages import Request
+    from porter.core.recipe import Recipe
 
 Named = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -62,6 +63,7 @@ class Candidate:
         passes: pass name -> (module, reference's inputs) -> output comparable with the reference's.
         blocks: how its blocks pass activations; blocks that none names have one input and one output.
         layout: (reference module path, reference shape, candidate's tensor) -> tensor in the reference's layout.
+        on_load: the recipe by which its class packs the port's weights while they are read.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Candidate:
     passes: Mapping[str, Callable[[nn.Module, Named], Any]]
     blocks: tuple[Block, ...] = ()
     layout: Callable[[str, tuple[int, ...], Tensor], Tensor] = lambda path, shape, tensor: tensor
+    on_load: Recipe | None = None
 
 
 class Draw:
@@ -169,6 +172,7 @@ class Case:
             names several passes, pass name -> such inputs.
         convert: how the reference's state becomes the candidate's: a function (state -> state), a recipe, its file
             (`"FILE"`, `"FILE:NAME"`, `"module:NAME"`), or None where both have the same names.
+        on_load: the recipe by which the candidate's class packs what `convert` makes.
         config: given to both sides' `build`.
         weights: a safetensors file in the reference's names; without one, weights are drawn from a seed.
         blocks: argument maps of block types that both sides name differently.
@@ -187,6 +191,7 @@ class Case:
     candidate: Side
     inputs: Callable[[Mapping[str, Any], Draw], Mapping[str, Any]]
     convert: Any = None
+    on_load: Recipe | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     weights: str | Path | None = None
     blocks: tuple[Block, ...] = ()

@@ -23,11 +23,14 @@ from parity.reference import LEVELS
 from parity.stages import Request
 from parity.trace import Trace
 from parity.truths import applicable, origin, truths
+from porter.core.chain import chain
+from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import family_named, resolve
 from porter.core.files import read_config
+from porter.core.onload import compile_on_load
 from porter.core.port import Port, hostile_until_proven
-from porter.core.recipe import compile_recipe
+from porter.core.recipe import Recipe, compile_recipe
 
 
 def compare_port(path: str | Path, options: Options, *, progress: Callable[[str], None] = lambda _: None) -> Outcome:
@@ -111,7 +114,7 @@ def run_parity(
                     continue
                 result.reference = origin(trace)
                 module = candidate.load(folder)
-                alignment = alignment_of(case, folder)
+                alignment = alignment_of(case, folder, candidate.on_load)
                 compare_component(
                     module, candidate, trace, alignment, result, step_names=case.output_step, **how(options)
                 )
@@ -143,11 +146,14 @@ def _casts(port: Port, component: str) -> list[str]:
     return [f"the conversion cast its weights to {dtype}; the reference has the original ones"] if lossy else []
 
 
-def alignment_of(case: ComponentCase, folder: Path) -> Alignment:
-    """The module map of a component, from its recipe compiled for the port's config."""
+def alignment_of(case: ComponentCase, folder: Path, on_load: Recipe | None = None) -> Alignment:
+    """The module map of a component, from its recipe, and a candidate's on-load recipe, compiled for the config."""
     recipe = resolve(case.recipe)
     config = read_config(folder / "config.json")
-    return Alignment.of_plan(compile_recipe(recipe, config, recipe.source_headers(config, "F32")))
+    plan = compile_recipe(recipe, config, recipe.source_headers(config, "F32"))
+    if on_load is not None:
+        plan = chain(plan, compile_on_load(on_load, config, plan.targets))
+    return Alignment.of_plan(plan)
 
 
 def _asked(component: str, options: Options) -> bool:
@@ -206,11 +212,15 @@ def _compare_cross(
     result = ComponentResult(component, cross.reference.name, cross.candidate.name, cross.reference.name)
     module = cross.reference.load(folder)
     leaves = owners(module)
+    held = {name: spec("F32", tuple(tensor.shape), name) for name, tensor in module.state_dict().items()}
     watches = [Watch(cross.whole), *(Watch(p.replace(".", r"\.")) for p in leaves)]
     passes = {n: (cross.call, x) for n, x in given.items()}
     lossy = [options.dtype] if options.dtype != "float32" else []
     trace = Trace.of(record(module, passes, watches, {"component": component}, seed=options.seed, dtypes=lossy))
     del module
     gc.collect()
-    candidate = cross.candidate.load(folder)
-    return compare_component(candidate, cross.candidate, trace, Alignment.identity(leaves), result, **how(options))
+    candidate, alignment = cross.candidate.load(folder), Alignment.identity(leaves)
+    if cross.candidate.on_load is not None:
+        plan = compile_on_load(cross.candidate.on_load, read_config(folder / "config.json"), held)
+        alignment = Alignment.of_plan(plan)
+    return compare_component(candidate, cross.candidate, trace, alignment, result, **how(options))

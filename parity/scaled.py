@@ -17,7 +17,7 @@ from torch import nn
 
 from parity.align import Alignment
 from parity.blockwise import Maps, Side
-from parity.candidate import recipe_of
+from parity.candidate import plan_of
 from parity.case import Candidate, Case
 from parity.case import Side as Declared
 from parity.compare import GATE, skipped
@@ -34,7 +34,6 @@ from parity.shelf import Shelf, spool
 from parity.trace import split_key
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError, RecipeError, ResourceError
-from porter.core.recipe import compile_recipe
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -188,16 +187,15 @@ def _conversion(
 ) -> tuple[Jobs, Alignment, Shapes]:
     """What makes the candidate's weights, which module answers to which, and the candidate's shapes."""
     own = _floats(candidate, case.keep)
-    recipe = recipe_of(case)
-    if recipe is None and case.convert is not None:
+    plan = plan_of(case, {name: spec("F32", shape, name) for name, shape in shapes.items()})
+    if plan is None and case.convert is not None:
         raise BadInputError(
             "a function converts whole states, which do not fit into memory", expected="a recipe, or the same names",
             hint="docs/parity.md, A model larger than memory",
         )  # fmt: skip
     made, alignment = shapes, Alignment.identity(leaves_and_parents(reference)[0])
     jobs: Jobs = straight(source)
-    if recipe is not None:
-        plan = compile_recipe(recipe, dict(case.config), {n: spec("F32", shape, n) for n, shape in shapes.items()})
+    if plan is not None:
         made = {name: info.shape for name, info in plan.targets.items()}
         jobs, alignment = Converted(plan, source), Alignment.of_plan(plan)
     odd = sorted(n for n in made.keys() | own.keys() if made.get(n) != own.get(n))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
+from conversions.flux1.recipe import ON_LOAD
 from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, PipelineCase, PipelineSide, Shapes
 from parity.stages import Request
 from porter.core.files import read_config
@@ -86,6 +87,7 @@ NATIVE = Candidate(
         Block(r"single_blocks\.\d+", force=lambda ref, own: {"x": ref["x"]}, inputs=_native_in),
     ),
     layout=_heads_first,
+    on_load=ON_LOAD,
 )
 
 DIFFUSERS = Candidate(
@@ -147,6 +149,7 @@ NATIVE_VERSUS_DIFFUSERS = Candidate(
             outputs=lambda own, shapes: dict(zip("01", _parted(own["0"], shapes).values(), strict=True)),
         ),
     ),
+    on_load=ON_LOAD,
 )
 
 

@@ -264,18 +264,18 @@ ON_LOAD = on_load(
     "flux1-on-load",
     Rule(
         (_B + "attn.to_q.{p:weight|bias}", _P + "attn.to_k.{p}", _P + "attn.to_v.{p}"),
-        _P + "attn.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _P + "attn.to_qkv.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(
         (_B + "attn.add_q_proj.{p:weight|bias}", _P + "attn.add_k_proj.{p}", _P + "attn.add_v_proj.{p}"),
-        _P + "attn.add_qkv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _P + "attn.add_qkv_proj.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_B + "attn.{o:to_out.0|to_add_out}.{p:weight|bias}", _P + "attn.{o}.{p}", shard=INPUTS),
     Rule(_B + "{f:ff|ff_context}.net.0.proj.{p:weight|bias}", _P + "{f}.net.0.proj.{p}", shard=OUTPUTS),
     Rule(_B + "{f:ff|ff_context}.net.2.{p:weight|bias}", _P + "{f}.net.2.{p}", shard=INPUTS),
     Rule(
         (_Q + "attn.to_q.{p:weight|bias}", _R + "attn.to_k.{p}", _R + "attn.to_v.{p}", _R + "proj_mlp.{p}"),
-        _R + "to_qkv_mlp.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _R + "to_qkv_mlp.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_Q + "proj_out.{p:weight|bias}", _R + "proj_out.{p}", shard=Shard(1, ("h", "4*h"))),
     parameters=parameters,

@@ -109,7 +109,7 @@ def case(
     known = NATIVE_VERSUS_DIFFUSERS if reference == "diffusers" else known
     return Case(
         sides[reference], sides[candidate], inputs(*tokens), TRANSFORMER if reference == "original" else None, config,
-        blocks=known.blocks, layout=known.layout, name="transformer",
+        on_load=known.on_load, blocks=known.blocks, layout=known.layout, name="transformer",
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def on_disk(recipe: Recipe | None, config: Mapping[str, Any], names: Iterable[st
     parameters = recipe.parameters(config) if recipe is not None else {}
     rules = [(rule, [Pattern(_typed(text, rule.sources[0])) for text in rule.targets])
              for rule in (recipe.rules if recipe is not None else ())]  # fmt: skip
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name in names:
         found[name] = (name,)
         for rule, patterns in rules:

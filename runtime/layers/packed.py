@@ -31,10 +31,10 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if quality() != "exact":
             return super().forward(input)
-        weights = self.weight.split(self.sizes())
-        biases = self.bias.split(self.sizes()) if self.bias is not None else [None] * len(weights)
+        weights = torch.split(self.weight, self.sizes())
+        biases = torch.split(self.bias, self.sizes()) if self.bias is not None else [None] * len(weights)
         return torch.cat([F.linear(input, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
     def parts(self, input: Tensor) -> tuple[Tensor, ...]:
         """`forward`, cut into the parts."""
-        return self(input).split(self.sizes(), dim=-1)
+        return torch.split(self(input), self.sizes(), dim=-1)

@@ -32,7 +32,10 @@ class Bench:
     case: ComponentCase
     folder: Path
     trace: Trace
-    alignment: Alignment
+
+    def alignment(self, candidate: Candidate) -> Alignment:
+        """Which of the candidate's modules answers to which of the reference's."""
+        return alignment_of(self.case, self.folder, candidate.on_load)
 
     def compare(self, candidate: Candidate, edit: Callable[[nn.Module], object] | None = None) -> ComponentResult:
         """Load the candidate, let `edit` plant a fault, compare with the committed trace."""
@@ -41,13 +44,13 @@ class Bench:
             edit(module)
         result = ComponentResult(self.case.component, "trace", candidate.name, "")
         steps = self.case.output_step
-        return compare_component(module, candidate, self.trace, self.alignment, result, step_names=steps)
+        return compare_component(module, candidate, self.trace, self.alignment(candidate), result, step_names=steps)
 
 
 def bench(port: Path, component: str) -> Bench:
     case = next(c for c in CASES.components if c.component == component)
     folder = port / component
-    return Bench(case, folder, Trace.open(case.trace), alignment_of(case, folder))
+    return Bench(case, folder, Trace.open(case.trace))
 
 
 @pytest.fixture(scope="session")

@@ -88,14 +88,14 @@ def test_a_trace_that_watched_less_proves_less(transformer: Any) -> None:
     kept = [event for key, event in full.events.items() if "single_blocks.1.linear1" not in key]
     result = ComponentResult("transformer", "trace", "native", "")
     less = Trace(full.meta, kept, full._tensors)
-    compare_component(NATIVE.load(transformer.folder), NATIVE, less, transformer.alignment, result)
+    compare_component(NATIVE.load(transformer.folder), NATIVE, less, transformer.alignment(NATIVE), result)
     assert result.unwatched == ["single_blocks.1.linear1"] and not result.passed and result.status == "not compared"
 
 
 def test_a_tensor_of_the_candidate_s_outermost_module_needs_no_tap(transformer: Any) -> None:
     """No module of the candidate has a value to compare with; the output, which it takes part in, is compared."""
     for holder, unwatched in (("", []), ("elsewhere", ["table"])):
-        parts = {**transformer.alignment.parts, "table": (Part(holder),)}
+        parts = {**transformer.alignment(NATIVE).parts, "table": (Part(holder),)}
         result = ComponentResult("transformer", "trace", "native", "")
         compare_component(NATIVE.load(transformer.folder), NATIVE, transformer.trace, Alignment(parts), result)
         assert result.unwatched == unwatched and result.passed == (not unwatched)
@@ -217,7 +217,7 @@ def test_broken_traces(tmp_path: Path) -> None:
 def test_a_trace_without_events_proves_nothing(transformer: Any) -> None:
     empty = Trace({**transformer.trace.meta}, [], {})
     result = ComponentResult("transformer", "trace", "native", "")
-    compare_component(NATIVE.load(transformer.folder), NATIVE, empty, transformer.alignment, result)
+    compare_component(NATIVE.load(transformer.folder), NATIVE, empty, transformer.alignment(NATIVE), result)
     assert not result.passed and result.status == "not compared"
 
 
@@ -230,7 +230,7 @@ def test_a_forged_reference_is_noticed(transformer: Any) -> None:
     changed[key][17] += 1e-3
     forged = Trace(trace.meta, list(trace.events.values()), changed)
     result = ComponentResult("transformer", "trace", "native", "")
-    compare_component(NATIVE.load(transformer.folder), NATIVE, forged, transformer.alignment, result)
+    compare_component(NATIVE.load(transformer.folder), NATIVE, forged, transformer.alignment(NATIVE), result)
     assert not result.passed and "single_transformer_blocks.1" in str(result.guilty)
 
 

@@ -124,6 +124,10 @@ class PipelineConfig:
     vae_config: Mapping[str, Any] = field(default_factory=dict)  # vae/config.json
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)  # scheduler/scheduler_config.json
 
+    def images(self) -> tuple[int, int | None]:
+        """Fewest and most pictures that a request brings; None: any number."""
+        return self.task_type.images
+
     # sizes
     def vae_scale_factor(self) -> int:
         """Pixels per latent position: each level of the autoencoder but the last halves the picture."""

@@ -23,7 +23,7 @@ from porter.core.checkpoint import ANY, Header, read_header, read_sharded, spec
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.execute import apply
 from porter.core.files import read_config
-from porter.core.libraries import LIBRARIES
+from porter.core.libraries import LIBRARIES, pipeline_module_has
 from porter.core.onload import compile_on_load, on_disk
 from porter.core.port import MANIFEST, is_manifest
 from porter.core.tensorplan import TensorPlan
@@ -128,6 +128,8 @@ def library_class(library: str, class_name: str) -> type:
     Raises:
         BadInputError: another library, or a class that it does not have.
     """
+    if library not in LIBRARIES and pipeline_module_has(library, class_name):
+        return getattr(importlib.import_module(f"diffusers.pipelines.{library}"), class_name)  # type: ignore[no-any-return]
     if library not in LIBRARIES or not class_name.isidentifier():
         raise BadInputError(
             f"component class {library}.{class_name} is not loaded: code from a model repository never runs",
@@ -135,6 +137,8 @@ def library_class(library: str, class_name: str) -> type:
             hint="porter plan <port>",
         )
     found = getattr(importlib.import_module(library), class_name, None)
+    if found is None and library == "transformers":  # its image processors were called feature extractors
+        found = getattr(importlib.import_module(library), class_name.replace("FeatureExtractor", "ImageProcessor"), None)
     if not isinstance(found, type):
         version = importlib.import_module(library).__version__
         raise BadInputError(
@@ -184,19 +188,40 @@ def load_module(
 ) -> nn.Module:
     """Build `cls.from_config(config)` without memory, then fill it from the safetensors of `folder`.
 
-    A native class names in `on_load` the recipe that packs its weights on the way.
+    A native class names in `on_load` the recipe that packs its weights on the way, and has no tables that its files
+    lack; a library's class computes its own.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of another shape; all of them are named.
     """
     header = component_header(folder)
-    with torch.device("meta"), _readable(folder):
+    native = hasattr(cls, "on_load")
+    with torch.device("meta") if native else _parameters_on_meta(), _readable(folder):
         module: nn.Module = cls.from_config(dict(config))
     plan = _plan(cls, config, folder, header, module)
     fill(module, plan, dtype, device)
+    for part in module.modules():  # tables that are in no file
+        for name, table in part._buffers.items():
+            if table is not None and not table.is_meta:
+                part._buffers[name] = table.to(device, dtype if table.is_floating_point() else table.dtype)
     if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
         raise _misfit(folder, cls, unfilled, [], [])
     return module.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside take no memory; tables that a class computes are real."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def packed(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ class ComposedPipelineBase(ABC):
         _optional_config_modules: components that it uses where model_index.json has them.
     """
 
-    pipeline_name: ClassVar[str]
+    executor: ClassVar[str] = "native"
+    pipeline_name: str
     native_models: ClassVar[Mapping[str, type[nn.Module]]] = {}
     denoisers: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
     _required_config_modules: ClassVar[tuple[str, ...]] = ()
@@ -82,9 +83,14 @@ class ComposedPipelineBase(ABC):
         return pipeline
 
     @property
+    def denoiser(self) -> nn.Module:
+        """The module that predicts, the first where there are two."""
+        return next(iter(self.transformers.values()))
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
-        found: Tensor = next(next(iter(self.transformers.values())).parameters())
+        found: Tensor = next(self.denoiser.parameters())
         return found.device
 
     @abstractmethod
@@ -139,7 +145,7 @@ class ComposedPipelineBase(ABC):
         self.add_stage(InputValidationStage(self.sampling_params))
         self.add_stage(text_encoding or TextEncodingStage(encoders, tokenizers), "text_encoding")
         self.add_stage(TimestepPreparationStage(get["scheduler"], self.device))
-        self.add_stage(LatentPreparationStage(next(iter(self.transformers.values()))))
+        self.add_stage(LatentPreparationStage(self.denoiser))
 
     @torch.no_grad()
     def forward(self, batch: Req) -> Req:

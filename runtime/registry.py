@@ -18,6 +18,7 @@ from porter.core.family import families, family_of_pipeline, resolve
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import read_configs, read_index
 from runtime.pipeline import ComposedPipelineBase
+from runtime.stages import InputValidationStage
 
 Detector = Callable[[Mapping[str, dict[str, Any]]], bool]  # component configs by name -> whether this is the model
 
@@ -87,6 +88,14 @@ def entry_class(pipeline_name: str) -> type[ComposedPipelineBase]:
     return _pipelines[pipeline_name]
 
 
+def runs_natively(pipeline_name: str) -> bool:
+    """Whether a family has a native pipeline of this name."""
+    family = family_of_pipeline(pipeline_name)
+    if pipeline_name not in _pipelines and family is not None and family.pipeline is not None:
+        resolve(family.pipeline)
+    return pipeline_name in _pipelines
+
+
 def model_configs(pipeline_name: str, configs: Mapping[str, dict[str, Any]]) -> ModelConfigs:
     """The configs of the model whose component configs are `configs`.
 
@@ -103,24 +112,54 @@ def model_configs(pipeline_name: str, configs: Mapping[str, dict[str, Any]]) -> 
     return models[0]
 
 
+EXECUTORS = ("auto", "native", "diffusers")
+
+
 @dataclass(frozen=True)
 class Model:
-    """A pipeline folder as its small files describe it: who runs it, and with which facts and defaults."""
+    """A pipeline folder as its small files describe it: who runs it, and with which facts and defaults.
 
-    pipeline_cls: type[ComposedPipelineBase]
+    `pipeline_cls` is None where diffusers' own pipeline runs it.
+    """
+
+    pipeline_cls: type[ComposedPipelineBase] | None
     config: PipelineConfig
     sampling_params: SamplingParams
 
+    @property
+    def executor(self) -> str:
+        """`native` or `diffusers`."""
+        return "native" if self.pipeline_cls is not None else "diffusers"
 
-def describe(path: Path) -> Model:
+    def validation(self) -> InputValidationStage:
+        """The stage that refuses requests which cannot be made, before weights are loaded."""
+        if self.pipeline_cls is not None:
+            return InputValidationStage(self.sampling_params)
+        from runtime.diffusers_executor import CallValidationStage
+
+        return CallValidationStage(self.sampling_params)
+
+
+def describe(path: Path, executor: str = "auto") -> Model:
     """Read a pipeline folder's JSON files; no weights.
+
+    Args:
+        executor: `native`, `diffusers`, or `auto`: native where a family has it.
 
     Raises:
         MissingError: no such folder.
-        BadInputError: not a pipeline folder, or a pipeline without native code.
+        BadInputError: not a pipeline folder, or a pipeline that the executor does not know.
+        UsageError: no such executor.
     """
+    if executor not in EXECUTORS:
+        raise UsageError(f"no executor {executor}", expected=" | ".join(EXECUTORS), found=executor)
     index = read_index(path)
     name = index["_class_name"]
+    if executor == "diffusers" or (executor == "auto" and not runs_natively(name)):
+        from runtime.diffusers_executor import describe_call, pipeline_class
+
+        call, defaults, _ = describe_call(pipeline_class(name), index)
+        return Model(None, call, defaults)
     cls = entry_class(name)
     configs = read_configs(path, (*cls._required_config_modules, *cls._optional_config_modules))
     model = model_configs(name, configs)
@@ -135,25 +174,31 @@ def describe(path: Path) -> Model:
 
 
 def load(
-    port: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    port: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    executor: str = "auto",
 ) -> ComposedPipelineBase:
-    """The native pipeline of a port folder (or of any pipeline folder in the diffusers layout), ready to generate.
+    """The pipeline of a port folder (or of any pipeline folder in the diffusers layout), ready to generate.
 
     Args:
         port: the folder.
+        executor: see `describe`.
         dtype: of all weights; None: bfloat16 on CUDA, float32 elsewhere.
         device: None: CUDA where there is one, otherwise the CPU.
 
     Raises:
         MissingError: no such folder.
-        BadInputError: not a pipeline folder, a pipeline without native code, or files that do not fit together.
+        BadInputError: not a pipeline folder, a pipeline that nothing runs, or files that do not fit together.
         UsageError: the device is not there.
     """
     path = Path(port)
     target = pick_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    model = describe(path)
+    model = describe(path, executor)
+    if model.pipeline_cls is None:
+        from runtime.diffusers_executor import load_diffusers
+
+        return load_diffusers(path, dtype=dtype, device=target)
     return model.pipeline_cls.from_folder(path, model.config, model.sampling_params, dtype=dtype, device=target)
 
 

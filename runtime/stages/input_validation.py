@@ -69,7 +69,7 @@ class InputValidationStage(PipelineStage):
 
     def _verify_media(self, batch: Req, config: PipelineConfig, result: VerificationResult) -> None:
         """Pictures and frames: what the task takes, and nothing that it would ignore."""
-        low, high = config.task_type.images
+        low, high = config.images()
         count, pictures = len(batch.image or []), isinstance(batch.image, list | None)
         all_pictures = pictures and all(isinstance(each, Image.Image) for each in batch.image or [])
         words = f"{low} or more pictures" if high is None else f"{low} pictures" if low == high else f"{low} to {high}"

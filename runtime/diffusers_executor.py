@@ -200,6 +200,10 @@ class DiffusersPipeline(ComposedPipelineBase):
         modules += [m for m in self.modules.values() if isinstance(m, torch.nn.Module)]
         return modules[0]
 
+    def use_scheduler(self, scheduler: Any) -> None:
+        super().use_scheduler(scheduler)
+        self.pipe.register_modules(scheduler=scheduler)
+
     def create_pipeline_stages(self) -> None:
         self.add_stage(CallValidationStage(self.sampling_params), "input_validation")
         self.add_stage(DiffusersStage(self.pipe, self.accepted), "denoising")

@@ -1,60 +1,37 @@
-"""One job: a port, a prompt, and pictures with their provenance as files."""
+"""One job: a port, prompts, and pictures or videos with their provenance as files."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from porter.core.atomic import replace_bytes
 from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
 from porter.core.files import read_json
 from porter.core.port import MANIFEST, Port, hostile_until_proven, is_manifest
 from porter.core.version import VERSION
-from runtime.image import png_bytes, to_pil
+from runtime import outputs
+from runtime.jobs import FIELDS, Ask, GenerateJob, check_text, read_image, sha256_of
+from runtime.outputs import Target
+from runtime.preview import previewing
 from runtime.registry import describe, load
 from runtime.request import Req
-from runtime.stages import InputValidationStage
 
-Progress = Callable[[int, int, int], None]  # (image, finished steps, all steps)
-SETTINGS = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "true_cfg_scale",
-)
-
-
-@dataclass(frozen=True)
-class GenerateJob:
-    """What `porter generate` was asked for; None is unset. `fields` are those of `Req`, without seed and prompt."""
-
-    port: str
-    prompt: str
-    seed: int | None = None
-    num_images: int = 1
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype | None = None
-    device: str | None = None
-    out: Path | None = None
-    overwrite: bool = False
-    metadata: bool = True
+Progress = Callable[[int, int, int], None]  # (results begun before, finished steps of this one, all its steps)
+_EMBEDDINGS = (
+    "prompt_embeds", "prompt_masks", "pooled_embeds",
+    "negative_prompt_embeds", "negative_prompt_masks", "negative_pooled_embeds",
+)  # fmt: skip
 
 
 @dataclass
@@ -67,67 +44,200 @@ class Evidence:
     warning: str | None
 
 
+@dataclass(frozen=True)
+class One:
+    """One result: what is asked for, with which seed, and where it goes."""
+
+    ask: Ask
+    seed: int
+    target: Target
+
+
 def run_job(job: GenerateJob, *, progress: Progress | None = None, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Make the pictures one by one, image i with seed + i, so that each can be repeated alone, bit for bit.
+    """Make the results in order, image i of an ask with seed + i, so that each can be repeated alone, bit for bit.
 
     Returns:
         The document `porter.generate/1`.
 
     Raises:
-        MissingError: no such port.
+        MissingError: no such port, prompt file or picture.
         BadInputError: not a port, or its files do not fit together.
-        UsageError: settings that cannot be made, or a picture that is already there.
+        UsageError: settings that cannot be made, or a result that is already there.
         ResourceError: out of memory, or the output cannot be written.
-        CheckFailed: the result is not finite.
+        CheckFailed: a step's numbers are not finite.
     """
-    for text in (job.prompt, job.fields.get("negative_prompt")):
-        if text and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UsageError("the prompt is not UTF-8", found=ascii(text), hint="type it again in a UTF-8 terminal")
+    for ask in job.asks:
+        check_text(ask.prompt)
+        check_text(ask.fields.get("negative_prompt"))
     path = find_port(job.port)
     with hostile_until_proven(path):
-        return _run(job, path, warn, progress)
+        return _Run(job, path, warn, progress).document()
 
 
-def _run(job: GenerateJob, path: Path, warn: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:
-    evidence = weigh(path)
-    model = describe(path)
-    seed = model.sampling_params.seed if job.seed is None else job.seed
-    whole = Req(prompt=job.prompt, seed=seed, num_images=job.num_images, **job.fields)
-    InputValidationStage(model.sampling_params).check_input(whole, model.config)  # before gigabytes are loaded
-    targets = _targets(job, [seed + i for i in range(job.num_images)])
-    warnings = [evidence.warning] if evidence.warning else []
-    for line in warnings:
-        warn(line)
-    with out_of_memory():
-        began = time.monotonic()
-        pipeline = load(path, dtype=job.dtype, device=job.device)
-        loaded = time.monotonic()
-        common = _provenance(path, evidence, pipeline)
-        embeddings: dict[str, Any] = {}
-        images = []
-        for i, target in enumerate(targets):
-            batch = Req(prompt=job.prompt, seed=seed + i, **job.fields, **embeddings)
-            if progress:
-                batch.taps.append(_steps(progress, i, batch))
-            pipeline.forward(batch)
-            for line in [*pipeline.warnings, *batch.warnings]:
-                if line not in warnings:
-                    warnings.append(line)
-                    warn(line)
-            embeddings = {name: getattr(batch, name) for name in _EMBEDDINGS}  # the same for every image
-            settings = {name: getattr(batch, name) for name in SETTINGS}
-            images.append(_write(batch, target, common | settings, job))
-    return {
-        "schema": "porter.generate/1",
-        **common,
-        "images": images,
-        "seconds": {"load": round(loaded - began, 3), "generate": round(time.monotonic() - loaded, 3)},
-        "warnings": warnings,
-    }
+class _Run:
+    """One job on its way."""
 
+    def __init__(self, job: GenerateJob, path: Path, warn: Callable[[str], None], progress: Progress | None) -> None:
+        self.job, self.path, self.progress = job, path, progress
+        self.evidence = weigh(path)
+        self.model = describe(path, job.options.executor)
+        self.warnings: list[str] = []
+        self._warn = warn
+        self.given = {name: read_image(file) for name, file in self._files().items()}
+        self.kind = outputs.format_of(job.out, job.image_format, self.model.config.task_type.video)
+        self.ones = self._ones()
 
-MAX_NAME = 200  # bytes; file systems take 255, and a temporary name is longer
-_EMBEDDINGS = ("prompt_embeds", "pooled_embeds", "negative_prompt_embeds", "negative_pooled_embeds")
+    def _files(self) -> dict[str, Path]:
+        named = {f"image.{i}": file for i, file in enumerate(self.job.images)}
+        for name, file in (("mask_image", self.job.mask), ("last_image", self.job.last_image)):
+            named |= {name: file} if file is not None else {}
+        return named
+
+    def _ones(self) -> list[One]:
+        """Every result with its place; requests that cannot be made are refused here, before weights are loaded."""
+        job, default = self.job, self.model.sampling_params.seed
+        first = default if job.seed is None else job.seed
+        wanted, names = [], []
+        for number, ask in enumerate(job.asks):
+            seed = first if ask.seed is None else ask.seed
+            self.model.validation().check_input(self._request([ask], [seed], job.num_images), self.model.config)
+            stem = ask.name or (f"{number:05d}-" if len(job.asks) > 1 else "") + outputs.slug(ask.prompt)
+            for i in range(job.num_images):
+                wanted.append((ask, seed + i))
+                alone = job.num_images == 1 and ask.name
+                names.append(stem if alone else f"{stem}-seed{seed + i}")
+        frames = self.model.config.task_type.video and self.kind != "mp4"
+        targets = outputs.targets_of(
+            job.out, names, self.kind, metadata=job.metadata, overwrite=job.overwrite, frames=frames
+        )
+        return [One(*each, target) for each, target in zip(wanted, targets, strict=True)]
+
+    def _request(self, asks: list[Ask], seeds: list[int], num_images: int = 1) -> Req:
+        """A new request for asks with the same fields, one result each."""
+        images = [self.given[f"image.{i}"] for i in range(len(self.job.images))]
+        prompts = [ask.prompt for ask in asks]
+        given = {n: self.given[n] for n in ("mask_image", "last_image") if n in self.given}
+        batch = Req(
+            prompt=prompts[0] if len(prompts) == 1 else prompts, seed=seeds[0], num_images=num_images,
+            image=images or None, extra=dict(self.job.extra), **given, **asks[0].fields,
+        )  # fmt: skip
+        if len(seeds) > 1:  # each result its own seed, whatever stands beside it
+            batch.generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        return batch
+
+    def warn(self, line: str) -> None:
+        """Say a line once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+            self._warn(line)
+
+    def document(self) -> dict[str, Any]:
+        """Run, and say what was made."""
+        if self.evidence.warning:
+            self.warn(self.evidence.warning)
+        self._compare_with_repeated()
+        images, steps = [], list[float]()
+        with out_of_memory():
+            began = time.monotonic()
+            pipeline = load(self.path, self.job.options)
+            for file, scale in self.job.loras:
+                pipeline.loras.add(file, scale=scale)
+            loaded = time.monotonic()
+            common = _provenance(self.path, self.evidence, pipeline, self.job) | self._given_pictures()
+            kept: tuple[Any, dict[str, Any]] = (None, {})
+            for begun, group in self._batches():
+                batch = self._request([one.ask for one in group], [one.seed for one in group])
+                if kept[0] == (batch.prompt, group[0].ask.fields):
+                    for name, value in kept[1].items():
+                        setattr(batch, name, value)
+                self._watch(pipeline, batch, begun, group, steps)
+                with previewing(pipeline, batch, [one.target for one in group], self.job.preview_every):
+                    pipeline.forward(batch)
+                for line in [*pipeline.warnings, *batch.warnings]:
+                    self.warn(line)
+                if "text_encoding" in pipeline.stages:  # the same for every picture of these prompts
+                    key = (batch.prompt, group[0].ask.fields)
+                    kept = (key, {name: getattr(batch, name) for name in _EMBEDDINGS})
+                images += self._written(batch, group, common)
+        return {
+            "schema": "porter.generate/1",
+            **common,
+            "images": images,
+            "seconds": {
+                "load": round(loaded - began, 3),
+                "generate": round(time.monotonic() - loaded, 3),
+                "step": round(sorted(steps)[len(steps) // 2], 4) if steps else None,
+            },
+            "warnings": self.warnings,
+        }
+
+    def _batches(self) -> Iterator[tuple[int, list[One]]]:
+        """Results that are made at once: neighbours with the same fields, with how many came before."""
+        begun = 0
+        while begun < len(self.ones):
+            group = [self.ones[begun]]
+            for one in self.ones[begun + 1 : begun + self.job.batch_size]:
+                if one.ask.fields != group[0].ask.fields:
+                    break
+                group.append(one)
+            yield begun, group
+            begun += len(group)
+
+    def _watch(self, pipeline: Any, batch: Req, begun: int, group: list[One], seconds: list[float]) -> None:
+        """Follow the steps: the time of each, and the progress of all results."""
+        last = [0.0]
+
+        def tap(name: str, tensors: Mapping[str, Tensor]) -> None:
+            found = re.fullmatch(r"denoising\.step\.(\d+)", name)
+            now = time.monotonic()
+            if found and int(found[1]):  # the first step also warms up
+                seconds.append(now - last[0])
+            last[0] = now
+            if self.progress and (found or name == "timestep_preparation"):
+                self.progress(begun, int(found[1]) + 1 if found else 0, batch.num_inference_steps or 0)
+
+        batch.taps.append(tap)
+
+    def _written(self, batch: Req, group: list[One], common: Mapping[str, Any]) -> list[dict[str, Any]]:
+        assert batch.output is not None  # the last stage verified it
+        made = []
+        for row, one in zip(batch.output, group, strict=True):
+            settings = {name: getattr(batch, name) for name in FIELDS} | {"prompt": one.ask.prompt, "seed": one.seed}
+            negative = settings["negative_prompt"]
+            settings["negative_prompt"] = negative[0] if isinstance(negative, list) else negative
+            about = {**common, **settings, "settings": _plain(batch.extra)}
+            made.append(settings | outputs.write(one.target, row, self.kind, batch.fps, about))
+        return made
+
+    def _given_pictures(self) -> dict[str, Any]:
+        """Names and hashes of the given pictures, so that a repetition can tell whether it has the same ones."""
+        files = self._files()
+        found = {n: {"name": files[n].name, "pixels_sha256": sha256_of(image)} for n, image in self.given.items()}
+        return {"given": found} if found else {}
+
+    def _compare_with_repeated(self) -> None:
+        """Say what of a repeated result's circumstances is another here.
+
+        Raises:
+            UsageError: it was made of pictures that are not the given ones.
+        """
+        before = self.job.repeats
+        if before is None:
+            return
+        had = {name: each.get("pixels_sha256") for name, each in (before.get("given") or {}).items()}
+        have = {name: sha256_of(image) for name, image in self.given.items()}
+        if had != have:
+            odd = next(name for name in {**had, **have} if had.get(name) != have.get(name))
+            named = (before.get("given") or {}).get(odd, {}).get("name", "no such picture")
+            raise UsageError(
+                f"the result was made of other pictures: {odd}", expected=f"{named}",
+                found="another picture" if odd in have else "none", hint="name the same files with --image, --mask",
+            )  # fmt: skip
+        now = {"manifest_sha256": self.evidence.manifest_sha256} | _versions()
+        then = {"manifest_sha256": before.get("manifest_sha256")} | (before.get("versions") or {})
+        for name, value in now.items():
+            if then.get(name) != value:
+                self.warn(f"the result was made with another {name}: {then.get(name)}, here {value}")
 
 
 def find_port(name: str) -> Path:
@@ -168,89 +278,42 @@ def weigh(path: Path) -> Evidence:
     return Evidence(verdict, port.manifest_sha256, source, f"parity {verdict}: {says}; run: porter parity {quoted}")
 
 
-def _provenance(path: Path, evidence: Evidence, pipeline: Any) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
     names = ("torch", "diffusers", "transformers")
-    parameter = next(pipeline.modules["transformer"].parameters())
+    return {"porter": VERSION} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _provenance(path: Path, evidence: Evidence, pipeline: Any, job: GenerateJob) -> dict[str, Any]:
+    parameter = next(pipeline.denoiser.parameters())
+    scheduler = pipeline.modules.get("scheduler")
     return {
         "port": path.resolve().name,
         "source": evidence.source,
         "manifest_sha256": evidence.manifest_sha256,
         "parity": evidence.verdict,
         "pipeline": pipeline.pipeline_name,
-        "executor": "native",
+        "executor": pipeline.executor,
+        "quality": pipeline.quality,
+        "attention": pipeline.config.attention_backend,
+        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+        "loras": [{"file": file.name, "scale": scale} for file, scale in job.loras],
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "versions": {"porter": VERSION} | {name: importlib.metadata.version(name) for name in names},
+        "versions": _versions(),
     }
 
 
-def _steps(progress: Progress, image: int, batch: Req) -> Callable[[str, Mapping[str, Tensor]], None]:
-    def tap(name: str, tensors: Mapping[str, Tensor]) -> None:
-        found = re.fullmatch(r"denoising\.step\.(\d+)", name)
-        if found or name == "timestep_preparation":
-            progress(image, int(found[1]) + 1 if found else 0, batch.num_inference_steps or 0)
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them; what it cannot hold is described."""
 
-    return tap
+    def shown(value: Any) -> Any:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            return f"<{type(value).__name__}>"
+        return value
 
-
-def _targets(job: GenerateJob, seeds: list[int]) -> list[Path]:
-    """Where each picture goes. Refused: what is there already, and what cannot be written."""
-    out = job.out if job.out is not None else Path("images")
-    if out.suffix.lower() == ".png":
-        if len(seeds) > 1:
-            raise UsageError(
-                f"{len(seeds)} pictures do not fit into one file",
-                expected="a folder",
-                found=str(out),
-                hint=f"-o {shlex.quote(str(out.with_suffix('')))}",
-            )
-        targets = [out]
-    else:
-        slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:48].strip("-") or "image"
-        targets = [out / f"{slug}-seed{seed}.png" for seed in seeds]
-    if max(len(os.fsencode(target.name)) for target in targets) > MAX_NAME:
-        raise UsageError(f"the name is too long: {targets[0].name[:40]}…", hint="a shorter name with -o")
-    files = [f for target in targets for f in ((target, target.with_suffix(".json")) if job.metadata else (target,))]
-    if not job.overwrite and (there := [f for f in files if f.exists()]):
-        raise UsageError(
-            f"{there[0]} is already there" + (f", and {len(there) - 1} more" if len(there) > 1 else ""),
-            hint="--overwrite to replace, or another folder with -o",
-        )
-    folder = targets[0].parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or any(f.is_dir() for f in files):
-        raise ResourceError(
-            f"pictures cannot be written to {targets[0].parent}",
-            found=f"{folder} is {'not writable' if folder.is_dir() else 'not a folder'}",
-            hint="name another folder with -o",
-        )
-    return targets
-
-
-def _write(batch: Req, target: Path, about: dict[str, Any], job: GenerateJob) -> dict[str, Any]:
-    """Write one picture and its sidecar; each appears complete or not at all."""
-    assert batch.output is not None
-    (image,) = to_pil(batch.output)
-    about = about | {"pixels_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
-    document = {"schema": "porter.image/1", **about}
-    data = png_bytes(image, document if job.metadata else None)
-    sidecar = target.with_suffix(".json") if job.metadata else None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if sidecar:
-            document |= {"file": target.name, "file_sha256": hashlib.sha256(data).hexdigest()}
-            replace_bytes(sidecar, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
-        replace_bytes(target, data)
-    except OSError as error:
-        raise ResourceError(
-            f"{target} cannot be written", found=error.strerror or str(error), hint="name another folder with -o"
-        ) from error
-    settings = {name: about[name] for name in SETTINGS}
-    return {"file": str(target), "sidecar": str(sidecar) if sidecar else None, **settings} | {
-        "pixels_sha256": about["pixels_sha256"],
-        "file_sha256": hashlib.sha256(data).hexdigest(),
-    }
+    return {name: shown(value) for name, value in settings.items()}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from porter.core.errors import BadInputError, MissingError, UsageError
 
 KEYWORD = "porter"  # of the PNG text chunk that holds the metadata
+DESCRIPTION = 0x010E  # EXIF's ImageDescription
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -34,26 +35,49 @@ def png_bytes(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> 
     return buffer.getvalue()
 
 
+def webp_bytes(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """A lossless WebP file; `metadata` goes into its EXIF description as JSON."""
+    exif = Image.Exif()
+    if metadata is not None:
+        exif[DESCRIPTION] = json.dumps(metadata, sort_keys=True)  # ASCII, as EXIF has it
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, quality=100, exact=True, **({"exif": exif} if len(exif) else {}))
+    return buffer.getvalue()
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata that `png_bytes` wrote.
+    """The metadata that `png_bytes`, `webp_bytes` or `video.mp4_bytes` wrote.
 
     Raises:
         MissingError: there is no such file.
-        BadInputError: it is no PNG, or holds no metadata of porter's.
+        BadInputError: it cannot be read, or holds no metadata of porter's.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"no such picture: {path}", hint="porter generate <port> <prompt>")
+    if path.suffix.lower() == ".mp4":
+        from runtime.video import description
+
+        found = description(path)
+    else:
+        found = _text_of(path)
+    try:
+        document = json.loads(found) if isinstance(found, str) else None
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        expected = f"a PNG text chunk called {KEYWORD}, or a WebP's or MP4's description"
+        raise BadInputError(f"{path} holds no metadata of porter's", expected=expected)
+    return document
+
+
+def _text_of(path: Path) -> Any:
     try:
         with Image.open(path) as image:
             image.load()
-            found = image.info.get(KEYWORD)
-            document = json.loads(found) if isinstance(found, str) else None
-    except (OSError, ValueError, SyntaxError) as error:
+            return image.info.get(KEYWORD) or image.getexif().get(DESCRIPTION)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path} is not a picture that can be read", found=str(error)) from error
-    if not isinstance(document, dict):
-        raise BadInputError(f"{path} holds no metadata of porter's", expected=f"a PNG text chunk called {KEYWORD}")
-    return document
 
 
 def contact_sheet(

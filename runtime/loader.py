@@ -138,7 +138,9 @@ def library_class(library: str, class_name: str) -> type:
         )
     found = getattr(importlib.import_module(library), class_name, None)
     if found is None and library == "transformers":  # its image processors were called feature extractors
-        found = getattr(importlib.import_module(library), class_name.replace("FeatureExtractor", "ImageProcessor"), None)
+        found = getattr(
+            importlib.import_module(library), class_name.replace("FeatureExtractor", "ImageProcessor"), None
+        )
     if not isinstance(found, type):
         version = importlib.import_module(library).__version__
         raise BadInputError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from porter.core.errors import BadInputError, UsageError
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import load_components, read_index
+from runtime.quality import Quality, at_quality
 from runtime.request import Req
 from runtime.stages import (
     DecodingStage,
@@ -61,6 +62,7 @@ class ComposedPipelineBase(ABC):
         self.modules, self.config, self.sampling_params = dict(modules), config, sampling_params
         self.stages: dict[str, PipelineStage] = {}
         self.warnings: list[str] = []
+        self.quality: Quality = "lossless"
         self.create_pipeline_stages()
 
     @classmethod
@@ -96,6 +98,13 @@ class ComposedPipelineBase(ABC):
     @abstractmethod
     def create_pipeline_stages(self) -> None:
         """Add the stages, in order, with `add_stage` or one of the standard sets."""
+
+    def use_scheduler(self, scheduler: Any) -> None:
+        """Replace the scheduler, in every stage that has it."""
+        self.modules["scheduler"] = scheduler
+        for stage in self.stages.values():
+            if hasattr(stage, "scheduler"):
+                stage.scheduler = scheduler
 
     def add_stage(self, stage: PipelineStage, name: str | None = None) -> None:
         """Append `stage`; a second stage of the same name is an error."""
@@ -155,8 +164,9 @@ class ComposedPipelineBase(ABC):
             UsageError: the request asks for what cannot be made.
             CheckFailed: a step ended in numbers that are not finite.
         """
-        for stage in self.stages.values():
-            batch = stage(batch, self.config)
+        with at_quality(self.quality):
+            for stage in self.stages.values():
+                batch = stage(batch, self.config)
         return batch
 
     def generate(self, prompt: str | list[str], **fields: Any) -> Req:

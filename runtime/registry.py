@@ -18,6 +18,8 @@ from porter.core.family import families, family_of_pipeline, resolve
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import read_configs, read_index
 from runtime.pipeline import ComposedPipelineBase
+from runtime.quality import LEVELS, Quality
+from runtime.schedulers import exchanged
 from runtime.stages import InputValidationStage
 
 Detector = Callable[[Mapping[str, dict[str, Any]]], bool]  # component configs by name -> whether this is the model
@@ -173,33 +175,60 @@ def describe(path: Path, executor: str = "auto") -> Model:
     return Model(cls, config, model.sampling_param_cls())
 
 
-def load(
-    port: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-    executor: str = "auto",
-) -> ComposedPipelineBase:
+@dataclass(frozen=True)
+class RunOptions:
+    """How a pipeline is loaded and run; none of it changes what is asked for.
+
+    Attributes:
+        dtype: of all weights; None: bfloat16 on CUDA, float32 elsewhere.
+        device: None: CUDA where there is one, otherwise the CPU.
+        executor: see `describe`.
+        quality: see `runtime.quality`.
+        attention: a backend of `runtime.attention`.
+        scheduler: class of diffusers instead of the port's, with the port's settings.
+        vae_tiling, vae_slicing: decode large pictures in tiles, batches one by one.
+    """
+
+    dtype: torch.dtype | None = None
+    device: str | torch.device | None = None
+    executor: str = "auto"
+    quality: Quality = "lossless"
+    attention: str = "sdpa"
+    scheduler: str | None = None
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+
+
+def load(port: str | Path, options: RunOptions | None = None, **fields: Any) -> ComposedPipelineBase:
     """The pipeline of a port folder (or of any pipeline folder in the diffusers layout), ready to generate.
 
     Args:
         port: the folder.
-        executor: see `describe`.
-        dtype: of all weights; None: bfloat16 on CUDA, float32 elsewhere.
-        device: None: CUDA where there is one, otherwise the CPU.
+        options: how; or its fields by name, as in `load(port, dtype=torch.bfloat16)`.
 
     Raises:
         MissingError: no such folder.
         BadInputError: not a pipeline folder, a pipeline that nothing runs, or files that do not fit together.
-        UsageError: the device is not there.
+        UsageError: the device is not there; an option that nothing has.
     """
-    path = Path(port)
-    target = pick_device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    model = describe(path, executor)
+    known = options or RunOptions(**fields)
+    path, device = Path(port), pick_device(known.device)
+    dtype = known.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if known.quality not in LEVELS:
+        raise UsageError(f"no quality {known.quality}", expected=" | ".join(LEVELS), found=str(known.quality))
+    model = describe(path, known.executor)
     if model.pipeline_cls is None:
         from runtime.diffusers_executor import load_diffusers
 
-        return load_diffusers(path, dtype=dtype, device=target)
-    return model.pipeline_cls.from_folder(path, model.config, model.sampling_params, dtype=dtype, device=target)
+        pipeline: ComposedPipelineBase = load_diffusers(path, dtype=dtype, device=device)
+    else:
+        pipeline = model.pipeline_cls.from_folder(path, model.config, model.sampling_params, dtype=dtype, device=device)
+    if known.scheduler is not None:
+        pipeline.use_scheduler(exchanged(pipeline.modules.get("scheduler"), known.scheduler))
+    config = pipeline.config
+    config.attention_backend, pipeline.quality = known.attention, known.quality
+    config.vae_tiling, config.vae_slicing = known.vae_tiling, known.vae_slicing
+    return pipeline
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:

@@ -205,7 +205,7 @@ class _Run:
             settings = {name: getattr(batch, name) for name in FIELDS} | {"prompt": one.ask.prompt, "seed": one.seed}
             negative = settings["negative_prompt"]
             settings["negative_prompt"] = negative[0] if isinstance(negative, list) else negative
-            about = {**common, **settings, "settings": _plain(batch.extra)}
+            about = {**common, **settings, "settings": _plain(batch.extra), "batch_size": len(group)}
             made.append(settings | outputs.write(one.target, row, self.kind, batch.fps, about))
         return made
 
@@ -233,6 +233,8 @@ class _Run:
                 f"the result was made of other pictures: {odd}", expected=f"{named}",
                 found="another picture" if odd in have else "none", hint="name the same files with --image, --mask",
             )  # fmt: skip
+        if (before.get("batch_size") or 1) > 1:
+            self.warn(f"the result was made in a batch of {before['batch_size']}: alone it may differ by rounding")
         now = {"manifest_sha256": self.evidence.manifest_sha256} | _versions()
         then = {"manifest_sha256": before.get("manifest_sha256")} | (before.get("versions") or {})
         for name, value in now.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from porter.core.errors import BadInputError, CheckFailed, UsageError
 from runtime.attention import attention_backend
+from runtime.backends import TORCH_BACKENDS
 from runtime.config import PipelineConfig, SamplingParams, TaskType
 from runtime.loader import load_components, quiet_libraries, read_index
 from runtime.pipeline import ComposedPipelineBase
@@ -106,7 +107,7 @@ class DiffusersStage(PipelineStage):
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
         given = self._arguments(batch)
-        with attention_backend(config.attention_backend, ("sdpa", "math", "flash", "efficient", "cudnn")):
+        with attention_backend(config.attention_backend, TORCH_BACKENDS):
             try:
                 made = self.pipe(**given)
             except _ERRORS as error:

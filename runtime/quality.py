@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 Quality = Literal["exact", "lossless", "lossy"]
 LEVELS: tuple[Quality, ...] = ("exact", "lossless", "lossy")
-_current: ContextVar[Quality] = ContextVar("quality", default="lossless")
+_current: Quality = "lossless"  # a plain global: torch.compile guards on it, and cannot read a context variable
 
 
 def quality() -> Quality:
     """The level that holds here."""
-    return _current.get()
+    return _current
 
 
 @contextmanager
 def at_quality(level: Quality) -> Iterator[None]:
     """Run the body at `level`."""
-    before = _current.set(level)
+    global _current
+    before, _current = _current, level
     try:
         yield
     finally:
-        _current.reset(before)
+        _current = before

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from conversions.flux1.recipe import ON_LOAD
 from porter.core.errors import BadInputError
-from runtime.attention import attention
+from runtime.attention import ALL_BACKENDS, attention
 from runtime.layers import (
     AdaLayerNorm,
     FeedForward,
@@ -92,7 +92,7 @@ class FluxParams:
 class FluxTransformer(nn.Module):
     """Velocity of the flow at (latents, time), given text and guidance."""
 
-    supported_attention_backends = ("sdpa", "math", "flash", "efficient", "cudnn")
+    supported_attention_backends = ALL_BACKENDS
     on_load = ON_LOAD
 
     def __init__(self, params: FluxParams) -> None:

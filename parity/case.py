@@ -172,7 +172,6 @@ class Case:
             names several passes, pass name -> such inputs.
         convert: how the reference's state becomes the candidate's: a function (state -> state), a recipe, its file
             (`"FILE"`, `"FILE:NAME"`, `"module:NAME"`), or None where both have the same names.
-        on_load: the recipe by which the candidate's class packs what `convert` makes.
         config: given to both sides' `build`.
         weights: a safetensors file in the reference's names; without one, weights are drawn from a seed.
         blocks: argument maps of block types that both sides name differently.
@@ -184,6 +183,7 @@ class Case:
         free: inputs that need not have an effect; of any other, a change must change the output.
         skip: regular expression of reference modules that have no counterpart.
         keep: regular expression of the reference's state that is never drawn: tables that the class computes.
+        on_load: the recipe by which the candidate's class packs what `convert` makes.
         name: the component's name in reports.
     """
 
@@ -191,7 +191,6 @@ class Case:
     candidate: Side
     inputs: Callable[[Mapping[str, Any], Draw], Mapping[str, Any]]
     convert: Any = None
-    on_load: Recipe | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     weights: str | Path | None = None
     blocks: tuple[Block, ...] = ()
@@ -203,6 +202,7 @@ class Case:
     skip: str = ""
     keep: str = ""
     name: str = "model"
+    on_load: Recipe | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect, or another one than it seems.

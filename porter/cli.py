@@ -29,7 +29,8 @@ VERBS = {
     "convert": "Write a port folder in another layout, with its manifest.",
     "recipe": "Show a recipe's rules, or its account of a file.",
     "parity": "Compare a port with its reference and write the report.",
-    "generate": "Generate images from a port on the native runtime.",
+    "generate": "Generate images and videos from a port.",
+    "bench": "Measure ports beside their peers.",
     "families": "List the catalogue and what each family is proven against.",
     "demo": "Run the four verbs on the embedded model, then plant a fault.",
 }

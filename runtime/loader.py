@@ -198,7 +198,7 @@ def load_module(
     """
     header = component_header(folder)
     native = hasattr(cls, "on_load")
-    with torch.device("meta") if native else _parameters_on_meta(), _readable(folder):
+    with torch.device("meta") if native else parameters_on_meta(), _readable(folder):
         module: nn.Module = cls.from_config(dict(config))
     plan = _plan(cls, config, folder, header, module)
     fill(module, plan, dtype, device)
@@ -212,7 +212,7 @@ def load_module(
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Parameters made inside take no memory; tables that a class computes are real."""
     register = nn.Module.register_parameter
 

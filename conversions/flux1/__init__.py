@@ -49,6 +49,7 @@ FAMILY = Family(
         ),
     ),
     pipeline="conversions.flux1.pipeline:EntryClass",
+    bench="conversions.flux1.bench:CASES",
     cases="conversions.flux1.case:CASES",
     reference="conversions/flux1/reference",
     reference_code="black-forest-labs/flux at 802fb4713906133fcbd0d8dc5351620ca4773036",

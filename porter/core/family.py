@@ -64,6 +64,7 @@ class Family:
         pipeline_classes: `_class_name`s of its `model_index.json`s, the plainest first.
         components: its parts, in the pipeline's order.
         pipeline: `"module:attribute"` of the runtime's entry class.
+        bench: `"module:attribute"` of the runtime's benchmark cases.
         cases: `"module:attribute"` of the parity cases.
         originals: modules of the cases against the original code, `porter parity --case FAMILY[:NAME]`.
         reference: what it is proven against: files of its `reference/` folder, or empty (unproven).
@@ -79,6 +80,7 @@ class Family:
     pipeline_classes: tuple[str, ...]
     components: tuple[Component, ...]
     pipeline: str | None = None
+    bench: str | None = None
     cases: str | None = None
     originals: tuple[str, ...] = ()
     reference: str | None = None

@@ -84,7 +84,7 @@ def peak(device: torch.device) -> int:
 
 
 def flops(module: nn.Module, call: Callable[[nn.Module], Any]) -> int:
-    """Floating-point operations of one call of a module on the meta device: products and attention, counted by torch."""
+    """Floating-point operations of one call of a module on the meta device: products and attention, as torch counts."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call(module)
     return int(counter.get_total_flops())

@@ -6,7 +6,6 @@ import gc
 import importlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 

@@ -28,6 +28,9 @@ from porter.core.onload import compile_on_load, on_disk
 from porter.core.port import MANIFEST, is_manifest
 from porter.core.tensorplan import TensorPlan
 from runtime.layers import PackedLinear
+from runtime.parallel import mesh
+from runtime.parallel import tensor as tensor_parallel
+from runtime.parallel.tensor import Share
 
 INDEX = "model_index.json"
 _AGAIN = "convert the model again: porter convert <model> -o <port> --overwrite"
@@ -201,7 +204,9 @@ def load_module(
     with torch.device("meta") if native else parameters_on_meta(), _readable(folder):
         module: nn.Module = cls.from_config(dict(config))
     plan = _plan(cls, config, folder, header, module)
-    fill(module, plan, dtype, device)
+    run = mesh.current() if getattr(cls, "on_load", None) is not None else None
+    tensor_parallel.distribute(module, plan, run)
+    fill(module, plan, dtype, device, share=tensor_parallel.share(run))
     for part in module.modules():  # tables that are in no file
         for name, table in part._buffers.items():
             if table is not None and not table.is_meta:
@@ -257,27 +262,36 @@ def _plan(cls: Any, config: Mapping[str, Any], folder: Path, header: Header, mod
     return compile_on_load(recipe, config, header, {name: spec(ANY, shape, name) for name, shape in own.items()})
 
 
-def fill(module: nn.Module, plan: TensorPlan, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace every meta tensor by what the plan makes of the files, one tensor in memory beyond the module itself."""
+def fill(
+    module: nn.Module,
+    plan: TensorPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    share: Share = tensor_parallel.whole,
+) -> None:
+    """Replace every meta tensor by what the plan makes of the files, one tensor in memory beyond the module itself.
+
+    Args:
+        share: makes of a step what this process holds of its outputs, from `read(name, *slices)`.
+    """
     opened: dict[Path, Any] = {}
     with ExitStack() as stack:
 
-        def read(name: str) -> Tensor:
+        def read(name: str, *index: slice) -> Tensor:
             info = plan.sources[name]
             assert info.file is not None  # a header that was read
             try:
                 if info.file not in opened:
                     opened[info.file] = stack.enter_context(safe_open(str(info.file), framework="pt", device="cpu"))
-                found: Tensor = opened[info.file].get_tensor(name)
+                file = opened[info.file]
+                found: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{info.file} cannot be read", found=str(error), hint=_AGAIN) from error
             return found
 
         for step in plan.steps:
-            values = [read(name) for name in step.sources]
-            for op in step.ops:
-                values = op.compute(values, torch)
-            for output, value in zip(step.outputs, values, strict=True):
+            for output, value in zip(step.outputs, share(plan, step, read), strict=True):
                 tensor = value.to(device, dtype if value.is_floating_point() else value.dtype)
                 _put(module, output.name, tensor)
 
@@ -286,7 +300,8 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._parameters:
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        held = tensor_parallel.placed(owner._parameters[leaf], tensor)
+        setattr(owner, leaf, nn.Parameter(held, requires_grad=False))
     else:
         setattr(owner, leaf, tensor)
 

@@ -23,18 +23,18 @@ class PackedLinear(nn.Linear):
         super().__init__(width, sum(outputs), bias)
         self.outputs = tuple(outputs)
 
-    def sizes(self) -> list[int]:
-        """Width of each part here: a tensor-parallel rank holds an equal share of every part."""
-        share = sum(self.outputs) // self.weight.shape[0]
+    def sizes(self, held: int) -> list[int]:
+        """Width of each part where `held` of all outputs are: a tensor-parallel rank has an equal share of each."""
+        share = sum(self.outputs) // held
         return [size // share for size in self.outputs]
 
     def forward(self, input: Tensor) -> Tensor:
         if quality() != "exact":
             return super().forward(input)
-        weights = torch.split(self.weight, self.sizes())
-        biases = torch.split(self.bias, self.sizes()) if self.bias is not None else [None] * len(weights)
+        weights = torch.split(self.weight, list(self.outputs))
+        biases = torch.split(self.bias, list(self.outputs)) if self.bias is not None else [None] * len(weights)
         return torch.cat([F.linear(input, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
     def parts(self, input: Tensor) -> tuple[Tensor, ...]:
         """`forward`, cut into the parts."""
-        return torch.split(self(input), self.sizes(), dim=-1)
+        return torch.split(self(input), list(self.outputs), dim=-1)

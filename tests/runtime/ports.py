@@ -11,7 +11,7 @@ import torch
 BUILTIN = Path(__file__).parents[2] / "porter" / "builtin" / "tiny_flux"
 
 
-def write_port(folder: Path, *, guidance: bool = True) -> Path:
+def write_port(folder: Path, *, guidance: bool = True, heads: int = 3) -> Path:
     """A FluxPipeline folder with random transformer and autoencoder, and the embedded model's text encoders."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
@@ -27,7 +27,7 @@ def write_port(folder: Path, *, guidance: bool = True) -> Path:
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=16,
-        num_attention_heads=3,
+        num_attention_heads=heads,
         joint_attention_dim=context,
         pooled_projection_dim=pooled,
         guidance_embeds=guidance,

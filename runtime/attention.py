@@ -28,8 +28,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sh
     Args:
         mask: None when it carries nothing; bool (B, L), True for tokens that are no padding; bool (B, 1 or N, L, L)
             where only a structure can say which token sees which.
-        shared: how many of the first tokens (the text) every rank of a sequence-parallel group has whole. The others
-            are this rank's part of the sequence, and see the other ranks' parts too.
+        shared: how many of the first tokens (the text) every rank of a sequence-parallel group has whole; all, where
+            the text attends to itself. The others are this rank's part of the sequence, and see the other ranks'
+            parts too. The mask then covers the text and this rank's part (`sequence.scatter`), or the whole sequence.
     """
     if (ranks := sequence.ranks()) is not None:
         return sequence.attend(q, k, v, mask, shared, ranks, kernel)

@@ -55,7 +55,7 @@ def exit_code(error: BaseException) -> int:
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    return error.exit_code if isinstance(error, PorterError) else PorterError.exit_code
+    return int(getattr(error, "exit_code", PorterError.exit_code))  # click's errors have one too
 
 
 class _Word:
@@ -125,7 +125,7 @@ def _translated(error: BaseException) -> BaseException:
     broken = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
     )
-    return _lost(str(error).splitlines()[0]) if broken else error
+    return _lost(str(error).splitlines()[0].partition(". ")[0]) if broken else error
 
 
 def _lost(found: str) -> ResourceError:

@@ -242,15 +242,13 @@ def _place(settings: Parallel) -> _Place | None:
 
 
 def _command(processes: int) -> str:
-    """The command as it was given, under torchrun."""
-    words = sys.orig_argv[1:]
+    """The command as it was given, under torchrun where it takes several processes."""
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]
     program = Path(sys.argv[0])
     if program.name == "porter" or program.parts[-2:] == ("porter", "cli.py"):
         words = ["-m", "porter.cli", *sys.argv[1:]]
-    elif not words or words[0].startswith("-"):
-        words = ["<script>"]
-    starter = "torchrun" if processes > 1 else "python"
-    return shlex.join([starter, *([f"--nproc-per-node={processes}"] if processes > 1 else []), *words])
+    given = shlex.join(words) if words and (words[0] == "-m" or not words[0].startswith("-")) else "<script>"
+    return f"torchrun --nproc-per-node {processes} {given}" if processes > 1 else f"python {given}"
 
 
 def _device(name: str | None, local: int) -> torch.device:

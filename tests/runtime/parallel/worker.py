@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run … -m tests.runtime.parallel.worker FOLDER
 
-FOLDER holds `port`, the pipeline; rank 0 writes `results.json`: mode -> {"float32": gap, "float64": gap}.
+FOLDER holds `port`, the pipeline; rank 0 writes `results<processes>.json`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
-from porter.core.errors import UsageError
+from porter.core.errors import RecipeError, UsageError
 from porter.core.onload import on_load
 from porter.core.ops import Concat
 from porter.core.recipe import INPUTS, OUTPUTS, Rule
@@ -38,7 +40,6 @@ JOBS = {
     2: (Parallel(tp=2), Parallel(ulysses=2), Parallel(ring=2), Parallel(cfg=2)),
     4: (
         Parallel(tp=4), Parallel(ulysses=2, ring=2), Parallel(tp=2, ulysses=2), Parallel(cfg=2, tp=2), Parallel(ring=4),
-        Parallel(cfg=2, ring=2), Parallel(ulysses=4),
     ),
 }  # fmt: skip
 
@@ -46,6 +47,7 @@ JOBS = {
 # --- a model: both passes of a guided step ---------------------------------------------------------------------------
 
 
+@cache  # cleared for each job
 def flux(folder: Path, dtype: torch.dtype) -> nn.Module:
     config = json.loads((folder / "config.json").read_text())
     return load_module(FluxTransformer, config, folder, dtype=dtype, device=CPU)
@@ -188,7 +190,7 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
 
 
-def modes(folder: Path) -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
+def modes(folder: Path, shares_tokens: bool = True) -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
     """Name -> tensors; the same code in one process and in a job of several."""
     port = folder / "port" / "transformer"
     config = json.loads((port / "config.json").read_text())
@@ -197,9 +199,10 @@ def modes(folder: Path) -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
         "model, uneven": lambda dtype: predict(flux(port, dtype), passes(config, dtype, (1, 13))),
         "model, one pass": lambda dtype: predict(flux(port, dtype), passes(config, dtype, (5, 3))[:1]),
         "block": lambda dtype: predict(block(folder / "block", dtype), [{"x": torch.randn(2, 11, 32, dtype=dtype)}]),
-        "two sequences": lambda dtype: [shared_tokens(lambda: two_sequences(dtype))],
     }
-    for case in CASES:
+    if shares_tokens:
+        found["two sequences"] = lambda dtype: [shared_tokens(lambda: two_sequences(dtype))]
+    for case in CASES if shares_tokens else ():
         found[case] = lambda dtype, case=case: [shared_tokens(lambda: attended(case, dtype))]  # type: ignore[misc]
     return found
 
@@ -224,23 +227,32 @@ def measured(all_modes: dict[str, Any], expected: dict[str, Any], run: Run) -> d
 
 
 @contextmanager
-def planted(what: str) -> Iterator[None]:
-    """A fault that a mode must show."""
-    before_cut, before_style = tensor.cut, tensor._style
-    if what == "plain":
-        # Every tensor in equal stretches, whatever it was packed of.
-        def plain(plan: Any, step: Any, output: Any, rank: int, ranks: int) -> Any:
-            held = before_cut(plan, step, output, rank, ranks)
-            if held is None:
-                return None
-            share = output.shape[held.dim] // ranks
-            return type(held)(held.dim, ((rank * share, (rank + 1) * share),))
+def packed_plainly() -> Iterator[None]:
+    """The fault of cutting a packed tensor in equal stretches, whatever it was packed of."""
+    right = tensor.cut
 
-        tensor.cut = plain
+    def plain(plan: Any, step: Any, output: Any, rank: int, ranks: int) -> Any:
+        held = right(plan, step, output, rank, ranks)
+        share = output.shape[held.dim] // ranks if held else 0
+        return held and type(held)(held.dim, ((rank * share, (rank + 1) * share),))
+
+    tensor.cut = plain
     try:
         yield
     finally:
-        tensor.cut, tensor._style = before_cut, before_style
+        tensor.cut = right
+
+
+def refusals(calls: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """What each call is refused with; one that is not refused is told so."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "not refused"
+        except (UsageError, RecipeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def tensor_parallel_facts(folder: Path, run: Run, expected: dict[str, Any]) -> dict[str, Any]:
@@ -257,15 +269,43 @@ def tensor_parallel_facts(folder: Path, run: Run, expected: dict[str, Any]) -> d
         if not torch.equal(local, by_hand(name, whole[name], rank, ranks)):
             wrong.append(name)
     found: dict[str, Any] = {"wrong parts": wrong, "held": held / all_of_it}
-    with planted("plain"):
-        plain = predict(flux(port, torch.float32), passes(config, torch.float32, (3, 4)))
-    found["plain"] = gap(plain[0], expected["model", torch.float32][0])
-    with at_quality("exact"):
-        try:
-            flux(port, torch.float32)
-        except UsageError as error:
-            found["exact"] = str(error)
-    return found
+    given = passes(config, torch.float32, (3, 4))
+    right = expected["model", torch.float32][0]
+    with packed_plainly():
+        found["plain"] = gap(predict(flux.__wrapped__(port, torch.float32), given[:1])[0], right)
+    low = predict(flux(port, torch.bfloat16), passes(config, torch.bfloat16, (3, 4))[:1])[0]
+    found["bfloat16"] = [gap(each.float(), right) for each in (low, expected["bfloat16"])]
+
+    def exactly() -> None:
+        with at_quality("exact"):
+            flux.__wrapped__(port, torch.float32)
+
+    return found | refusals({"exact": exactly, "odd": lambda: load_odd(folder / "block")})
+
+
+def load_odd(folder: Path) -> None:
+    """A rule that shares a layer's weight and forgets its bias."""
+    rule = Rule("to_out.{p:weight}", "to_out.{p}", shard=OUTPUTS)
+    rules = tuple(rule if old.head.startswith("to_out") else old for old in Block.on_load.rules)
+    odd = type("Odd", (Block,), {"on_load": replace(Block.on_load, rules=rules)})
+    load_module(odd, {"width": 32, "head": 8}, folder, dtype=torch.float32, device=CPU)
+
+
+def sequence_facts(run: Run) -> dict[str, Any]:
+    """What a job that shares tokens refuses."""
+    x = torch.randn(1, 6, 3, 8)
+    with sequence.sharing(run):
+        part = sequence.scatter(x)
+        return refusals(
+            {
+                "heads": lambda: attention(part, part, part),
+                "structure": lambda: attention(
+                    *[x[:, : part.shape[1]].repeat(1, 1, 4, 1)] * 3, torch.ones(1, 1, 6, 6).bool()
+                ),
+                "length": lambda: attention(x, x, x),
+                "model": lambda: predict(nn.Linear(8, 8), [{"input": x}]),
+            }
+        )
 
 
 def by_hand(name: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
@@ -291,29 +331,37 @@ def by_hand(name: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
 def main() -> None:
     folder, world = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    if os.environ["RANK"] == "0":
-        write_block(folder / "block")
-    all_modes = modes(folder)
     results: dict[str, Any] = {}
     expected: dict[Any, Any] = {}
     for settings in JOBS[world]:
         with start(settings, "cpu") as run:
             assert run is not None
-            run.share(None)  # rank 0 has written its files
-            if not expected:
-                expected = alone(all_modes, folder)
-            results |= measured(all_modes, expected, run)
+            if run.main and not expected:
+                write_block(folder / "block")
+            assert run.share(run.rank) == 0  # and rank 0 has written its file
+            expected = expected or alone(modes(folder), folder)
+            flux.cache_clear()
+            shares_tokens = settings.ulysses * settings.ring > 1
+            results |= measured(modes(folder, shares_tokens), expected, run)
             if settings.tp > 1:
-                results[f"{settings}: facts"] = tensor_parallel_facts(folder, run, expected)
-            if run.main and settings == JOBS[world][-1]:
-                (folder / "results.json").write_text(json.dumps(results))
+                results[f"{settings}: tensor facts"] = tensor_parallel_facts(folder, run, expected)
+            if shares_tokens:
+                results[f"{settings}: sequence facts"] = sequence_facts(run)
+            if settings.cfg > 1:
+                three = {"three passes": lambda: predict(nn.Linear(8, 8), [{"input": torch.zeros(8)}] * 3)}
+                results[f"{settings}: guidance facts"] = refusals(three)
+            if run.main:
+                (folder / f"results{world}.json").write_text(json.dumps(results))
 
 
 def alone(all_modes: dict[str, Any], folder: Path) -> dict[Any, Any]:
     """What one process makes, as if there were no job."""
     before, mesh._current = mesh._current, None
     try:
-        found: dict[Any, Any] = {"state": flux(folder / "port" / "transformer", torch.float32).state_dict()}
+        port = folder / "port" / "transformer"
+        config = json.loads((port / "config.json").read_text())
+        found: dict[Any, Any] = {"state": flux(port, torch.float32).state_dict()}
+        found["bfloat16"] = flux(port, torch.bfloat16)(**passes(config, torch.bfloat16, (3, 4))[0])
         for name, make in all_modes.items():
             for dtype in DTYPES:
                 torch.manual_seed(0)

@@ -37,4 +37,5 @@ class PackedLinear(nn.Linear):
 
     def parts(self, input: Tensor) -> tuple[Tensor, ...]:
         """`forward`, cut into the parts."""
-        return torch.split(self(input), list(self.outputs), dim=-1)
+        y: Tensor = self(input)
+        return torch.split(y, self.sizes(y.shape[-1]), dim=-1)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from porter.core.errors import CheckFailed
 from runtime.attention import attention_backend
 from runtime.config import PipelineConfig
+from runtime.parallel import mesh
+from runtime.parallel.guidance import predict
 from runtime.request import Req
 
 from .base import PipelineStage, VerificationResult
@@ -41,6 +43,8 @@ class DenoisingStage(PipelineStage):
         negative = (
             config.prepare_neg_cond_kwargs(batch, freqs_cis, device) if batch.do_classifier_free_guidance else None
         )
+        if (run := mesh.current()) is not None:
+            run.settings.check_guidance(negative is not None)
         supported = getattr(first, "supported_attention_backends", ("sdpa",))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.enable_autocast)
         finite = _Finite(self.name)
@@ -65,13 +69,14 @@ class DenoisingStage(PipelineStage):
         timestep = config.scale_timestep(t.expand(batch.latents.shape[0]), batch)  # (B,)
         hidden_states = config.prepare_model_input(batch.latents, batch).to(module_dtype(transformer))
 
-        def run(condition: Mapping[str, Any]) -> Tensor:
-            return config.post_model(transformer(hidden_states=hidden_states, timestep=timestep, **condition), batch)
-
         scale = config.cfg_scale(batch, step, t) if negative is not None else None
-        if negative is None or scale is None:
-            return run(positive)
-        return config.combine_guidance(run(positive), run(negative), scale, batch)
+        conditions = [positive] if negative is None or scale is None else [positive, negative]
+        common = {"hidden_states": hidden_states, "timestep": timestep}
+        predictions = predict(transformer, [{**common, **condition} for condition in conditions])
+        positive_pred, *negative_pred = [config.post_model(prediction, batch) for prediction in predictions]
+        if scale is None or not negative_pred:
+            return positive_pred
+        return config.combine_guidance(positive_pred, negative_pred[0], scale, batch)
 
     def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
         result = VerificationResult()

@@ -21,7 +21,7 @@ from porter.core.errors import PorterError, ResourceError
 
 _KEY = "first failure"
 # What gloo and the store say of a peer that is gone or silent; NCCL's errors have a class of their own.
-_LOST = ("gloo", "onnection closed by peer", "onnection reset", "roken pipe", "imed out", "imeout")
+_LOST = ("gloo/transport", "onnection closed by peer", "onnection reset", "roken pipe", "imed out")
 
 
 @contextmanager
@@ -142,5 +142,9 @@ def _silent(silent: bool) -> Iterator[None]:
     if not silent:
         yield
         return
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        Path(os.devnull).open("w", encoding="utf-8", errors="replace") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         yield

@@ -24,7 +24,7 @@ SIZES = {"sizes": Parallel(tp=4)}  # of the others: two processes
 def end(how: str) -> None:
     """End as `how` says."""
     print("every process prints this")
-    timeout = timedelta(seconds=5 if how == "silent" else 100)
+    timeout = timedelta(seconds=5 if how == "silent" else 300)
     with start(SIZES.get(how, Parallel(tp=2)), "cpu", timeout=timeout) as run:
         assert run is not None
         print(f"heard from rank {run.rank}")
@@ -48,7 +48,7 @@ def killed_elsewhere(run: Run) -> None:
     """The other one is in no collective: only torchrun can tell it."""
     if run.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(100)
+    time.sleep(300)
 
 
 def raises(run: Run) -> None:
@@ -63,7 +63,7 @@ def all_raise(run: Run) -> None:
 
 def silent(run: Run) -> None:
     if run.rank == 1:
-        time.sleep(100)
+        time.sleep(300)
     wait(run)
 
 

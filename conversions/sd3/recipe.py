@@ -15,9 +15,10 @@ from conversions.common.shapes import Shapes, conv, linear, norm
 from porter.core.checkpoint import ANY, Header, TensorInfo, specs
 from porter.core.configs import ConfigFacts
 from porter.core.errors import RecipeError
-from porter.core.ops import PermuteBlocks, Split
+from porter.core.onload import on_load
+from porter.core.ops import Concat, PermuteBlocks, Split
 from porter.core.patterns import count_blocks
-from porter.core.recipe import Recipe, Rule, tensor_shape
+from porter.core.recipe import INPUTS, OUTPUTS, Recipe, Rule, tensor_shape
 
 SINUSOIDS = 256  # width of the timestep's sinusoids, fixed in both
 MLP_RATIO = 4  # fixed in diffusers
@@ -183,4 +184,22 @@ TRANSFORMER = Recipe(
     source_headers=original_headers,
     target_headers=diffusers_headers,
     infer_config=infer_config,
+)  # fmt: skip
+
+_PACKED = "one product reads the input once"
+_B = "transformer_blocks.{i:int}."
+
+ON_LOAD = on_load(
+    "sd3-on-load",
+    Rule(
+        (_B + "{a:attn|attn2}.to_q.{p:weight|bias}", _T + "{a}.to_k.{p}", _T + "{a}.to_v.{p}"),
+        _T + "{a}.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(
+        (_B + "attn.add_q_proj.{p:weight|bias}", _T + "attn.add_k_proj.{p}", _T + "attn.add_v_proj.{p}"),
+        _T + "attn.add_qkv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_B + "{o:attn.to_out.0|attn2.to_out.0|attn.to_add_out}.{p:weight|bias}", _T + "{o}.{p}", shard=INPUTS),
+    Rule(_B + "{f:ff|ff_context}.net.0.proj.{p:weight|bias}", _T + "{f}.net.0.proj.{p}", shard=OUTPUTS),
+    Rule(_B + "{f:ff|ff_context}.net.2.{p:weight|bias}", _T + "{f}.net.2.{p}", shard=INPUTS),
 )  # fmt: skip

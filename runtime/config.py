@@ -6,7 +6,7 @@ A family subclasses `PipelineConfig` and overrides only what is special about it
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -155,6 +155,10 @@ class PipelineConfig:
         """Height and width must be multiples of this many pixels."""
         return self.vae_scale_factor()
 
+    def verify_request(self, batch: Req) -> Iterable[tuple[str, Any, bool, str]]:
+        """Checks of what only this model knows, before defaults are filled: (field, value, holds, expected)."""
+        return ()
+
     # guidance
     def guides(self, batch: Req) -> bool:
         """Whether steps also run on the negative prompt."""
@@ -170,6 +174,13 @@ class PipelineConfig:
     def combine_guidance(self, positive: Tensor, negative: Tensor, scale: float, batch: Req) -> Tensor:
         """The prediction that classifier-free guidance makes of the two."""
         return negative + scale * (positive - negative)
+
+    def guide_further(
+        self, noise_pred: Tensor, positive: Tensor, predict: Callable[..., Tensor], batch: Req, step: int
+    ) -> Tensor:
+        """What stands on top of classifier-free guidance; `predict` is one more prediction for the prompt, the
+        transformer's further keyword arguments given."""
+        return noise_pred
 
     # before the loop
     def encode_image(self, image_encoder: Any, image_processor: Any, batch: Req) -> list[Tensor]:

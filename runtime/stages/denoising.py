@@ -70,13 +70,17 @@ class DenoisingStage(PipelineStage):
         hidden_states = config.prepare_model_input(batch.latents, batch).to(module_dtype(transformer))
 
         scale = config.cfg_scale(batch, step, t) if negative is not None else None
-        conditions = [positive] if negative is None or scale is None else [positive, negative]
         common = {"hidden_states": hidden_states, "timestep": timestep}
-        predictions = predict(transformer, [{**common, **condition} for condition in conditions])
-        positive_pred, *negative_pred = [config.post_model(prediction, batch) for prediction in predictions]
-        if scale is None or not negative_pred:
-            return positive_pred
-        return config.combine_guidance(positive_pred, negative_pred[0], scale, batch)
+
+        def run(*conditions: Mapping[str, Any]) -> list[Tensor]:
+            made = predict(transformer, [{**common, **condition} for condition in conditions])
+            return [config.post_model(prediction, batch) for prediction in made]
+
+        if negative is None or scale is None:
+            return run(positive)[0]
+        conditional, opposite = run(positive, negative)
+        guided = config.combine_guidance(conditional, opposite, scale, batch)
+        return config.guide_further(guided, conditional, lambda **more: run({**positive, **more})[0], batch, step)
 
     def verify_output(self, batch: Req, config: PipelineConfig) -> VerificationResult:
         result = VerificationResult()

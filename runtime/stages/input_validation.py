@@ -58,6 +58,8 @@ class InputValidationStage(PipelineStage):
                 "sigmas", batch.sigmas, len(batch.sigmas) == batch.num_inference_steps, "one for each step"
             )
         self._verify_media(batch, config, result)
+        for check in config.verify_request(batch):
+            result.add_check(*check)
         multiple = config.size_multiple()
         for name in ("height", "width"):
             value = getattr(batch, name)

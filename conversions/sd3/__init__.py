@@ -30,6 +30,7 @@ FAMILY = Family(
             original_name="sd3.safetensors",
             original_class="MMDiTX",
             recipe="conversions.sd3.recipe:TRANSFORMER",
+            native="conversions.sd3.model:SD3Transformer",
         ),
         Component(
             "vae",
@@ -41,6 +42,7 @@ FAMILY = Family(
             recipe="conversions.common.autoencoder_kl.recipe:AUTOENCODER",
         ),
     ),
+    pipeline="conversions.sd3.pipeline:EntryClass",
     cases="conversions.sd3.case:CASES",
     reference="conversions/sd3/reference",
     reference_code="Stability-AI/sd3.5 at fbf8f483f992d8d6ad4eaaeb23b1dc5f523c3b3a",

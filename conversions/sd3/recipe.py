@@ -193,11 +193,11 @@ ON_LOAD = on_load(
     "sd3-on-load",
     Rule(
         (_B + "{a:attn|attn2}.to_q.{p:weight|bias}", _T + "{a}.to_k.{p}", _T + "{a}.to_v.{p}"),
-        _T + "{a}.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _T + "{a}.to_qkv.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(
         (_B + "attn.add_q_proj.{p:weight|bias}", _T + "attn.add_k_proj.{p}", _T + "attn.add_v_proj.{p}"),
-        _T + "attn.add_qkv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _T + "attn.add_qkv_proj.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_B + "{o:attn.to_out.0|attn2.to_out.0|attn.to_add_out}.{p:weight|bias}", _T + "{o}.{p}", shard=INPUTS),
     Rule(_B + "{f:ff|ff_context}.net.0.proj.{p:weight|bias}", _T + "{f}.net.0.proj.{p}", shard=OUTPUTS),

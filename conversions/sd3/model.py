@@ -14,89 +14,22 @@ LayerNorm, SwiGLU, modulation without shifts, LayerNorm of q and k.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conversions.sd3.params import SD3Params
 from conversions.sd3.recipe import ON_LOAD
-from porter.core.errors import BadInputError, UsageError
+from porter.core.errors import UsageError
 from runtime.attention import attention
 from runtime.layers import AdaLayerNorm, FeedForward, MLPEmbedder, PackedLinear, RMSNorm, modulate, sinusoid
 from runtime.parallel import sequence
 from runtime.quality import quality
 
 FREQUENCIES = 256  # width of the timestep's sinusoids
-# Fields that came with 3.5, at what a config.json without them means.
-BEFORE_35: Mapping[str, Any] = {"dual_attention_layers": (), "qk_norm": None}
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v, (B, tokens, N, E) each
-
-
-@dataclass(frozen=True)
-class SD3Params:
-    """The fields of diffusers' transformer/config.json."""
-
-    sample_size: int  # latent side the model is best at; only a default for requests
-    patch_size: int
-    in_channels: int
-    out_channels: int
-    num_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    caption_projection_dim: int
-    pooled_projection_dim: int
-    pos_embed_max_size: int
-    dual_attention_layers: tuple[int, ...]
-    qk_norm: str | None
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> SD3Params:
-        """Read config.json; keys that begin with an underscore are diffusers' own notes.
-
-        Raises:
-            BadInputError: a key is missing, unknown, not supported, or contradicts another.
-        """
-        given = {**BEFORE_35, **{key: value for key, value in config.items() if not key.startswith("_")}}
-        given["out_channels"] = given.get("out_channels") or given.get("in_channels")
-        given["dual_attention_layers"] = tuple(given["dual_attention_layers"])
-        names = {field.name for field in fields(cls)}
-        if odd := sorted(names ^ given.keys()):
-            raise BadInputError(
-                f"the transformer's config.json does not describe a Stable Diffusion 3 transformer: {', '.join(odd)}",
-                expected=f"exactly the keys {', '.join(sorted(names))}",
-                found=f"missing {sorted(names - given.keys())}, unknown {sorted(given.keys() - names)}",
-                hint="convert the model again: porter convert <original> -o <port> --overwrite",
-            )
-        params = cls(**given)
-        params._check()
-        return params
-
-    def _check(self) -> None:
-        """Raises BadInputError for settings that this model does not have."""
-        checks = {
-            "qk_norm": (self.qk_norm in (None, "rms_norm"), "null or rms_norm"),
-            "pos_embed_max_size": (bool(self.pos_embed_max_size), "a side, to crop the learned positions from"),
-            "caption_projection_dim": (self.caption_projection_dim == self.width, f"the model's width, {self.width}"),
-            "dual_attention_layers": (
-                all(0 <= i < self.num_layers for i in self.dual_attention_layers),
-                f"numbers of blocks, 0 to {self.num_layers - 1}",
-            ),
-        }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise BadInputError(
-                    f"the transformer's config.json has a {name} that the native model cannot run",
-                    expected=f"{name}: {expected}",
-                    found=f"{name}: {getattr(self, name)}",
-                    hint="run the port through diffusers: porter generate --executor diffusers",
-                )
-
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
 
 # https://github.com/Stability-AI/sd3.5/blob/fbf8f483f992d8d6ad4eaaeb23b1dc5f523c3b3a/mmditx.py#L695

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conversions.sd3.model import SD3Transformer
+from conversions.sd3.params import SD3Params
 from runtime.config import PipelineConfig, SamplingParams, TextEncoderSpec
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
@@ -70,23 +71,27 @@ class SD3PipelineConfig(PipelineConfig):
         if (self.model_index.get(T5.encoder) or [None])[0] is None:
             self.text_encoders = (CLIP_L, CLIP_G)
 
+    @property
+    def params(self) -> SD3Params:
+        """Of the transformer. Raises BadInputError as `SD3Params.from_config`."""
+        return SD3Params.from_config(self.dit_config)
+
     # sizes
     def default_size(self, batch: Req) -> tuple[int, int]:
-        side = int(self.dit_config["sample_size"]) * self.vae_scale_factor()
+        side = self.params.sample_size * self.vae_scale_factor()
         return side, side
 
     def size_multiple(self) -> int:
-        return self.vae_scale_factor() * int(self.dit_config["patch_size"])
+        return self.vae_scale_factor() * self.params.patch_size
 
     def verify_request(self, batch: Req) -> Iterator[tuple[str, Any, bool, str]]:
         """Sides have learned positions; skip-layer guidance has four settings."""
-        largest = int(self.dit_config["pos_embed_max_size"]) * self.size_multiple()
+        largest, count = self.params.pos_embed_max_size * self.size_multiple(), self.params.num_layers
         for name in ("height", "width"):
             side = getattr(batch, name)
             yield name, side, _at_most(largest, side), f"at most {largest}, as far as the model has positions"
         length = batch.max_sequence_length
         yield "max_sequence_length", length, _at_most(LONGEST, length), f"at most {LONGEST}"
-        count = int(self.dit_config["num_layers"])
         for name, value in batch.extra.items():
             if name == "skip_guidance_layers":
                 layers = isinstance(value, list | tuple) and all(type(i) is int and 0 <= i < count for i in value)
@@ -102,7 +107,7 @@ class SD3PipelineConfig(PipelineConfig):
         if not known.get("use_dynamic_shifting"):
             return None
         *_, height, width = self.prepare_latent_shape(batch)
-        patch = int(self.dit_config["patch_size"])
+        patch = self.params.patch_size
         low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
         at_low, at_high = known.get("base_shift", 0.5), known.get("max_shift", 1.16)
         slope = (at_high - at_low) / (high - low)
@@ -128,7 +133,7 @@ class SD3PipelineConfig(PipelineConfig):
         """Tokens of both CLIPs side by side, padded with zeros to X; those of T5, or zeros, after them."""
         clip = torch.cat(tokens[:2], dim=-1)  # (B, T, X of both)
         assert batch.max_sequence_length is not None  # InputValidationStage filled it
-        shape = clip.shape[0], batch.max_sequence_length, int(self.dit_config["joint_attention_dim"])
+        shape = clip.shape[0], batch.max_sequence_length, self.params.joint_attention_dim
         t5 = tokens[2] if len(tokens) > 2 else clip.new_zeros(shape)  # (B, T, X)
         return {
             "encoder_hidden_states": torch.cat((F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5), dim=1),

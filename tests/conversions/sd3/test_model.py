@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conversions.sd3.model import SD3Params, SD3Transformer
+from conversions.sd3.model import SD3Transformer
+from conversions.sd3.params import SD3Params
 from porter.core.checkpoint import ANY, spec
 from porter.core.errors import BadInputError, UsageError
 from porter.core.execute import apply
@@ -301,6 +302,9 @@ def test_every_input_matters(variant: dict[str, Any]) -> None:
         ({"qk_norm": "layer_norm"}, "qk_norm"),
         ({"caption_projection_dim": 40}, "caption_projection_dim"),
         ({"dual_attention_layers": [0, 3]}, "dual_attention_layers"),
+        ({"dual_attention_layers": 1}, "dual_attention_layers"),
+        ({"num_layers": "3"}, "num_layers"),
+        ({"patch_size": True}, "patch_size"),
     ],
     ids=str,
 )

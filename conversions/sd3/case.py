@@ -132,7 +132,7 @@ def diffusers_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
 
         pipe: Any = StableDiffusion3Pipeline.from_pretrained(
             port, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, **without
-        )
+        ).to(dtype)  # diffusers leaves a float32 file's transformer in float32 where it loads without accelerate
     pipe.set_progress_bar_config(disable=True)
     transformer = pipe.transformer
     pipe.transformer = halves = OneAfterTheOther(transformer)

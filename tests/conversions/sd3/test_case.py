@@ -54,9 +54,12 @@ def compared(port: Path, **options: Any) -> PipelineResult:
     return compare_pipelines(case, port, Request(case.prompt, 0, 2, case.guidance), **options)
 
 
-@pytest.mark.parametrize("name", ["medium", "3.5 large, no T5", "3.5 medium"])
-def test_the_pipeline_equals_diffusers_stage_by_stage(ports: dict[str, Path], name: str) -> None:
-    result = compared(ports[name])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("medium", "float32"), ("3.5 large, no T5", "float32"), ("3.5 medium", "float32"), ("3.5 medium", "bfloat16")],
+)
+def test_the_pipeline_equals_diffusers_stage_by_stage(ports: dict[str, Path], name: str, dtype: str) -> None:
+    result = compared(ports[name], dtype=dtype)
     every = [v for v in (*result.stages, *result.guards) if v.name != NOISE]
     bad = [f"{v.name}: {v.status} {v.max_abs:.2e} {v.note}" for v in every if not v.passed]
     assert len(result.stages) > 40 and not result.reason and not bad, (result.reason, result.notes, bad[:8])

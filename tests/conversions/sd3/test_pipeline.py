@@ -12,7 +12,6 @@ from torch import Tensor
 from conversions.sd3.model import SD3Transformer
 from conversions.sd3.pipeline import SD3Pipeline, SD3PipelineConfig, SD3TextEncodingStage
 from porter.core.errors import UsageError
-from runtime.quality import at_quality
 from runtime.registry import entry_class, load, model_configs
 from runtime.request import Req
 from tests.conversions.sd3.ports import LARGE_35, MEDIUM, MEDIUM_35, diffusers_pipeline, write_port
@@ -94,11 +93,13 @@ def test_every_step_and_the_image_equal_diffusers(sides: dict[str, Sides], case:
 
 
 @pytest.mark.parametrize("port", ["medium", "3.5 large", "3.5 medium"])
-def test_exact_without_guidance_is_equal_in_every_bit(sides: dict[str, Sides], port: str) -> None:
+def test_exact_without_guidance_is_equal_in_every_bit(
+    sides: dict[str, Sides], port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native, theirs = sides[port]
     options: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 1.0}
-    with at_quality("exact"):
-        seen, batch = run_ours(native, seed=4, **options)
+    monkeypatch.setattr(native, "quality", "exact")
+    seen, batch = run_ours(native, seed=4, **options)
     steps, image = run_theirs(theirs, [4], **options)
     assert all(torch.equal(seen[f"denoising.step.{i}"]["latents"], latents) for i, latents in enumerate(steps))
     assert torch.equal(batch.output, image)  # type: ignore[arg-type]

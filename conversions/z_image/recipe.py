@@ -19,9 +19,10 @@ from conversions.common.shapes import Shapes, linear, norm
 from porter.core.checkpoint import ANY, Header, TensorInfo, specs
 from porter.core.configs import ConfigFacts
 from porter.core.errors import RecipeError
-from porter.core.ops import Drop, Split
+from porter.core.onload import on_load
+from porter.core.ops import Concat, Drop, Split
 from porter.core.patterns import count_blocks
-from porter.core.recipe import Recipe, Rule, tensor_shape
+from porter.core.recipe import INPUTS, OUTPUTS, Recipe, Rule, tensor_shape
 
 SINUSOIDS, MIDDLE = 256, 1024  # of the timestep's embedder, fixed in both
 CONDITION = 256  # the most that the modulations are made of, fixed in both
@@ -226,4 +227,20 @@ SINGLE_FILE = Recipe(
     source_headers=single_file_headers,
     target_headers=diffusers_headers,
     infer_config=infer_single_file,
+)  # fmt: skip
+
+_PACKED = "one product reads the input once"
+
+ON_LOAD = on_load(
+    "z-image-on-load",
+    Rule(
+        (_BLOCK + "attention.to_q.weight", _AT + "attention.to_k.weight", _AT + "attention.to_v.weight"),
+        _AT + "attention.to_qkv.weight", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_BLOCK + "attention.to_out.0.weight", _AT + "attention.to_out.0.weight", shard=INPUTS),
+    Rule(
+        (_BLOCK + "feed_forward.w1.weight", _AT + "feed_forward.w3.weight"),
+        _AT + "feed_forward.w13.weight", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_BLOCK + "feed_forward.w2.weight", _AT + "feed_forward.w2.weight", shard=INPUTS),
 )  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conversions.z_image.places import Places, Table, filled, places
+from conversions.z_image.places import Order, Places, Table, filled, places
 from conversions.z_image.recipe import CONDITION, MIDDLE, ON_LOAD, PATCH, SINUSOIDS
 from porter.core.errors import BadInputError
 from runtime.attention import attention, cross_attention
@@ -273,28 +273,6 @@ class FinalLayer(nn.Module):
         scale = 1.0 + self.adaLN_modulation(vec)
         y: Tensor = self.linear(self.norm_final(x) * scale.unsqueeze(1))
         return y
-
-
-@dataclass(frozen=True)
-class Order:
-    """The joint sequence: text first, or the image first as in the original."""
-
-    text: int
-    picture: int
-    image_first: bool
-
-    @property
-    def shared(self) -> int:
-        """How many of the first tokens all ranks have."""
-        return 0 if self.image_first else self.text
-
-    def join(self, txt: Tensor, img: Tensor) -> Tensor:
-        """Along the tokens, axis 1."""
-        return torch.cat((img, txt) if self.image_first else (txt, img), dim=1)
-
-    def image(self, x: Tensor) -> Tensor:
-        """The image's part of (B, L, D)."""
-        return x[:, : self.picture] if self.image_first else x[:, self.text :]
 
 
 def _patch(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ P: rows of tables, 1 where all captions are filled to one length, else B.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,28 @@ class Places(NamedTuple):
         """The same on a device."""
         text, image = ((cos.to(device), sin.to(device)) for cos, sin in (self.text, self.image))
         return Places(text, image, self.own.to(device), None if self.seen is None else self.seen.to(device))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The joint sequence: text first, or the image first as in the original."""
+
+    text: int
+    picture: int
+    image_first: bool
+
+    @property
+    def shared(self) -> int:
+        """How many of the first tokens all ranks have."""
+        return 0 if self.image_first else self.text
+
+    def join(self, txt: Tensor, img: Tensor) -> Tensor:
+        """Along the tokens, axis 1."""
+        return torch.cat((img, txt) if self.image_first else (txt, img), dim=1)
+
+    def image(self, x: Tensor) -> Tensor:
+        """The image's part of (B, L, D)."""
+        return x[:, : self.picture] if self.image_first else x[:, self.text :]
 
 
 def filled(count: int) -> int:

@@ -25,7 +25,9 @@ def rotary_table(ids: Tensor, widths: Sequence[int], theta: float) -> tuple[Tens
 
 
 def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its angle, in float32. x: (B, L, N, E), table: (L, E / 2) twice, or (B, L, E / 2) where places differ.
+    """Rotate each pair (x[2i], x[2i+1]) by its angle, in float32.
+
+    x: (B, L, N, E), table: (L, E / 2) twice; where the batch's places differ, (B, L, E / 2) twice.
     """
     cos, sin = (part[..., None, :] for part in table)  # (…, L, 1, E / 2)
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)  # (B, L, N, E / 2) each

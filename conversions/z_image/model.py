@@ -153,7 +153,7 @@ class ZImageTransformer(nn.Module):
         for block in self.noise_refiner:
             img = block(img, image_table, vec)
 
-        txt = self._embed_text(encoder_hidden_states, places.own)  # (B, T, D)
+        txt = self._embed_text(encoder_hidden_states, places)  # (B, T, D)
         for block in self.context_refiner:
             txt = block(txt, places.text, mask=places.seen, shared=None)
 
@@ -163,22 +163,20 @@ class ZImageTransformer(nn.Module):
         mask = None if places.seen is None else order.join(places.seen, places.seen.new_ones(img.shape[:2]))  # (B, L)
         for block in self.layers:
             x = block(x, table, vec, mask, shared=order.shared)
-        img = sequence.gather(order.image(x))  # (B, S, D), of the whole image
-
-        patches = self.all_final_layer[SIZE](img, vec)  # (B, S, 4 C)
-        return _unpatch(patches, *hidden_states.shape[1:])
+        patches = order.image(self.all_final_layer[SIZE](x, vec))  # (B, S, 4 C)
+        return _unpatch(sequence.gather(patches), *hidden_states.shape[1:])
 
     def _embed_image(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, S, D), filled with the learned token."""
-        img: Tensor = self.all_x_embedder[SIZE](_patch(latents))
-        missing = filled(img.shape[1]) - img.shape[1]
-        return torch.cat((img, self.x_pad_token.expand(img.shape[0], missing, -1)), dim=1)
+        """(B, C, H, W) -> (B, S, D), behind the image the learned filling."""
+        patches = _patch(latents)
+        count, missing = patches.shape[1], filled(patches.shape[1]) - patches.shape[1]
+        img: Tensor = self.all_x_embedder[SIZE](torch.cat((patches, patches[:, -1:].expand(-1, missing, -1)), dim=1))
+        return torch.cat((img[:, :count], self.x_pad_token.expand(img.shape[0], missing, -1)), dim=1)
 
-    def _embed_text(self, captions: Tensor, own: Tensor) -> Tensor:
-        """captions: (B, up to T, X), own: (B, T) -> (B, T, D), with the learned token where nothing is its own."""
-        captions = captions[:, : own.shape[1]]
-        captions = F.pad(captions, (0, 0, 0, own.shape[1] - captions.shape[1]))
-        return torch.where(own[..., None], self.cap_embedder(captions), self.cap_pad_token)
+    def _embed_text(self, captions: Tensor, places: Places) -> Tensor:
+        """(B, up to T, X) -> (B, T, D), behind each caption the learned filling."""
+        captions = captions.gather(1, places.source[..., None].expand(-1, -1, captions.shape[2]))
+        return torch.where(places.own[..., None], self.cap_embedder(captions), self.cap_pad_token)
 
 
 # https://github.com/Tongyi-MAI/Z-Image/blob/c7ec13578cc27b01d547e1b3c62bc8b95bc6cb6e/src/zimage/transformer.py#L23
@@ -269,7 +267,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch)
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        """x: (B, S, D), vec: (B, V) -> (B, S, 4 C)."""
+        """x: (B, L, D), vec: (B, V) -> (B, L, 4 C)."""
         scale = 1.0 + self.adaLN_modulation(vec)
         y: Tensor = self.linear(self.norm_final(x) * scale.unsqueeze(1))
         return y

@@ -25,13 +25,15 @@ class Places(NamedTuple):
 
     text: Table  # (P, T, E / 2)
     image: Table  # (P, S, E / 2)
+    source: Tensor  # (B, T): of each token the caption's, of the filling the last
     own: Tensor  # bool (B, T): tokens of the caption; the others are the learned filling
     seen: Tensor | None  # bool (B, T): what is no padding of the batch; None where there is none
 
     def to(self, device: torch.device) -> Places:
         """The same on a device."""
         text, image = ((cos.to(device), sin.to(device)) for cos, sin in (self.text, self.image))
-        return Places(text, image, self.own.to(device), None if self.seen is None else self.seen.to(device))
+        seen = None if self.seen is None else self.seen.to(device)
+        return Places(text, image, self.source.to(device), self.own.to(device), seen)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Order:
         return torch.cat((img, txt) if self.image_first else (txt, img), dim=1)
 
     def image(self, x: Tensor) -> Tensor:
-        """The image's part of (B, L, D)."""
+        """The image's part of (B, L, …)."""
         return x[:, : self.picture] if self.image_first else x[:, self.text :]
 
 
@@ -84,13 +86,14 @@ def places(
         )
     count = torch.arange(longest)
     own, seen = (count < torch.tensor(ends)[:, None] for ends in (lengths, whole))  # (B, T)
+    source = torch.minimum(count, torch.tensor(lengths)[:, None] - 1).clamp(min=0)  # (B, T)
     even = bool(seen.all())
     tables = whole[:1] if even else whole  # (P,)
     text = F.pad(count[:, None] + 1, (0, 2)).expand(len(tables), -1, -1)  # (P, T, 3)
     grid = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(rows), torch.arange(columns))
     grid = grid + F.pad(torch.tensor(tables)[:, None] + 1, (0, 2))[:, None]  # (P, rows * columns, 3)
     image = F.pad(grid, (0, 0, 0, filled(grid.shape[1]) - grid.shape[1]))  # (P, S, 3)
-    return Places(_table(text, dims, theta), _table(image, dims, theta), own, None if even else seen)
+    return Places(_table(text, dims, theta), _table(image, dims, theta), source, own, None if even else seen)
 
 
 # https://github.com/Tongyi-MAI/Z-Image/blob/c7ec13578cc27b01d547e1b3c62bc8b95bc6cb6e/src/zimage/transformer.py#L200

@@ -124,7 +124,7 @@ def test_the_difference_is_rounding(name: str) -> None:
         assert gap(native, reference, exact) < 1e-3 * ROUNDING
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 def test_exact_is_the_arithmetic_of_diffusers_in_every_bit(name: str, dtype: torch.dtype) -> None:
     reference = diffusers_model()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,11 +102,12 @@ def _table(ids: Tensor, dims: Sequence[int], theta: float) -> Table:
     """(P, tokens, 3) -> (P, tokens, E / 2) twice.
 
     Angles in float64, rounded to float32 before they are turned into cosines: the original's numbers, on every device.
+    They are constants that it makes once, and stay float32 where all around is computed in float64: hence numpy.
     """
     angles = []
     for axis, width in enumerate(dims):
         exponent = torch.arange(0, width, 2, dtype=torch.float64) / width  # (width / 2,)
         angles.append(ids[..., axis, None].double() * (1.0 / theta**exponent))
-    angle = torch.cat(angles, dim=-1).float()  # (P, tokens, E / 2)
+    angle = torch.from_numpy(torch.cat(angles, dim=-1).numpy().astype(np.float32))  # (P, tokens, E / 2)
     turned = torch.polar(torch.ones_like(angle), angle)
     return turned.real.contiguous(), turned.imag.contiguous()

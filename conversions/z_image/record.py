@@ -36,19 +36,24 @@ def _passes(module: Any, draw: torch.Generator) -> Passes:
     Both captions are filled to 64: where one is filled up to the other's tokens, diffusers gives those rows an angle
     and the original none. They are masked, so no result depends on them, but their activations differ.
     """
-    inputs: dict[str, Tensor] = {
-        "x0": torch.randn(3, 1, 8, 6, generator=draw),
-        "x1": torch.randn(3, 1, 10, 14, generator=draw),
-        "caption0": torch.randn(35, 20, generator=draw),
-        "caption1": torch.randn(50, 20, generator=draw),
-        "t": torch.tensor([0.0625, 0.79]),
-    }
-    return {"forward": (_call, inputs)}
+    return {"forward": (_call, _inputs(((8, 6), (10, 14)), draw))}
 
 
-ORIGINALS = (
+def _batch(module: Any, draw: torch.Generator) -> Passes:
+    """The same with two pictures of 20 patches, filled to 32: what a batch can hold."""
+    return {"forward": (_call, _inputs(((8, 10), (8, 10)), draw))}
+
+
+def _inputs(sizes: tuple[tuple[int, int], ...], draw: torch.Generator) -> dict[str, Tensor]:
+    pictures = {f"x{i}": torch.randn(3, 1, *size, generator=draw) for i, size in enumerate(sizes)}
+    captions = {f"caption{i}": torch.randn(length, 20, generator=draw) for i, length in enumerate((35, 50))}
+    return pictures | captions | {"t": torch.tensor([0.0625, 0.79])}
+
+
+ORIGINALS = tuple(
     Original(
-        "transformer", "transformer", REPOSITORY, COMMIT, FILES, _build, _passes, config=CONFIG, paths=("src",),
+        name, "transformer", REPOSITORY, COMMIT, FILES, _build, passes, config=CONFIG, paths=("src",),
         absent=("loguru",),
-    ),
+    )
+    for name, passes in (("transformer", _passes), ("transformer-batch", _batch))
 )  # fmt: skip

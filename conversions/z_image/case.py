@@ -47,10 +47,15 @@ def _forward(model: Any, given: Named) -> tuple[Tensor, ...]:
 DIFFUSERS = diffusers_candidate("ZImageTransformer2DModel", {"forward": _forward})
 
 
+def _own(given: Named) -> Tensor:
+    """bool (B, T), True for a caption's tokens: all of them, where a single prompt's run was captured."""
+    everything = torch.ones(given["encoder_hidden_states"].shape[:2])
+    return given.get("encoder_attention_mask", everything).bool()
+
+
 def _lists(model: Any, given: Named) -> Tensor:
     """The native model's inputs as diffusers' lists; its answers as a batch."""
-    masks = given["encoder_attention_mask"].bool()
-    captions = [row[own] for row, own in zip(given["encoder_hidden_states"], masks, strict=True)]
+    captions = [row[own] for row, own in zip(given["encoder_hidden_states"], _own(given), strict=True)]
     pictures = list(given["hidden_states"].unsqueeze(2))
     return torch.stack(model(pictures, given["timestep"], captions, return_dict=False)[0]).squeeze(2)
 
@@ -62,9 +67,9 @@ class _Native:
 
     def batch(self, model: Any, given: Named) -> Tensor:
         """Inputs under the model's own names."""
-        masks = given["encoder_attention_mask"].bool()
-        self.text = filled(int(masks.sum(1).max()))
-        answer: Tensor = model(**{**given, "encoder_attention_mask": masks})
+        own = _own(given)
+        self.text = filled(int(own.sum(1).max()))
+        answer: Tensor = model(**{**given, "encoder_attention_mask": own})
         return answer
 
     def lists(self, model: Any, given: Named) -> tuple[Tensor, ...]:
@@ -95,7 +100,22 @@ class _Native:
         return {"0": own["0"].roll(-self.text, dims=1)}
 
 
+def _whole_in(own: Named, shapes: Shapes) -> Named:
+    """The batch as diffusers' lists."""
+    found = {"t": own["timestep"]}
+    for i, picture in enumerate(own["hidden_states"]):
+        length = shapes[f"cap_feats.{i}"][0]
+        found |= {f"x.{i}": picture.unsqueeze(1), f"cap_feats.{i}": own["encoder_hidden_states"][i, :length]}
+    return found
+
+
 _NATIVE = _Native()
+_WHOLE = Block(
+    "",  # it has tensors of its own, the learned filling
+    force=lambda ref, own: {},
+    inputs=_whole_in,
+    outputs=lambda own, _: {f"0.{i}": picture.unsqueeze(1) for i, picture in enumerate(own["0"])},
+)
 _BLOCKS = (
     Block(r"layers\.\d+", force=_NATIVE.force, inputs=_NATIVE.inputs, outputs=_NATIVE.outputs),
     Block(
@@ -120,11 +140,11 @@ NATIVE, NATIVE_VERSUS_DIFFUSERS = (
         name="native",
         load=partial(_load, ZImageTransformer),
         passes={"forward": call},
-        blocks=_BLOCKS,
+        blocks=blocks,
         layout=_NATIVE.layout,
         on_load=ON_LOAD,
     )
-    for call in (_NATIVE.lists, _NATIVE.batch)
+    for call, blocks in ((_NATIVE.lists, _BLOCKS), (_NATIVE.batch, (_WHOLE, *_BLOCKS)))
 )
 
 

@@ -1,6 +1,6 @@
 """Qwen-Image's transformer: names and shapes of every release are those of diffusers' QwenImageTransformer2DModel.
 
-What a bare file lacks is its config.json, which a conversion writes. Single files of Qwen-Image-Edit-2511 hold an empty
+`ON_LOAD` packs them for the native model while they are read. What a bare file lacks is its config.json, which a conversion writes. Single files of Qwen-Image-Edit-2511 hold an empty
 tensor that marks them: their tokens of given pictures are modulated as at time 0.
 
     h width · n blocks
@@ -15,9 +15,10 @@ from conversions.common.shapes import Shapes, linear, norm
 from porter.core.checkpoint import ANY, Header, TensorInfo, specs
 from porter.core.configs import ConfigFacts
 from porter.core.errors import RecipeError
-from porter.core.ops import Drop
+from porter.core.onload import on_load
+from porter.core.ops import Concat, Drop
 from porter.core.patterns import count_blocks
-from porter.core.recipe import Recipe, Rule, tensor_shape
+from porter.core.recipe import INPUTS, OUTPUTS, Recipe, Rule, tensor_shape
 
 SINUSOIDS = 256  # width of the timestep's sinusoids, fixed in the class
 MLP_RATIO = 4  # fixed in the class
@@ -131,4 +132,21 @@ TRANSFORMER = Recipe(
     source_headers=single_file_headers,
     target_headers=diffusers_headers,
     infer_config=infer_config,
+)  # fmt: skip
+
+_PACKED = "one product reads the input once"
+
+ON_LOAD = on_load(
+    "qwen-image-on-load",
+    Rule(
+        (_B + "attn.to_q." + _P, _T + "attn.to_k.{p}", _T + "attn.to_v.{p}"),
+        _T + "attn.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(
+        (_B + "attn.add_q_proj." + _P, _T + "attn.add_k_proj.{p}", _T + "attn.add_v_proj.{p}"),
+        _T + "attn.add_qkv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_B + "attn.{o:to_out.0|to_add_out}." + _P, _T + "attn.{o}.{p}", shard=INPUTS),
+    Rule(_B + "{s:img|txt}_mlp.net.0.proj." + _P, _T + "{s}_mlp.net.0.proj.{p}", shard=OUTPUTS),
+    Rule(_B + "{s:img|txt}_mlp.net.2." + _P, _T + "{s}_mlp.net.2.{p}", shard=INPUTS),
 )  # fmt: skip

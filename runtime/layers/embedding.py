@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 
-def sinusoid(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+def sinusoid(t: Tensor, width: int, max_period: float = 10000.0, *, scale: float = 1.0) -> Tensor:
     """Cosines, then sines, of `t` at `width / 2` frequencies from 1 down to nearly 1 / max_period.
 
-    t: (B,) -> (B, width), float32 whatever the type of `t`.
+    t: (B,) -> (B, width), float32 whatever the type of `t`. `scale` multiplies the angles, after `t` was rounded.
     """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(max_period) * steps / half)  # (half,)
-    angles = t[:, None].float() * frequencies  # (B, half)
+    angles = t[:, None].float() * frequencies * scale  # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -23,6 +24,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> RGB pictures, rounded to the nearest of 256 levels."""
     pixels = images.detach().permute(0, 2, 3, 1).float().cpu().numpy()
     return [Image.fromarray(np.round(p * 255).astype(np.uint8)) for p in pixels]
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture -> (3, H, W) in [-1, 1], as autoencoders take it."""
+    levels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)  # (H, W, 3)
+    return 2.0 * levels.permute(2, 0, 1) - 1.0
 
 
 def png_bytes(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:

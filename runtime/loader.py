@@ -181,11 +181,23 @@ def _load_reused(
         loaded.modules[name] = model.to(device).eval()
     elif issubclass(cls, (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin, ImageProcessingMixin)):
         with _readable(folder):
-            loaded.modules[name] = cls.from_pretrained(folder, local_files_only=True)
+            loaded.modules[name] = without_videos(cls).from_pretrained(folder, local_files_only=True)
     else:
         raise BadInputError(
             f"{name}: {cls.__name__} is not a model, tokenizer, processor or scheduler", hint="porter plan <port>"
         )
+
+
+def without_videos(cls: Any) -> Any:
+    """A processor class without its part for videos, which no pipeline here reads and which takes another library."""
+    if "video_processor" not in getattr(cls, "get_attributes", list)():
+        return cls
+
+    def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+
+    # The library reads the parts of a processor from this signature, and writes the name into files.
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
 
 def load_module(

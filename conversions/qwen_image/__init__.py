@@ -41,6 +41,7 @@ FAMILY = Family(
             original_name="qwen_image_bf16.safetensors",
             original_class="QwenImageTransformer2DModel",
             recipe="conversions.qwen_image.recipe:TRANSFORMER",
+            native="conversions.qwen_image.model:QwenImageTransformer",
         ),
         Component(
             "vae",
@@ -52,6 +53,7 @@ FAMILY = Family(
             recipe="conversions.qwen_image.vae_recipe:AUTOENCODER",
         ),
     ),
+    pipeline="conversions.qwen_image.pipeline:EntryClass",
     cases="conversions.qwen_image.case:CASES",
     reference="conversions/qwen_image/reference",
     reference_code=(

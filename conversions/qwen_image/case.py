@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from conversions.common.candidates import diffusers_candidate, heads_and_tokens
-from parity.case import Block, ComponentCase, FamilyCases, Named
+from conversions.common.candidates import diffusers_candidate, heads_and_tokens, load
+from conversions.qwen_image.model import QwenImageTransformer
+from conversions.qwen_image.recipe import ON_LOAD
+from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named
+from porter.core.files import read_config
+from runtime.loader import load_module
 
 HERE = Path(__file__).parent
 
 
-def _forward(model: Any, given: Named) -> Tensor:
+# --- the transformer -------------------------------------------------------------------------------------------------
+
+
+def _arguments(given: Named) -> dict[str, Any]:
     """Latents (1, C, H, W) in patches of 2 x 2, t (1), text (1, T, E) without padding."""
     latents = given["latents"]
     height, width = (size // 2 for size in latents.shape[-2:])
     patches = latents.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5)  # (1, H, W, C, 2, 2)
-    out: Tensor = model(
-        hidden_states=patches.flatten(3).flatten(1, 2), encoder_hidden_states=given["text"], timestep=given["t"],
-        img_shapes=[[(1, height, width)]], return_dict=False,
-    )[0]  # fmt: skip
+    return {
+        "hidden_states": patches.flatten(3).flatten(1, 2), "encoder_hidden_states": given["text"],
+        "timestep": given["t"], "img_shapes": [(1, height, width)],
+    }  # fmt: skip
+
+
+def _diffusers(model: Any, given: Mapping[str, Any]) -> Tensor:
+    """Its shapes are a list for each image."""
+    shapes = [given["img_shapes"]] * len(given["timestep"])
+    out: Tensor = model(**given | {"img_shapes": shapes}, return_dict=False)[0]
     return out
 
 
-TRANSFORMER = diffusers_candidate(
-    "QwenImageTransformer2DModel", {"first": _forward, "second": _forward}, heads_and_tokens(r"\.norm_(added_)?[qk]")
-)
+def _forward(model: Any, given: Named) -> Tensor:
+    return _diffusers(model, _arguments(given))
+
+
+def _native(model: Any, given: Named) -> Tensor:
+    out: Tensor = model(**_arguments(given))
+    return out
+
+
+def load_native(folder: Path) -> nn.Module:
+    """The native transformer of a port, float32, filled strictly by the runtime's own loader."""
+    config = read_config(folder / "config.json")
+    return load_module(QwenImageTransformer, config, folder, dtype=torch.float32, device=torch.device("cpu"))
+
+
+HEADS = heads_and_tokens(r"\.norm_(added_)?[qk]")
+TRANSFORMER = diffusers_candidate("QwenImageTransformer2DModel", {"first": _forward, "second": _forward}, HEADS)
+NATIVE = Candidate("native", load_native, {"first": _native, "second": _native}, layout=HEADS, on_load=ON_LOAD)
+
+
+# --- the autoencoder -------------------------------------------------------------------------------------------------
 
 
 def _statistics(model: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +96,7 @@ CASES = FamilyCases(
     components=(
         ComponentCase(
             "transformer", "conversions.qwen_image.recipe:TRANSFORMER", HERE / "reference" / "transformer.safetensors",
-            (TRANSFORMER,),
+            (NATIVE, TRANSFORMER),
         ),
         ComponentCase(
             "vae", "conversions.qwen_image.vae_recipe:AUTOENCODER", HERE / "reference" / "vae.safetensors",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from conversions.qwen_image.recipe import ON_LOAD
-from porter.core.errors import BadInputError
+from porter.core.errors import BadInputError, UsageError
 from runtime.attention import attention
 from runtime.layers import (
     AdaLayerNorm,
@@ -37,6 +37,7 @@ from runtime.layers import (
 from runtime.parallel import sequence
 
 THETA = 10000.0  # fixed in every Qwen-Image; diffusers has no field for it
+POSITIONS = 4096  # on each side of 0
 FREQUENCIES = 256  # width of the timestep's sinusoids
 Table = tuple[Tensor, Tensor]  # cosines and sines, (L, E / 2) each
 Shape = tuple[int, int, int]  # frames, rows and columns of a picture, in tokens
@@ -124,6 +125,7 @@ class QwenImageTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(DoubleBlock(width, heads) for _ in range(p.num_layers))
         self.norm_out = AdaLayerNorm(width, 2, scale_first=True)
         self.proj_out = nn.Linear(width, p.patch_size**2 * p.out_channels)
+        self.turns = [axis_turns(axis) for axis in p.axes_dims_rope]  # no buffers: they keep their type and device
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QwenImageTransformer:
@@ -134,10 +136,20 @@ class QwenImageTransformer(nn.Module):
         """Position table of the joint sequence, the same at every step: `text` tokens, then the pictures'.
 
         -> (L, E / 2) twice
+
+        Raises:
+            UsageError: there are more positions than the model counts.
         """
         positions = joint_positions(img_shapes, text, layered=self.params.use_layer3d_rope)  # (L, 3)
-        cos, sin = rotary_table(positions, self.params.axes_dims_rope)
-        return cos.to(self.img_in.weight.device), sin.to(self.img_in.weight.device)
+        if int(positions.abs().max()) >= POSITIONS:
+            raise UsageError(
+                "prompt and pictures do not fit the transformer's positions", expected=f"at most {POSITIONS} in a row",
+                found=f"{text} tokens of text, pictures of {', '.join(f'{h} x {w}' for _, h, w in img_shapes)} tokens",
+                hint="a shorter prompt, fewer pictures, or smaller --height and --width",
+            )  # fmt: skip
+        rows = [turns[positions[:, axis] + POSITIONS] for axis, turns in enumerate(self.turns)]
+        turns = torch.cat(rows, dim=-1).to(self.img_in.weight.device)  # (L, E / 2)
+        return turns.real.contiguous(), turns.imag.contiguous()
 
     def forward(
         self,
@@ -278,19 +290,14 @@ def _centred(count: int) -> Tensor:
 
 
 # https://github.com/modelscope/DiffSynth-Studio/blob/fed7b18fac2ed4cb802796eec91970e7659bccde/diffsynth/models/qwen_image_dit.py#L80
-# Deviation: computed for the positions at hand; the original has a table of 4096, which larger pictures must outgrow.
-def rotary_table(positions: Tensor, widths: Sequence[int]) -> Table:
-    """Cosines and sines of every token's angles, axis after axis: (L, 3) -> (L, E / 2) twice.
+def axis_turns(width: int) -> Tensor:
+    """The turn of every position from -`POSITIONS` up, as complex numbers on the CPU: (2 `POSITIONS`, width / 2).
 
-    In float32 and on the CPU, as the released class does: far positions in float64 would give another table.
+    In float32, and made with the model, as the released class does: in float64 far positions would turn otherwise.
     """
-    angles = []
-    for axis, width in enumerate(widths):
-        steps = torch.arange(0, width, 2, dtype=torch.float32) / width  # (width / 2,)
-        angles.append(positions[:, axis, None] * (1.0 / THETA**steps))  # (L, width / 2)
-    angle = torch.cat(angles, dim=-1)  # (L, E / 2)
-    turns = torch.polar(torch.ones_like(angle), angle)
-    return turns.real.contiguous(), turns.imag.contiguous()
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width  # (width / 2,)
+    angles = torch.arange(-POSITIONS, POSITIONS, device="cpu")[:, None] * (1.0 / THETA**steps)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def _by_token(mod: Tensor, clean: Tensor | None) -> Tensor:

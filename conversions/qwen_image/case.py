@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from conversions.common.candidates import diffusers_candidate, heads_and_tokens, load
+from conversions.common.candidates import diffusers_candidate, heads_and_tokens
 from conversions.qwen_image.model import QwenImageTransformer
 from conversions.qwen_image.recipe import ON_LOAD
-from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named
+from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, PipelineCase, PipelineSide, Shapes
+from parity.stages import Request
 from porter.core.files import read_config
-from runtime.loader import load_module
+from runtime.image import to_pil
+from runtime.loader import library_class, load_module, quiet_libraries, read_index, without_videos
+from runtime.registry import load as load_port
 
 HERE = Path(__file__).parent
+PROMPT = "a large red circle left of a small blue square, on a white background"
 
 
 # --- the transformer -------------------------------------------------------------------------------------------------
@@ -61,6 +67,68 @@ TRANSFORMER = diffusers_candidate("QwenImageTransformer2DModel", {"first": _forw
 NATIVE = Candidate("native", load_native, {"first": _native, "second": _native}, layout=HEADS, on_load=ON_LOAD)
 
 
+def _shapes(given: Named) -> dict[str, Any]:
+    """The tensor of shapes as both classes take it."""
+    return {**given, "img_shapes": [tuple(shape) for shape in given["img_shapes"].tolist()]}
+
+
+def _text(shapes: Shapes) -> int:
+    return shapes["encoder_hidden_states"][1]
+
+
+def _native_in(own: Named, shapes: Shapes) -> Named:
+    """Its table is the joint sequence's, text first, in real numbers; its mask is the joint one."""
+    turns = torch.complex(own["rope.0"], own["rope.1"])
+    text = _text(shapes)
+    given = {"hidden_states": own["img"], "encoder_hidden_states": own["txt"], "temb": own["vec"]}
+    given |= {"image_rotary_emb.0": turns[text:], "image_rotary_emb.1": turns[:text]}
+    if "mask" in own:
+        given["encoder_hidden_states_mask"] = own["mask"][:, :text]
+    if "clean" in own:
+        given["modulate_index"] = own["clean"].int().expand(own["img"].shape[0], -1)
+    return given
+
+
+NATIVE_VERSUS_DIFFUSERS = Candidate(
+    name="native",
+    load=load_native,
+    passes={name: lambda model, inputs: model(**_shapes(inputs)) for name in ("picture", "pictures")},
+    blocks=(
+        Block(
+            r"transformer_blocks\.\d+",
+            force=lambda ref, own: {"img": ref["hidden_states"], "txt": ref["encoder_hidden_states"]},
+            inputs=_native_in,
+            outputs=lambda own, _: {"0": own["1"], "1": own["0"]},  # diffusers answers text first
+        ),
+    ),
+    on_load=ON_LOAD,
+)
+
+
+def transformer_inputs(folder: Path, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Random inputs by the port's config: two images with prompts of 7 and 4 tokens, one and three pictures each."""
+    config, draw = read_config(folder / "config.json"), torch.Generator().manual_seed(seed)
+    passes = {}
+    for name, pictures in (("picture", [[1, 3, 5]]), ("pictures", [[1, 4, 3], [1, 3, 2], [1, 2, 2]])):
+        shapes = torch.tensor(pictures)
+        passes[name] = {
+            "hidden_states": torch.randn(2, int(shapes.prod(1).sum()), config["in_channels"], generator=draw),
+            "encoder_hidden_states": torch.randn(2, 7, config["joint_attention_dim"], generator=draw),
+            "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [4]]),
+            "timestep": torch.rand(2, generator=draw),
+            "img_shapes": shapes,
+        }
+        if config.get("use_additional_t_cond"):
+            passes[name]["additional_t_cond"] = torch.tensor([0, 1])
+    return passes
+
+
+CROSS = Cross(
+    TRANSFORMER, NATIVE_VERSUS_DIFFUSERS, call=lambda model, inputs: _diffusers(model, _shapes(inputs)),
+    inputs=transformer_inputs, whole=r"transformer_blocks\.\d+",
+)  # fmt: skip
+
+
 # --- the autoencoder -------------------------------------------------------------------------------------------------
 
 
@@ -92,16 +160,124 @@ AUTOENCODER = replace(
     blocks=(Block(r".+"),),  # a convolution also takes cached frames; both sides call everything alike
 )
 
+# --- the pipelines ---------------------------------------------------------------------------------------------------
+
+
+def diffusers_port(port: Path, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline of a port on the CPU.
+
+    Its language model gets the processor's `mm_token_type_ids` as ours does: diffusers leaves them out
+    (https://github.com/huggingface/diffusers/issues/14194), and the tokens of pictures would stand in a row like text.
+    """
+    index, given = read_index(port), {}
+    with quiet_libraries():
+        import diffusers
+
+        if "processor" in index:
+            cls = without_videos(library_class(*index["processor"]))
+            given["processor"] = processor = cls.from_pretrained(port / "processor")
+        pipeline: Any = getattr(diffusers, index["_class_name"])
+        pipe = pipeline.from_pretrained(port, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, **given)
+    pipe.set_progress_bar_config(disable=True)
+
+    def tell_pictures(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kinds = processor.create_mm_token_type_ids(kwargs["input_ids"].tolist())
+        return args, kwargs | {"mm_token_type_ids": torch.tensor(kinds)}
+
+    if given:
+        pipe.text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
+    return pipe
+
+
+def _picture() -> Image.Image:
+    """A picture to edit: colours that change along both sides, and a dark disc."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
+    disc = ((rows - 0.4) ** 2 + (columns - 0.6) ** 2 < 0.04).float()
+    (picture,) = to_pil(torch.stack([rows, columns, 1 - rows])[None] * (1 - 0.8 * disc))
+    return picture
+
+
+def diffusers_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
+    """diffusers' pipeline of a port as a side of the comparison."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    pipe = diffusers_port(port, dtype)
+
+    def paint(request: Request, seed: int, prompts: list[str], given: dict[str, Any]) -> Tensor:
+        negative, scale = request.negative or (None, 1.0)
+        height, width = _size(request, 2 * pipe.vae_scale_factor)
+        image: Tensor = pipe(
+            prompt=prompts, negative_prompt=[negative] * len(prompts) if negative else None, true_cfg_scale=scale,
+            height=height, width=width, num_inference_steps=request.steps, output_type="pt", **given,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+        ).images  # fmt: skip
+        return image
+
+    def save(image: Tensor) -> Tensor:
+        return _levels(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image)))
+
+    given = {"image": _picture()} if hasattr(pipe, "processor") else {}
+    return _side(pipe.text_encoder, pipe.transformer, pipe.vae, pipe.scheduler, paint, given, save)
+
+
+def native_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
+    """The native pipeline of a port as a side of the comparison."""
+    pipe = load_port(port, dtype=dtype, device="cpu", executor="native")
+
+    def paint(request: Request, seed: int, prompts: list[str], given: dict[str, Any]) -> Tensor:
+        negative, scale = request.negative or (None, 1.0)
+        height, width = _size(request, pipe.config.size_multiple())
+        answer = pipe.generate(
+            prompts, negative_prompt=negative, true_cfg_scale=scale, height=height, width=width, seed=seed,
+            num_inference_steps=request.steps, **given,
+        )  # fmt: skip
+        assert answer.output is not None  # the last stage verified it
+        return answer.output
+
+    given = {"image": [_picture()]} if "processor" in pipe.modules else {}
+    parts = (pipe.modules[name] for name in ("text_encoder", "transformer", "vae", "scheduler"))
+    return _side(*parts, paint, given, lambda image: _levels(to_pil(image)))
+
+
+def _size(request: Request, multiple: int) -> tuple[int, int]:
+    """Eight tokens a side, or a part of them: what is wrong is wrong in small pictures too."""
+    height, width = (max(1, round(8 * part)) * multiple for part in request.part)
+    return height, width
+
+
+def _levels(pictures: list[Any]) -> Tensor:
+    """PIL pictures -> uint8 (B, 3, H, W)."""
+    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+
+
+def _side(
+    encoder: Any, transformer: nn.Module, vae: Any, scheduler: Any, paint: Callable[..., Tensor], given: dict[str, Any],
+    save: Callable[[Tensor], Tensor],
+) -> PipelineSide:  # fmt: skip
+    """`paint`: (request, seed, prompts, given) -> pictures. Editing does one prompt at a time, as diffusers does."""
+
+    def run(request: Request) -> Tensor:
+        if not given:
+            return paint(request, request.seed, request.prompts, given)
+        return torch.cat([paint(request, request.seed + i, [text], given) for i, text in enumerate(request.prompts)])
+
+    stages = {"text_encoder": encoder.model, "denoiser": transformer, "decoder": vae.decoder}
+    return PipelineSide(stages, (encoder, transformer, vae), scheduler, run, save)
+
+
 CASES = FamilyCases(
     components=(
         ComponentCase(
             "transformer", "conversions.qwen_image.recipe:TRANSFORMER", HERE / "reference" / "transformer.safetensors",
-            (NATIVE, TRANSFORMER),
+            (NATIVE, TRANSFORMER), (CROSS,),
         ),
         ComponentCase(
             "vae", "conversions.qwen_image.vae_recipe:AUTOENCODER", HERE / "reference" / "vae.safetensors",
             (AUTOENCODER,),
         ),
     ),
-    code=("conversions.qwen_image", "conversions.common", "porter.core"),
+    pipeline=PipelineCase(
+        diffusers_pipeline, native_pipeline, PROMPT, 8, 0.0, own=("rotary",), negative=("a green triangle", 2.5)
+    ),
+    code=("conversions.qwen_image", "conversions.common", "runtime", "porter.core"),
 )  # fmt: skip

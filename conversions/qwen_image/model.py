@@ -198,10 +198,9 @@ class Conditioning(nn.Module):
 
     def forward(self, timestep: Tensor, additional: Tensor | None) -> Tensor:
         """timestep, additional: (B,) -> (B, D)."""
-        if (additional is None) != (self.addition_t_embedding is None):
-            raise ValueError(
-                f"use_additional_t_cond is {self.addition_t_embedding is not None}, but additional_t_cond is {additional}"
-            )
+        wanted = self.addition_t_embedding is not None
+        if (additional is not None) != wanted:
+            raise ValueError(f"use_additional_t_cond is {wanted}, but additional_t_cond is {additional}")
         vec: Tensor = self.timestep_embedder(sinusoid(timestep, FREQUENCIES, scale=1000).to(timestep.dtype))
         if self.addition_t_embedding is not None:
             vec = vec + self.addition_t_embedding(additional)

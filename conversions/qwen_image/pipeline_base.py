@@ -1,4 +1,4 @@
-"""What Qwen-Image's pipelines share: the prompt's template, packed latents, guidance that keeps the prediction's length.
+"""What Qwen-Image's pipelines share: the prompt's template, packed latents, guidance that keeps each token's length.
 
 B: images, h, w: latent positions, S = h * w / 4 image tokens, C: latent channels, T: text tokens, X: width of a token.
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from conversions.qwen_image.model import QwenImageTransformer, Shape, Table
+from porter.core.errors import UsageError
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.request import Req
 from runtime.stages import TextEmbeddings, TextEncodingStage, VerificationResult
@@ -78,7 +79,17 @@ class QwenImagePipelineConfig(PipelineConfig):
         return pack(latents)
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
-        """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0."""
+        """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0.
+
+        Raises:
+            UsageError: one step, where the scheduler stretches the levels between the first and a last one.
+        """
+        if batch.num_inference_steps == 1 and self.scheduler_config.get("shift_terminal"):
+            raise UsageError(
+                "num_inference_steps: one step has no last noise level beside the first", expected="2 or more",
+                found=f"1, and shift_terminal {self.scheduler_config['shift_terminal']} in the scheduler's config",
+                hint="--steps 2",
+            )  # fmt: skip
         if batch.sigmas is not None:
             return batch.sigmas
         assert batch.num_inference_steps is not None

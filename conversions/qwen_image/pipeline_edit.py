@@ -2,10 +2,10 @@
 
 B: images, h, w: latent positions, C: latent channels.
 
-The order of operations is that of diffusers' QwenImageEditPipeline and QwenImageEditPlusPipeline. Deviation: the language
-model gets the processor's `mm_token_type_ids`, so that the tokens of a picture stand in rows and columns, as when the
-model was trained; diffusers (https://github.com/huggingface/diffusers/issues/14194) leaves them out, after which
-transformers 5 counts them like text. One picture may also be edited by several prompts at once.
+The order of operations is that of diffusers' QwenImageEditPipeline and QwenImageEditPlusPipeline. Deviations: the
+language model gets the processor's `mm_token_type_ids`, so that the tokens of a picture stand in rows and columns, as
+when the model was released; diffusers (https://github.com/huggingface/diffusers/issues/14194) leaves them out, after
+which transformers 5 counts them like text. Several prompts may edit the same pictures at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Qwen-Image's transformer: names and shapes of every release are those of diffusers' QwenImageTransformer2DModel.
 
-`ON_LOAD` packs them for the native model while they are read. What a bare file lacks is its config.json, which a conversion writes. Single files of Qwen-Image-Edit-2511 hold an empty
-tensor that marks them: their tokens of given pictures are modulated as at time 0.
+`ON_LOAD` packs them for the native model while they are read. What a bare file lacks is its config.json, which a
+conversion writes. Single files of Qwen-Image-Edit-2511 hold an empty tensor that marks them: their tokens of given
+pictures are modulated as at time 0.
 
     h width · n blocks
 """
@@ -140,11 +141,11 @@ ON_LOAD = on_load(
     "qwen-image-on-load",
     Rule(
         (_B + "attn.to_q." + _P, _T + "attn.to_k.{p}", _T + "attn.to_v.{p}"),
-        _T + "attn.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _T + "attn.to_qkv.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(
         (_B + "attn.add_q_proj." + _P, _T + "attn.add_k_proj.{p}", _T + "attn.add_v_proj.{p}"),
-        _T + "attn.add_qkv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _T + "attn.add_qkv_proj.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_B + "attn.{o:to_out.0|to_add_out}." + _P, _T + "attn.{o}.{p}", shard=INPUTS),
     Rule(_B + "{s:img|txt}_mlp.net.0.proj." + _P, _T + "{s}_mlp.net.0.proj.{p}", shard=OUTPUTS),

@@ -17,7 +17,7 @@ MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|v
 
 
 def write_port(folder: Path, pipeline: str = "QwenImagePipeline", **transformer: Any) -> Path:
-    """A pipeline folder with random weights; the autoencoder makes one latent of 16 x 16 pixels.
+    """A pipeline folder with random weights; the autoencoder makes one latent of 8 x 8 pixels.
 
     `transformer`: further settings of its class.
     """
@@ -31,8 +31,7 @@ def write_port(folder: Path, pipeline: str = "QwenImagePipeline", **transformer:
             joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6), **transformer,
         ),
         "vae": AutoencoderKLQwenImage(
-            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 2, 2], num_res_blocks=1,
-            temperal_downsample=[False, False, True, True],
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
             latents_mean=[0.5, -0.25, 0.125, 0.0], latents_std=[1.5, 0.75, 2.0, 1.25],
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(

@@ -227,8 +227,10 @@ def _half_split(model: QwenImageTransformer) -> None:
 def _text_from_zero(model: QwenImageTransformer) -> None:
     rotary = model.rotary
     zero = lambda shapes, text: rotary([(1, 1, 1)], text)  # noqa: E731
-    model.rotary = lambda shapes, text: tuple(  # type: ignore[method-assign]
-        torch.cat((z[:text], t[text:])) for z, t in zip(zero(shapes, text), rotary(shapes, text), strict=True)
+    model.rotary = (
+        lambda shapes, text: tuple(  # type: ignore[method-assign]
+            torch.cat((z[:text], t[text:])) for z, t in zip(zero(shapes, text), rotary(shapes, text), strict=True)
+        )
     )
 
 

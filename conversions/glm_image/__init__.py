@@ -12,7 +12,12 @@ FAMILY = Family(
         Component("tokenizer", "transformers", ("ByT5Tokenizer",)),
         Component("vision_language_encoder", "transformers", ("GlmImageForConditionalGeneration",)),
         Component("processor", "transformers", ("GlmImageProcessor",)),
-        Component("transformer", "diffusers", ("GlmImageTransformer2DModel",)),
+        Component(
+            "transformer",
+            "diffusers",
+            ("GlmImageTransformer2DModel",),
+            native="conversions.glm_image.model:GlmImageTransformer",
+        ),
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
     style="Hybrid",

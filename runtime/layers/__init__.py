@@ -6,6 +6,7 @@ from .modulation import AdaLayerNorm, modulate
 from .norm import FP32LayerNorm, RMSNorm
 from .packed import PackedLinear
 from .rotary import apply_rotary, rotary_table
+from .rotary_halves import apply_rotary_halves
 
 __all__ = [
     "AdaLayerNorm",
@@ -15,6 +16,7 @@ __all__ = [
     "PackedLinear",
     "RMSNorm",
     "apply_rotary",
+    "apply_rotary_halves",
     "modulate",
     "rotary_table",
     "sinusoid",

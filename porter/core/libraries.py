@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 from porter.core.installed import (
     class_block,
@@ -66,7 +67,7 @@ def pipeline_module(module: str) -> bool:
 
 @cache
 def pipeline_module_has(module: str, class_name: str) -> bool:
-    """Whether `diffusers.pipelines.<module>` defines `class_name`.
+    """Whether `diffusers.pipelines.<module>` defines `class_name`, or hands on transformers' class of that name.
 
     A model_index.json may name such a module where a library's name stands (`["stable_diffusion", …SafetyChecker]`).
     """
@@ -74,7 +75,16 @@ def pipeline_module_has(module: str, class_name: str) -> bool:
     if root is None or not module.isidentifier() or not class_name.isidentifier():
         return False
     places = (f"{root}/pipelines/{module}", f"{root}/pipelines/deprecated/{module}")
-    return any(class_block(file_bytes(file), class_name) for place in places for file in matching(place, "*.py"))
+    if any(class_block(file_bytes(file), class_name) for place in places for file in matching(place, "*.py")):
+        return True
+    return any(class_name in _from_transformers(file) for place in places for file in matching(place, "__init__.py"))
+
+
+def _from_transformers(file: Path) -> set[str]:
+    """Names that a file imports from transformers."""
+    imports = (node for node in ast.walk(ast.parse(file_bytes(file))) if isinstance(node, ast.ImportFrom))
+    found = (node for node in imports if not node.level and (node.module or "").partition(".")[0] == "transformers")
+    return {name.asname or name.name for node in found for name in node.names}
 
 
 @cache

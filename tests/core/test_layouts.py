@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from porter.core.architectures import architectures
 from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.family import families
-from porter.core.libraries import pipeline_components, pipeline_optional
+from porter.core.libraries import pipeline_components, pipeline_module_has, pipeline_optional
 from porter.core.planning import make_plan, plan
 from porter.core.source import open_source
 from tests.sparse_models import names_of, sparse
@@ -205,6 +205,13 @@ def test_families_that_share_a_pipeline_class_are_told_by_a_config(tmp_path: Pat
         assert found.family == family
         checker = found.component("safety_checker")
         assert checker and checker.custom_code is None and checker.status == "reuse"
+
+
+def test_a_pipeline_module_may_hand_on_a_class_of_transformers() -> None:
+    """diffusers writes such a module's name where the class is another library's."""
+    assert pipeline_module_has("glm_image", "GlmImageForConditionalGeneration")
+    assert not pipeline_module_has("glm_image", "T5EncoderModel")  # a file of the module imports it for itself
+    assert not pipeline_module_has("glm_image", "NoSuchModel")
 
 
 def test_code_of_a_repository_is_flagged_and_never_imported(tmp_path: Path) -> None:

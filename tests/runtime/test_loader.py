@@ -159,9 +159,20 @@ def test_no_such_port(tmp_path: Path) -> None:
 
 
 def test_the_class_list_is_closed() -> None:
-    for library, name in (("os", "system"), ("diffusers.utils", "logging"), ("transformers", "__version__")):
+    named = (("os", "system"), ("diffusers.utils", "logging"), ("transformers", "__version__"), ("flux", "NoSuchModel"))
+    for library, name in named:
         with pytest.raises(BadInputError):
             library_class(library, name)
+
+
+def test_a_class_is_found_by_the_module_of_diffusers_pipelines_that_hands_it_on() -> None:
+    """diffusers writes such a module's name into model_index.json where it cannot tell the library."""
+    import transformers
+
+    found = library_class("glm_image", "GlmImageForConditionalGeneration")
+    assert found is transformers.GlmImageForConditionalGeneration
+    checker = library_class("stable_diffusion", "StableDiffusionSafetyChecker")
+    assert checker.__module__ == "diffusers.pipelines.stable_diffusion.safety_checker"
 
 
 def test_the_public_api_loads_a_pipeline_that_generates(bare_port: Path) -> None:

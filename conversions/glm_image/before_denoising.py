@@ -129,7 +129,7 @@ class GlmImageBeforeDenoisingStage(BeforeDenoisingStage):
                 found=f"{len(tokens)} tokens, {int((tokens >= codebook).sum())} of them from {codebook} on",
                 hint="another --seed",
             )
-        grid = tokens.view(rows, columns)
+        grid: Tensor = tokens.view(rows, columns)
         return grid.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()
 
     # https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/glm_image/pipeline_glm_image.py#L491

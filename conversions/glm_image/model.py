@@ -13,6 +13,7 @@ images are not taken: text to image only.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -106,7 +107,7 @@ class GlmImageTransformer(nn.Module):
 
     # https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/models/transformers/transformer_glm_image.py#L432
     # Deviation: each angle stands once; diffusers' tables repeat the first half.
-    def rotary(self, height: int, width: int, device: torch.device | None = None) -> Table:
+    def rotary(self, height: int, width: int, device: torch.device) -> Table:
         """Position table of a picture of `height` x `width` latents, the same at every step: (S, E / 2) twice.
 
         The first half of the angles is the row's, the second the column's; all arithmetic is float32, as diffusers'.
@@ -133,8 +134,8 @@ class GlmImageTransformer(nn.Module):
         rotary: Table | None = None,  # the table of this size, where the caller has it already
     ) -> Tensor:
         """Predict the velocity -> (B, C, H, W)."""
-        size, p = hidden_states.shape[-2:], self.params.patch_size
-        table = self.rotary(*size, device=hidden_states.device) if rotary is None else rotary
+        height, width = hidden_states.shape[-2:]
+        table = self.rotary(height, width, hidden_states.device) if rotary is None else rotary
         # Of a sequence-parallel group each rank has the text, and its part of the image (S of it from here on).
         rope = (sequence.scatter(table[0], dim=0), sequence.scatter(table[1], dim=0))
         img = sequence.scatter(self.image_projector(hidden_states))  # (B, S, D)
@@ -151,7 +152,7 @@ class GlmImageTransformer(nn.Module):
             img, txt = block(img, txt, vec, rope, mask)
 
         patches = sequence.gather(self.proj_out(self.norm_out(img, vec)))  # (B, S, p² C), of the whole image
-        return unpatchify(patches, *size, p)
+        return unpatchify(patches, height, width, self.params.patch_size)
 
 
 # https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/models/transformers/transformer_glm_image.py#L71
@@ -184,12 +185,12 @@ class Projector(nn.Module):
 
     def __init__(self, in_width: int, width: int, activation: nn.Module) -> None:
         super().__init__()
-        first = nn.ModuleDict({"proj": nn.Linear(in_width, width)})
+        first = nn.Sequential(OrderedDict(proj=nn.Linear(in_width, width)))
         # The activation keeps the second linear at `net.2`, its name on disk.
-        self.net = nn.ModuleList([first, activation, nn.Linear(width, width)])
+        self.net = nn.Sequential(first, activation, nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net[2](self.net[1](self.net[0]["proj"](x)))
+        y: Tensor = self.net(x)
         return y
 
 

@@ -80,7 +80,8 @@ class GlmImagePipelineConfig(PipelineConfig):
 
     def get_freqs_cis(self, batch: Req, transformer: nn.Module, device: torch.device) -> Table:
         assert isinstance(transformer, GlmImageTransformer) and batch.raw_latent_shape is not None
-        return transformer.rotary(*batch.raw_latent_shape[-2:], device=device)
+        height, width = batch.raw_latent_shape[-2:]
+        return transformer.rotary(height, width, device)
 
     def prepare_pos_cond_kwargs(self, batch: Req, freqs_cis: Any, device: torch.device) -> dict[str, Any]:
         return self._conditions(batch, batch.prompt_embeds, batch.prompt_masks, freqs_cis, drop=False)
@@ -120,13 +121,13 @@ class GlmImagePipelineConfig(PipelineConfig):
         channels, found = self.vae_config["latent_channels"], []
         for name in ("latents_std", "latents_mean"):
             values = self.vae_config.get(name)
-            numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-            if not numbers or len(values) != channels or (name == "latents_std" and 0 in values):
+            numbers = [v for v in values if type(v) in (int, float)] if isinstance(values, list) else []
+            if [channels, numbers] != [len(numbers), values] or (name == "latents_std" and 0 in numbers):
                 raise BadInputError(
                     f"the autoencoder's config has no usable {name}", expected=f"a list of {channels} numbers",
                     found=repr(values)[:80], hint=_AGAIN,
                 )  # fmt: skip
-            found.append(torch.tensor(values).view(1, channels, 1, 1))
+            found.append(torch.tensor(numbers).view(1, channels, 1, 1))
         return 1 / found[0], found[1]
 
 

@@ -21,12 +21,12 @@ def sinusoid(t: Tensor, width: int, max_period: float = 10000.0, *, scale: float
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers with SiLU between them: (B, in_width) -> (B, D)."""
+    """Two linear layers with an activation between them, SiLU if none is given: (…, in_width) -> (…, D)."""
 
-    def __init__(self, in_width: int, width: int) -> None:
+    def __init__(self, in_width: int, width: int, act: nn.Module | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_width, width)
-        self.act = nn.SiLU()
+        self.act = act or nn.SiLU()
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:

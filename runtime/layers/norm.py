@@ -13,16 +13,17 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight over the last axis: (…, D) -> (…, D).
 
     torch's fused norm rounds once. At quality `exact` the roundings are those of diffusers: the mean in float32, the
-    normalised values rounded to the weight's type, then multiplied by the weight.
+    normalised values rounded to the weight's type, then multiplied by the weight; unless diffusers' model has torch's
+    norm itself (`fused`).
     """
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, *, fused: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.fused = eps, fused
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if quality() != "exact":
+        if self.fused or quality() != "exact":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         mean = x.float().square().mean(-1, keepdim=True)
         normed = x * torch.rsqrt(mean + self.eps)

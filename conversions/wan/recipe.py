@@ -18,8 +18,10 @@ from conversions.common.shapes import Shapes, conv, linear, norm
 from porter.core.checkpoint import ANY, Header, TensorInfo, specs
 from porter.core.configs import ConfigFacts
 from porter.core.errors import RecipeError
+from porter.core.onload import on_load
+from porter.core.ops import Concat
 from porter.core.patterns import count_blocks
-from porter.core.recipe import Recipe, Rule, tensor_shape
+from porter.core.recipe import INPUTS, OUTPUTS, Recipe, Rule, tensor_shape
 
 ORIGINAL = "WanModel"
 NORM = "rms_norm_across_heads"  # the only norm of q and k that diffusers' class has
@@ -218,4 +220,25 @@ TRANSFORMER = Recipe(
         "blocks.{i:int}.scale_shift_table",
         "scale_shift_table",
     ),
+)  # fmt: skip
+
+_PACKED = "one product reads the input once"
+
+ON_LOAD = on_load(
+    "wan-on-load",
+    Rule(
+        (_B + "attn1.to_q." + _P, _T + "attn1.to_k.{p}", _T + "attn1.to_v.{p}"),
+        _T + "attn1.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    Rule(_B + "attn2.to_q." + _P, _T + "attn2.to_q.{p}", shard=OUTPUTS),
+    Rule((_B + "attn2.to_k." + _P, _T + "attn2.to_v.{p}"), _T + "attn2.to_kv.{p}", Concat(), _PACKED, shard=OUTPUTS),
+    Rule(
+        (_B + "attn2.add_k_proj." + _P, _T + "attn2.add_v_proj.{p}"),
+        _T + "attn2.add_kv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+    ),
+    # The norms go over all heads: each rank has the weights of its own, and adds up the squares with the others.
+    Rule(_B + "{a:attn1|attn2}.{n:norm_q|norm_k|norm_added_k}.weight", _T + "{a}.{n}.weight", shard=OUTPUTS),
+    Rule(_B + "{a:attn1|attn2}.to_out.0." + _P, _T + "{a}.to_out.0.{p}", shard=INPUTS),
+    Rule(_B + "ffn.net.0.proj." + _P, _T + "ffn.net.0.proj.{p}", shard=OUTPUTS),
+    Rule(_B + "ffn.net.2." + _P, _T + "ffn.net.2.{p}", shard=INPUTS),
 )  # fmt: skip

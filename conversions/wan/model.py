@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conversions.wan.recipe import NORM, ON_LOAD
-from porter.core.errors import BadInputError, UsageError
+from conversions.wan.params import WanParams
+from conversions.wan.recipe import ON_LOAD
+from porter.core.errors import UsageError
 from runtime.attention import attention, cross_attention
 from runtime.layers import (
     FeedForward,
@@ -42,74 +43,16 @@ Table = tuple[Tensor, Tensor]  # cosines and sines, (S, E / 2) each
 Context = tuple[Tensor, Tensor | None]  # embedded text (B, T, D), and the pictures' tokens (B, M, D) if there are any
 
 
-@dataclass(frozen=True)
-class WanParams:
-    """The fields of diffusers' transformer/config.json."""
-
-    patch_size: tuple[int, int, int]
-    num_attention_heads: int
-    attention_head_dim: int
-    in_channels: int
-    out_channels: int
-    text_dim: int
-    freq_dim: int
-    ffn_dim: int
-    num_layers: int
-    cross_attn_norm: bool
-    qk_norm: str
-    eps: float
-    image_dim: int | None
-    added_kv_proj_dim: int | None
-    rope_max_seq_len: int
-    pos_embed_seq_len: int | None
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> WanParams:
-        """Read config.json; keys that begin with an underscore are diffusers' own notes.
-
-        Raises:
-            BadInputError: a key is missing, unknown, or asks for what this model does not do.
-        """
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
-        given.setdefault("pos_embed_seq_len", None)  # Wan 2.1's configs were written before the field was
-        given["out_channels"] = given.get("out_channels") or given.get("in_channels")
-        names = {field.name for field in fields(cls)}
-        if odd := sorted(names ^ given.keys()):
-            raise BadInputError(
-                f"the transformer's config.json does not describe a Wan transformer: {', '.join(odd)}",
-                expected=f"exactly the keys {', '.join(sorted(names))}",
-                found=f"missing {sorted(names - given.keys())}, unknown {sorted(given.keys() - names)}",
-                hint="convert the model again: porter convert <original> -o <port> --overwrite",
-            )
-        params = cls(**given | {"patch_size": tuple(given["patch_size"])})
-        width = params.num_attention_heads * params.attention_head_dim
-        demands = {
-            f"qk_norm {NORM}": params.qk_norm == NORM,
-            "patch_size of three axes": len(params.patch_size) == 3,
-            "an even freq_dim and attention_head_dim": not (params.freq_dim % 2 or params.attention_head_dim % 2),
-            f"added_kv_proj_dim {width} (the width) with image_dim, and neither or both":
-                params.added_kv_proj_dim == (None if params.image_dim is None else width),
-            "pos_embed_seq_len only with image_dim": params.pos_embed_seq_len is None or params.image_dim is not None,
-        }  # fmt: skip
-        if unmet := [demand for demand, holds in demands.items() if not holds]:
-            raise BadInputError(
-                "the transformer's config.json describes a Wan that is not supported",
-                expected="; ".join(unmet),
-                found=", ".join(f"{name} {value!r}" for name, value in given.items()),
-                hint="convert the model again: porter convert <original> -o <port> --overwrite",
-            )
-        return params
-
-
 @dataclass
 class TextCache:
     """What of one prompt no step changes: filled at the first step, read at the others.
 
-    It belongs to one model and one prompt; the text that is given after the first step is not looked at.
+    It belongs to one prompt, and to the model that filled it: a second model fills it anew.
     """
 
+    model: nn.Module | None = None
     context: Context | None = None
-    blocks: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    blocks: list[dict[str, Tensor]] = field(default_factory=list)  # what each block's `CrossAttention` keeps
 
 
 # https://github.com/Wan-Video/Wan2.1/blob/9737cba9c1c3c4d04b33fcad41c111989865d315/wan/modules/model.py#L372
@@ -119,6 +62,7 @@ class WanTransformer(nn.Module):
 
     supported_attention_backends = ("sdpa", "math", "flash", "efficient", "cudnn")
     on_load = ON_LOAD
+    _keep_in_fp32_modules = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # as in diffusers
 
     def __init__(self, params: WanParams) -> None:
         super().__init__()
@@ -135,6 +79,11 @@ class WanTransformer(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> WanTransformer:
         """Build from diffusers' config.json. Raises BadInputError as `WanParams.from_config`."""
         return cls(WanParams.from_config(config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations; some parameters stay float32 whatever it is."""
+        return self.patch_embedding.weight.dtype
 
     # https://github.com/Wan-Video/Wan2.1/blob/9737cba9c1c3c4d04b33fcad41c111989865d315/wan/modules/model.py#L43
     def rotary(self, shape: Sequence[int], device: torch.device) -> Table:
@@ -173,11 +122,12 @@ class WanTransformer(nn.Module):
         times = sequence.scatter(timestep) if timestep.ndim == 2 else timestep[:, None]  # (B, Q)
         vec, modulation = self.condition_embedder(times, encoder_hidden_states.dtype)  # (B, Q, D), (B, Q, 6, D)
         cache = cache or TextCache()
-        if cache.context is None:
+        if cache.model is not self:
             cache.context = self.condition_embedder.embed(encoder_hidden_states, encoder_hidden_states_image)
+            cache.model, cache.blocks = self, [{} for _ in self.blocks]
 
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache.context, modulation, rope, cache.blocks.setdefault(i, {}))  # (B, S, D)
+        for block, kept in zip(self.blocks, cache.blocks, strict=True):
+            x = block(x, cache.context, modulation, rope, kept)  # (B, S, D)
 
         shift, scale = (self.scale_shift_table + vec.unsqueeze(2)).unbind(2)  # (B, Q, D)
         x = modulate(self.norm_out(x.float()), shift, scale).to(x.dtype)

@@ -284,9 +284,13 @@ def fill(
 ) -> None:
     """Replace every meta tensor by what the plan makes of the files, one tensor in memory beyond the module itself.
 
+    In half precision the parts that a class keeps in float32 (`_keep_in_fp32_modules`, as diffusers calls it) stay so.
+
     Args:
         share: makes of a step what this process holds of its outputs, from `read(name, *slices)`.
     """
+    half = dtype in (torch.float16, torch.bfloat16)
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if half else set()
     opened: dict[Path, Any] = {}
     with ExitStack() as stack:
 
@@ -304,7 +308,8 @@ def fill(
 
         for step in plan.steps:
             for output, value in zip(step.outputs, share(plan, step, read), strict=True):
-                tensor = value.to(device, dtype if value.is_floating_point() else value.dtype)
+                wanted = torch.float32 if kept & set(output.name.split(".")) else dtype
+                tensor = value.to(device, wanted if value.is_floating_point() else value.dtype)
                 _put(module, output.name, tensor)
 
 

@@ -113,8 +113,9 @@ def _for_images(found: TextEmbeddings, count: int) -> TextEmbeddings:
 
 
 def module_dtype(module: torch.nn.Module) -> torch.dtype:
-    """dtype of a module's first parameter."""
-    return next(module.parameters()).dtype
+    """dtype of a module: what it says itself, where some of its parameters keep another; else its first parameter's."""
+    said = getattr(module, "dtype", None)
+    return said if isinstance(said, torch.dtype) else next(module.parameters()).dtype
 
 
 def module_device(module: torch.nn.Module) -> torch.device:

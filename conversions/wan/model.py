@@ -256,8 +256,8 @@ class CrossAttention(nn.Module):
         y = cross_attention(q, kept["k"], kept["v"])  # (B, S, D)
         if "image_k" in kept:
             y = y + cross_attention(q, kept["image_k"], kept["image_v"])
-        y = self.to_out[0](y)
-        return y
+        out: Tensor = self.to_out[0](y)
+        return out
 
     def _keys(self, context: Context) -> dict[str, Tensor]:
         """Keys and values (B, T, N, E) of the text, and (B, M, N, E) of the pictures if there are any."""
@@ -265,6 +265,7 @@ class CrossAttention(nn.Module):
         k, v = self.to_kv.parts(text)
         found = {"k": self.norm_k(k), "v": v}
         if self.add_kv_proj is not None and self.norm_added_k is not None:
+            assert image is not None  # `Conditions.embed` saw to it
             k, v = self.add_kv_proj.parts(image)
             found |= {"image_k": self.norm_added_k(k), "image_v": v}
         return {name: y.unflatten(-1, (-1, self.head)) for name, y in found.items()}

@@ -228,13 +228,13 @@ ON_LOAD = on_load(
     "wan-on-load",
     Rule(
         (_B + "attn1.to_q." + _P, _T + "attn1.to_k.{p}", _T + "attn1.to_v.{p}"),
-        _T + "attn1.to_qkv.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _T + "attn1.to_qkv.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_B + "attn2.to_q." + _P, _T + "attn2.to_q.{p}", shard=OUTPUTS),
-    Rule((_B + "attn2.to_k." + _P, _T + "attn2.to_v.{p}"), _T + "attn2.to_kv.{p}", Concat(), _PACKED, shard=OUTPUTS),
+    Rule((_B + "attn2.to_k." + _P, _T + "attn2.to_v.{p}"), _T + "attn2.to_kv.{p}", (Concat(),), _PACKED, shard=OUTPUTS),
     Rule(
         (_B + "attn2.add_k_proj." + _P, _T + "attn2.add_v_proj.{p}"),
-        _T + "attn2.add_kv_proj.{p}", Concat(), _PACKED, shard=OUTPUTS,
+        _T + "attn2.add_kv_proj.{p}", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     # The norms go over all heads: each rank has the weights of its own, and adds up the squares with the others.
     Rule(_B + "{a:attn1|attn2}.{n:norm_q|norm_k|norm_added_k}.weight", _T + "{a}.{n}.weight", shard=OUTPUTS),

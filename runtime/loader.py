@@ -219,10 +219,11 @@ def load_module(
     run = mesh.current() if getattr(cls, "on_load", None) is not None else None
     tensor_parallel.distribute(module, plan, run)
     fill(module, plan, dtype, device, share=tensor_parallel.share(run))
-    for part in module.modules():  # tables that are in no file
+    for path, part in module.named_modules():  # tables that are in no file
         for name, table in part._buffers.items():
             if table is not None and not table.is_meta:
-                part._buffers[name] = table.to(device, dtype if table.is_floating_point() else table.dtype)
+                wanted = _precision(module, f"{path}.{name}", dtype)
+                part._buffers[name] = table.to(device, wanted if table.is_floating_point() else table.dtype)
     if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
         raise _misfit(folder, cls, unfilled, [], [])
     return module.eval()
@@ -289,8 +290,6 @@ def fill(
     Args:
         share: makes of a step what this process holds of its outputs, from `read(name, *slices)`.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if half else set()
     opened: dict[Path, Any] = {}
     with ExitStack() as stack:
 
@@ -308,9 +307,15 @@ def fill(
 
         for step in plan.steps:
             for output, value in zip(step.outputs, share(plan, step, read), strict=True):
-                wanted = torch.float32 if kept & set(output.name.split(".")) else dtype
+                wanted = _precision(module, output.name, dtype)
                 tensor = value.to(device, wanted if value.is_floating_point() else value.dtype)
                 _put(module, output.name, tensor)
+
+
+def _precision(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """dtype of one of the module's tensors where its weights are to be `dtype`."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) and kept & set(name.split(".")) else dtype
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -42,8 +42,14 @@ FAMILY = Family(
             original_name="diffusion_pytorch_model.safetensors",
             original_class="WanModel",
             recipe="conversions.wan.recipe:TRANSFORMER",
+            native="conversions.wan.model:WanTransformer",
         ),
-        Component("transformer_2", "diffusers", ("WanTransformer3DModel", "WanVACETransformer3DModel")),
+        Component(
+            "transformer_2",
+            "diffusers",
+            ("WanTransformer3DModel", "WanVACETransformer3DModel"),
+            native="conversions.wan.model:WanTransformer",
+        ),
         Component(
             "vae",
             "diffusers",
@@ -54,6 +60,7 @@ FAMILY = Family(
             recipe="conversions.wan.vae_recipe:AUTOENCODER",
         ),
     ),
+    pipeline="conversions.wan.pipelines:EntryClass",
     cases="conversions.wan.case:CASES",
     reference="conversions/wan/reference",
     reference_code=(

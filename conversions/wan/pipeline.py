@@ -249,7 +249,7 @@ def has_many_channels(configs: Mapping[str, dict[str, Any]]) -> bool:
     return configs.get("vae", {}).get("z_dim") == 48
 
 
-EntryClass = register_pipeline(WanPipeline)
+register_pipeline(WanPipeline)
 register_configs(
     WanPipeline.pipeline_name,
     sampling_param_cls=WanSamplingParams,

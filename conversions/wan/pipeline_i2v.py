@@ -177,7 +177,7 @@ class Wan5BI2VPipelineConfig(WanI2VPipelineConfig):
     area: int = 704 * 1280
 
 
-EntryClass = register_pipeline(WanImageToVideoPipeline)
+register_pipeline(WanImageToVideoPipeline)
 register_configs(
     WanImageToVideoPipeline.pipeline_name,
     sampling_param_cls=WanI2VSamplingParams,

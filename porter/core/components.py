@@ -170,7 +170,7 @@ def judge(
         return "missing"
     if layout == "original":
         return "convert" if known and known.recipe and not quantised else "port"
-    return "native" if known and known.native and not quantised else "reuse"
+    return "native" if known and known.native_of(class_name) and not quantised else "reuse"
 
 
 def custom_code(

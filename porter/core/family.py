@@ -33,7 +33,7 @@ class Component:
         original_class: the class of the original layout that the recipe takes, as `layouts.json` calls it; of a layout
             that another family's `layouts.json` holds, `family:class`.
         recipe: `"module:attribute"` of the recipe original → diffusers, or None where nothing is converted.
-        native: `"module:attribute"` of the native module, or None where the library's class is reused.
+        native: `"module:attribute"` of the native module for the first of the classes, or None where it is reused.
         recipes: (original class, recipe) of further layouts that a conversion takes; all write `class_names[0]`.
     """
 
@@ -46,6 +46,10 @@ class Component:
     recipe: str | None = None
     native: str | None = None
     recipes: tuple[tuple[str, str], ...] = ()
+
+    def native_of(self, class_name: str | None) -> str | None:
+        """The native module that stands for `class_name`, or None."""
+        return self.native if class_name == self.class_names[0] else None
 
     @property
     def layouts(self) -> dict[str, str]:

@@ -140,7 +140,7 @@ def _known(file: _Checkpoint, piece: Part) -> ComponentPlan:
             status, recipe = "convert", known.recipe or own or SAME_NAMES
             if recipe == SAME_NAMES:
                 words.append(f"{class_name} takes its tensors as they are, from a file of its own")
-        native = known.component is not None and known.component.native is not None and bool(file.config)
+        native = known.component is not None and known.component.native_of(class_name) and bool(file.config)
         status = "native" if status == "reuse" and native else status
         if status == "reuse" and known.recipe and not config:  # the original's names are the class's own
             recipe, status = known.recipe, "convert"

@@ -96,7 +96,7 @@ def _trace(facts: Facts, piece: Piece) -> Verdict:
 
 def _native(facts: Facts, piece: Piece) -> Verdict:
     known = _record(facts, piece, piece.parts[0].name)
-    return _shows(known.native if known else None)
+    return _shows(known.native_of(piece.class_name) if known else None)
 
 
 def _record(facts: Facts, piece: Piece, name: str) -> Component | None:

@@ -119,7 +119,7 @@ class WanTransformer(nn.Module):
         # Of a sequence-parallel group each rank has the text, and its part of the patches (S of it from here on).
         rope = (sequence.scatter(rope[0], dim=0), sequence.scatter(rope[1], dim=0))
         x = sequence.scatter(self.patch_embedding(hidden_states).flatten(2).mT.contiguous())  # (B, S, D)
-        times = sequence.scatter(timestep) if timestep.ndim == 2 else timestep[:, None]  # (B, Q)
+        times = sequence.scatter(timestep) if timestep.ndim == 2 else timestep
         vec, modulation = self.condition_embedder(times, encoder_hidden_states.dtype)  # (B, Q, D), (B, Q, 6, D)
         cache = cache or TextCache()
         if cache.model is not self:
@@ -154,10 +154,11 @@ class Conditions(nn.Module):
         self.image_embedder = None if p.image_dim is None else ImageEmbedder(p.image_dim, width, p.pos_embed_seq_len)
 
     def forward(self, times: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(B, Q) -> the time's vector (B, Q, D), and the blocks' modulations (B, Q, 6, D), in the text's `dtype`."""
-        waves = sinusoid(times.flatten(), self.frequencies).unflatten(0, times.shape)  # (B, Q, frequencies)
+        """(B,) or (B, S) -> the time's vector (B, Q, D) and the blocks' modulations (B, Q, 6, D), in `dtype`."""
+        waves = sinusoid(times.flatten(), self.frequencies).unflatten(0, times.shape)  # (B, S or none, frequencies)
         vec = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
-        return vec, self.time_proj(self.act(vec)).unflatten(-1, (6, -1))
+        modulation = self.time_proj(self.act(vec)).unflatten(-1, (6, -1))
+        return (vec, modulation) if times.ndim == 2 else (vec.unsqueeze(1), modulation.unsqueeze(1))
 
     def embed(self, text: Tensor, image: Tensor | None) -> Context:
         """(B, T, X), (I, M, V) -> (B, T, D), (B, M, D). Pictures are needed exactly when the config has image_dim."""

@@ -134,7 +134,9 @@ class WanPipelineConfig(PipelineConfig):
     def prepare_image_latents(self, vae: Any, batch: Req, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The picture as the first latent frame (B, z, 1, h, w), float32."""
         assert batch.image
-        return self.encode_video(vae, self.pixels(batch.image[0], batch), device).expand(batch.batch_size, -1, -1, -1, -1)
+        return self.encode_video(vae, self.pixels(batch.image[0], batch), device).expand(
+            batch.batch_size, -1, -1, -1, -1
+        )
 
     def pixels(self, picture: Image.Image, batch: Req) -> Tensor:
         """A picture at the video's size -> (1, 3, 1, H, W) in [-1, 1]."""
@@ -195,7 +197,8 @@ class WanPipelineConfig(PipelineConfig):
     def get_decode_scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(1 / standard deviation, mean) of each latent channel, (1, z, 1, 1, 1)."""
         mean, std = (
-            torch.tensor(self.vae_config[name]).double().view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+            torch.tensor(self.vae_config[name]).double().view(1, -1, 1, 1, 1)
+            for name in ("latents_mean", "latents_std")
         )
         return 1 / std, mean
 

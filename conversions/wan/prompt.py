@@ -6,7 +6,6 @@ import html
 import importlib.util
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from runtime.config import PipelineConfig, TextEncoderSpec
@@ -44,7 +43,9 @@ class WanTextEncodingStage(TextEncodingStage):
         for text in texts:
             text, left = clean(text)
             if left:
-                batch.warn("ftfy is not installed, which repairs prompts with other than plain letters: pip install ftfy")
+                batch.warn(
+                    "ftfy is not installed, which repairs prompts with other than plain letters: pip install ftfy"
+                )
             count = len(tokenizer(text, truncation=True, max_length=1 << 20).input_ids)
             if count > length:
                 batch.warn(f"{spec.encoder} reads {length} of the prompt's {count} tokens: {text[:40]!r}...")

@@ -15,7 +15,14 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from torch import nn
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from runtime.loader import quiet_libraries
 
@@ -69,7 +76,12 @@ def write_port(folder: Path, kind: str) -> Any:
         parts |= {"expand_timesteps": True, "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0)}
     if pictures:
         clip = CLIPVisionConfig(
-            hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+            hidden_size=20,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
         )
         parts["image_encoder"] = drawn(CLIPVisionModel(clip))
         square = {"height": 28, "width": 28}

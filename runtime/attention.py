@@ -33,6 +33,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sh
             parts too. The mask then covers the text and this rank's part (`sequence.scatter`), or the whole sequence.
     """
     if (ranks := sequence.ranks()) is not None:
+        if ranks.run.size("ring") > 1 and _kernel is not sdpa:
+            raise UsageError(
+                f"attention backend {_name!r} does not run in a ring: it does not return the log-sum-exp",
+                expected="sdpa | flash | efficient | math", found=_name,
+                hint="--attention sdpa, or share the tokens with --ulysses alone",
+            )  # fmt: skip
         return sequence.attend(q, k, v, mask, shared, ranks, kernel)
     return kernel(q, k, v, mask)
 

@@ -86,6 +86,7 @@ def test_what_cannot_be_shared_is_refused(results: dict[str, Any]) -> None:
         assert "attention mask cannot be shared" in found["structure"]
         assert "sequence.scatter" in found["length"]
         assert "does not share its tokens" in found["model"]
+        assert ("'flex' does not run in a ring" in found.get("backend", "")) == ("ring" in name)
         assert ("3 attention heads" in found["heads"]) == ("ulysses" in name)
     for found in facts(results, "guidance").values():
         assert "3 passes" in found["three passes"]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from porter.core.errors import CheckFailed, UsageError
+from runtime.attention import useful
 from runtime.config import PipelineConfig
 from runtime.loader import quiet_libraries
 from runtime.request import Req
@@ -119,7 +120,9 @@ class GlmImageBeforeDenoisingStage(BeforeDenoisingStage):
                 f" {length + before + count}: {text[:40]!r}..."
             )
         with seeded(seed, device):
-            written = self.prior_encoder.generate(**inputs, max_new_tokens=before + count + 1, do_sample=True)
+            written = self.prior_encoder.generate(
+                **inputs, max_new_tokens=before + count + 1, do_sample=True, return_dict_in_generate=False
+            )
         tokens = written[0, length + before :][:count]
         codebook = self.transformer.params.prior_vq_quantizer_codebook_size
         if len(tokens) < count or bool((tokens >= codebook).any()):
@@ -145,7 +148,7 @@ class GlmImageBeforeDenoisingStage(BeforeDenoisingStage):
         mask = torch.arange(longest, device=glyphs.device) >= longest - lengths[:, None]
         each = batch.batch_size // len(prompts)
         glyphs, mask = glyphs.repeat_interleave(each, dim=0), mask.repeat_interleave(each, dim=0)
-        return glyphs, None if bool(mask.all()) else mask
+        return glyphs, useful(mask)
 
     def _glyph_row(self, prompt: str, batch: Req) -> Tensor:
         """One prompt's quoted texts, encoded beside each other and joined: (T, X)."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from conversions.glm_image.recipe import ON_LOAD
 from porter.core.errors import BadInputError
-from runtime.attention import attention
+from runtime.attention import ALL_BACKENDS, attention
 from runtime.layers import FeedForward, MLPEmbedder, PackedLinear, apply_rotary_halves, modulate, sinusoid
 from runtime.parallel import sequence
 
@@ -82,7 +82,7 @@ class GlmImageParams:
 class GlmImageTransformer(nn.Module):
     """Velocity of the flow at (latents, time), given prior tokens, glyph text and the picture's size."""
 
-    supported_attention_backends = ("sdpa", "math", "flash", "efficient", "cudnn")
+    supported_attention_backends = ALL_BACKENDS
     on_load = ON_LOAD
 
     def __init__(self, params: GlmImageParams) -> None:
@@ -139,9 +139,8 @@ class GlmImageTransformer(nn.Module):
         # Of a sequence-parallel group each rank has the text, and its part of the image (S of it from here on).
         rope = (sequence.scatter(table[0], dim=0), sequence.scatter(table[1], dim=0))
         img = sequence.scatter(self.image_projector(hidden_states))  # (B, S, D)
-        prior = sequence.scatter(self.prior_token_embedding(prior_token_id))
-        dropped = sequence.scatter(prior_token_drop)[..., None]  # (B, S, 1)
-        img = img + self.prior_projector(prior.masked_fill(dropped, 0.0))
+        prior = self.prior_token_embedding(prior_token_id).masked_fill(prior_token_drop[..., None], 0.0)
+        img = img + self.prior_projector(sequence.scatter(prior))
         txt = self.glyph_projector(encoder_hidden_states)  # (B, T, D)
         vec = self.time_condition_embed(timestep, target_size, crop_coords, img.dtype)  # (B, V)
         mask = None

@@ -16,7 +16,7 @@ ON_LOAD = on_load(
     "glm-image-on-load",
     Rule(
         (_B + "attn1.to_q.{p:weight|bias}", _P + "attn1.to_k.{p}", _P + "attn1.to_v.{p}"),
-        _P + "attn1.to_qkv.{p}", Concat(), "one product reads the input once", shard=OUTPUTS,
+        _P + "attn1.to_qkv.{p}", (Concat(),), "one product reads the input once", shard=OUTPUTS,
     ),
     Rule(_B + "attn1.to_out.0.{p:weight|bias}", _P + "attn1.to_out.0.{p}", shard=INPUTS),
     Rule(_B + "ff.net.0.proj.{p:weight|bias}", _P + "ff.net.0.proj.{p}", shard=OUTPUTS),

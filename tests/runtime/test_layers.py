@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from runtime.layers import AdaLayerNorm, apply_rotary, modulate, rotary_table, sinusoid
+from runtime.layers import AdaLayerNorm, apply_rotary, apply_rotary_halves, modulate, rotary_table, sinusoid
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:
@@ -28,6 +28,15 @@ def test_rotary_turns_interleaved_pairs_by_position_axis_after_axis() -> None:
     pairs = torch.view_as_complex(x.double().reshape(1, 2, 1, 3, 2))
     expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).reshape(x.shape)
     assert (apply_rotary(x, (cos, sin)).double() - expected).abs().max() < 1e-6
+
+
+def test_split_half_rotary_turns_the_halves_as_interleaved_pairs() -> None:
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    table = rotary_table(torch.tensor([[0.0], [2.0], [5.0]]), (6,), 10000.0)
+    pairs = x.unflatten(-1, (2, 3)).transpose(-1, -2).flatten(-2)  # (x[i], x[i + 3]) side by side
+    expected = apply_rotary(pairs, table).unflatten(-1, (3, 2)).transpose(-1, -2).flatten(-2)
+    assert torch.equal(apply_rotary_halves(x, table), expected)
+    assert apply_rotary_halves(x.bfloat16(), table).dtype == torch.bfloat16
 
 
 def test_rotary_keeps_the_input_type_and_far_positions_exact() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from conversions.z_image.pipeline import ZImagePipeline, ZImagePipelineConfig
 from porter.core.errors import BadInputError, UsageError
 from runtime.loader import quiet_libraries
-from runtime.quality import at_quality
 from runtime.registry import load
 from tests.conversions.z_image.ports import write_port
 
@@ -98,8 +97,11 @@ def test_every_step_and_the_image_equal_diffusers(native: ZImagePipeline, theirs
 
 
 def test_exact_without_guidance_is_diffusers_in_every_bit(native: ZImagePipeline, theirs: Any) -> None:
-    with at_quality("exact"):
+    native.quality = "exact"
+    try:
         seen, batch = run_ours(native, seed=3, guidance_scale=0.0)
+    finally:
+        native.quality = "lossless"
     steps, image = run_theirs(theirs, [3], guidance_scale=0.0)
     for i, latents in enumerate(steps):
         assert torch.equal(seen[f"denoising.step.{i}"]["latents"], latents)
@@ -194,8 +196,8 @@ def test_bfloat16_is_rounded_where_diffusers_rounds(port: Path) -> None:
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         for parameter in module.parameters():
             parameter.data = parameter.data.bfloat16()
-    with at_quality("exact"):
-        seen, _ = run_ours(ours, seed=3, guidance_scale=0.0)
+    ours.quality = "exact"
+    seen, _ = run_ours(ours, seed=3, guidance_scale=0.0)
     steps, _ = run_theirs(pipe, [3], guidance_scale=0.0)
     for i, latents in enumerate(steps):
         assert latents.dtype == seen[f"denoising.step.{i}"]["latents"].dtype == torch.float32

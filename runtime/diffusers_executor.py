@@ -195,6 +195,10 @@ class DiffusersPipeline(ComposedPipelineBase):
         return found
 
     @property
+    def transformers(self) -> dict[str, torch.nn.Module]:
+        return {"denoiser": self.denoiser}
+
+    @property
     def denoiser(self) -> torch.nn.Module:
         names = ("transformer", "unet", "prior")
         modules = [m for n in names if isinstance(m := self.modules.get(n), torch.nn.Module)]

@@ -9,7 +9,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from porter.core.version import VERSION
 from runtime import outputs
 from runtime.jobs import FIELDS, Ask, GenerateJob, check_text, read_image, sha256_of
 from runtime.outputs import Target
+from runtime.parallel import mesh
 from runtime.preview import previewing
 from runtime.registry import describe, load
 from runtime.request import Req
@@ -200,7 +201,9 @@ class _Run:
 
     def _written(self, batch: Req, group: list[One], common: Mapping[str, Any]) -> list[dict[str, Any]]:
         assert batch.output is not None  # the last stage verified it
-        made = []
+        made: list[dict[str, Any]] = []
+        if (run := mesh.current()) is not None and not run.main:
+            return made  # every process has the same result, and the first one writes it
         for row, one in zip(batch.output, group, strict=True):
             settings = {name: getattr(batch, name) for name in FIELDS} | {"prompt": one.ask.prompt, "seed": one.seed}
             negative = settings["negative_prompt"]
@@ -298,6 +301,7 @@ def _provenance(path: Path, evidence: Evidence, pipeline: Any, job: GenerateJob)
         "quality": pipeline.quality,
         "attention": pipeline.config.attention_backend,
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+        "parallel": {name: size for name, size in asdict(job.options.parallel).items() if size > 1},
         "loras": [{"file": file.name, "scale": scale} for file, scale in job.loras],
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),

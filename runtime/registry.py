@@ -7,7 +7,7 @@ here, through the family's record, when its pipeline is first asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import families, family_of_pipeline, resolve
+from runtime.compiled import compile_blocks
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import read_configs, read_index
+from runtime.parallel import mesh
+from runtime.parallel.mesh import Parallel
 from runtime.pipeline import ComposedPipelineBase
 from runtime.quality import LEVELS, Quality
 from runtime.schedulers import exchanged
@@ -187,6 +190,8 @@ class RunOptions:
         attention: a backend of `runtime.attention`.
         scheduler: class of diffusers instead of the port's, with the port's settings.
         vae_tiling, vae_slicing: decode large pictures in tiles, batches one by one.
+        compiled: compile the denoiser's blocks; the first step waits for it.
+        parallel: how many processes share a picture; `runtime.parallel.mesh.start` must hold around the run.
     """
 
     dtype: torch.dtype | None = None
@@ -197,6 +202,8 @@ class RunOptions:
     scheduler: str | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False
+    compiled: bool = False
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def load(port: str | Path, options: RunOptions | None = None, **fields: Any) -> ComposedPipelineBase:
@@ -212,11 +219,13 @@ def load(port: str | Path, options: RunOptions | None = None, **fields: Any) -> 
         UsageError: the device is not there; an option that nothing has.
     """
     known = options or RunOptions(**fields)
-    path, device = Path(port), pick_device(known.device)
+    run = mesh.current()
+    path, device = Path(port), run.device if run is not None else pick_device(known.device)
     dtype = known.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if known.quality not in LEVELS:
         raise UsageError(f"no quality {known.quality}", expected=" | ".join(LEVELS), found=str(known.quality))
     model = describe(path, known.executor)
+    _check_parallel(known, model)
     if model.pipeline_cls is None:
         from runtime.diffusers_executor import load_diffusers
 
@@ -228,7 +237,31 @@ def load(port: str | Path, options: RunOptions | None = None, **fields: Any) -> 
     config = pipeline.config
     config.attention_backend, pipeline.quality = known.attention, known.quality
     config.vae_tiling, config.vae_slicing = known.vae_tiling, known.vae_slicing
+    if known.compiled:
+        for denoiser in pipeline.transformers.values():
+            compile_blocks(denoiser)
     return pipeline
+
+
+def _check_parallel(known: RunOptions, model: Model) -> None:
+    """Refuse what several processes cannot share, before weights are read.
+
+    Raises:
+        UsageError: diffusers' own pipeline, exact arithmetic, or heads that cannot be shared.
+    """
+    if known.parallel.processes == 1:
+        return
+    if model.executor != "native":
+        raise UsageError(
+            "diffusers' own pipeline runs in one process", expected="a native pipeline: porter families",
+            found=str(known.parallel), hint="leave out --tp, --ulysses, --ring and --cfg-parallel",
+        )  # fmt: skip
+    if known.quality == "exact" and known.parallel.processes > known.parallel.cfg:
+        raise UsageError(
+            "several processes add up in another order", expected="--quality lossless", found="--quality exact",
+            hint="leave out --quality, or --tp, --ulysses and --ring",
+        )  # fmt: skip
+    known.parallel.check_heads(model.config.dit_config)
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:

@@ -100,6 +100,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 )
 @click.option("--vae-tiling", is_flag=True, help="Decode in tiles: less memory.")
 @click.option("--vae-slicing", is_flag=True, help="Decode a batch one by one: less memory.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the denoiser's blocks; pays off over many images.")
+@click.option(
+    "--tp",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Tensor parallel: torchrun --nproc-per-node N -m porter.cli generate … --tp N",
+)
+@click.option(
+    "--ulysses", type=click.IntRange(min=1), default=1, metavar="N", help="Share tokens, and in attention heads."
+)
+@click.option("--ring", type=click.IntRange(min=1), default=1, metavar="N", help="Share tokens, and pass keys around.")
+@click.option("--cfg-parallel", is_flag=True, help="Prompt and negative prompt side by side, on two processes each.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on CUDA, float32 elsewhere.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 … Default: cuda where there is one.")
 @click.option(
@@ -162,6 +175,7 @@ def command(
         )  # fmt: skip
     from runtime.generate import run_job
     from runtime.jobs import FIELDS, Ask, GenerateJob, asks_of_metadata, dtype_of, read_prompts, read_settings
+    from runtime.parallel.mesh import Parallel, start
     from runtime.registry import RunOptions
 
     screen = notes()
@@ -183,6 +197,8 @@ def command(
     else:
         asks = [Ask(str(prompt), fields=fields)]
     options["dtype"] = dtype_of(options["dtype"])
+    sizes = {name: options.pop(name) for name in ("tp", "ulysses", "ring")}
+    options["parallel"] = parallel = Parallel(**sizes, cfg=2 if options.pop("cfg_parallel") else 1)
     job = GenerateJob(
         port=port,
         asks=asks,
@@ -202,9 +218,17 @@ def command(
         preview_every=preview_every or 0,
         repeats=repeats,
     )
-    with step_progress(len(asks) * num_images, quiet=quiet) as progress:
-        # One line, whatever --quiet says: a picture from an unproven port must not pass for a proven one.
-        document = run_job(job, progress=progress, warn=warn)
+    with start(parallel, options["device"]) as run:
+        alone = run is None or run.main
+        with step_progress(len(asks) * num_images, quiet=quiet or not alone) as progress:
+            # One line, whatever --quiet says: a picture from an unproven port must not pass for a proven one.
+            document = run_job(job, progress=progress, warn=warn)
+        if alone:
+            show(document, as_json=as_json, verbose=verbose)
+
+
+def show(document: dict[str, Any], *, as_json: bool, verbose: bool) -> None:
+    """What was made: the document, or the files' names."""
     if as_json:
         print_json(document)
         return
@@ -213,7 +237,7 @@ def command(
     if verbose:
         seconds, versions = document["seconds"], ", ".join(f"{k} {v}" for k, v in document["versions"].items())
         step = f", {seconds['step']:.3f} s a step" if seconds["step"] is not None else ""
-        screen.print(
+        notes().print(
             f"loaded in {seconds['load']:.1f} s, generated in {seconds['generate']:.1f} s{step}, "
             f"{document['executor']}, {document['quality']}, {document['device']} {document['dtype']}, {versions}"
         )

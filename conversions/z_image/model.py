@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from conversions.z_image.places import Order, Places, Table, filled, places
 from conversions.z_image.recipe import CONDITION, MIDDLE, ON_LOAD, PATCH, SINUSOIDS
 from porter.core.errors import BadInputError
-from runtime.attention import attention, cross_attention
+from runtime.attention import ALL_BACKENDS, attention, cross_attention
 from runtime.layers import PackedLinear, RMSNorm, apply_rotary, sinusoid
 from runtime.parallel import sequence
 from runtime.quality import quality
@@ -102,7 +102,7 @@ class ZImageParams:
 class ZImageTransformer(nn.Module):
     """Direction from noise to image at (latents, time), given a caption."""
 
-    supported_attention_backends = ("sdpa", "math", "flash", "efficient", "cudnn")
+    supported_attention_backends = ALL_BACKENDS
     on_load = ON_LOAD
 
     def __init__(self, params: ZImageParams) -> None:

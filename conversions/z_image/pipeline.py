@@ -22,6 +22,7 @@ from conversions.z_image.model import ZImageTransformer
 from conversions.z_image.places import Places
 from conversions.z_image.recipe import PATCH
 from porter.core.errors import BadInputError, UsageError
+from runtime.attention import useful
 from runtime.config import PipelineConfig, SamplingParams, TextEncoderSpec
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
@@ -108,11 +109,13 @@ class ZImagePipelineConfig(PipelineConfig):
     def get_freqs_cis(self, batch: Req, transformer: nn.Module, device: torch.device) -> tuple[Places, ...]:
         """Where the tokens stand, of the prompts and of the negative prompts: positions follow from their lengths."""
         assert isinstance(transformer, ZImageTransformer) and batch.raw_latent_shape is not None
-        size = batch.raw_latent_shape[2:]
+        height, width = batch.raw_latent_shape[2:]
         sides = [(batch.prompt_embeds, batch.prompt_masks)]
         if batch.do_classifier_free_guidance:
             sides.append((batch.negative_prompt_embeds, batch.negative_prompt_masks))
-        return tuple(transformer.places(_lengths(tokens[0], masks[0]), *size, device) for tokens, masks in sides)
+        return tuple(
+            transformer.places(_lengths(tokens[0], masks[0]), height, width, device) for tokens, masks in sides
+        )
 
     def prepare_pos_cond_kwargs(self, batch: Req, freqs_cis: Any, device: torch.device) -> dict[str, Any]:
         return {"encoder_hidden_states": batch.prompt_embeds[0], "places": freqs_cis[0]}
@@ -148,7 +151,7 @@ class ZImageTextEncodingStage(TextEncodingStage):
         tokens = pad_sequence(states, batch_first=True)  # (prompts, T, X)
         lengths = torch.tensor([len(row) for row in states], device=on)
         mask = torch.arange(tokens.shape[1], device=on) < lengths[:, None]
-        return TextEmbeddings([tokens], masks=[None if bool(mask.all()) else mask])
+        return TextEmbeddings([tokens], masks=[useful(mask)])
 
     def _chat(self, tokenizer: Any, texts: list[str], batch: Req) -> tuple[Tensor, Tensor]:
         """Token ids and which of them are a text's own, bool; what does not fit is dropped with a warning."""

@@ -235,12 +235,12 @@ ON_LOAD = on_load(
     "z-image-on-load",
     Rule(
         (_BLOCK + "attention.to_q.weight", _AT + "attention.to_k.weight", _AT + "attention.to_v.weight"),
-        _AT + "attention.to_qkv.weight", Concat(), _PACKED, shard=OUTPUTS,
+        _AT + "attention.to_qkv.weight", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_BLOCK + "attention.to_out.0.weight", _AT + "attention.to_out.0.weight", shard=INPUTS),
     Rule(
         (_BLOCK + "feed_forward.w1.weight", _AT + "feed_forward.w3.weight"),
-        _AT + "feed_forward.w13.weight", Concat(), _PACKED, shard=OUTPUTS,
+        _AT + "feed_forward.w13.weight", (Concat(),), _PACKED, shard=OUTPUTS,
     ),
     Rule(_BLOCK + "feed_forward.w2.weight", _AT + "feed_forward.w2.weight", shard=INPUTS),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from conversions.z_image.model import ZImageParams, ZImageTransformer
 from conversions.z_image.places import Places, places
 from parity.recorder import float64
 from porter.core.errors import BadInputError, UsageError
+from runtime.attention import attention_backend
 from runtime.loader import packed
 from runtime.quality import at_quality
 
@@ -136,6 +137,18 @@ def test_exact_is_the_arithmetic_of_diffusers_in_every_bit(name: str, dtype: tor
     for parameter in reference.parameters():
         parameter.data = parameter.data.to(dtype)
     assert torch.equal(answer, theirs(reference, given))
+
+
+@pytest.mark.parametrize("name", ["math", "flash", "flex"])
+def test_other_kernels_compute_the_same(name: str) -> None:
+    native = native_like(diffusers_model())
+    given = BATCHES["filled to one length"]
+    expected = ours(native, given)
+    with attention_backend(name, native.supported_attention_backends):
+        assert (ours(native, given) - expected).abs().max() < 3 * ROUNDING * expected.abs().max()
+        if name == "flash":  # takes no masks, and captions filled to different lengths need one
+            with pytest.raises(UsageError, match="takes no mask"):
+                ours(native, BATCHES["masked"])
 
 
 def test_bfloat16_stays_near() -> None:

@@ -96,12 +96,9 @@ def test_every_step_and_the_image_equal_diffusers(native: ZImagePipeline, theirs
     assert float(image.std()) > 1e-2  # the comparison is not of two flat pictures
 
 
-def test_exact_without_guidance_is_diffusers_in_every_bit(native: ZImagePipeline, theirs: Any) -> None:
-    native.quality = "exact"
-    try:
-        seen, batch = run_ours(native, seed=3, guidance_scale=0.0)
-    finally:
-        native.quality = "lossless"
+def test_exact_without_guidance_is_diffusers_in_every_bit(port: Path, theirs: Any) -> None:
+    exact = load(port, dtype=torch.float32, device="cpu", quality="exact")
+    seen, batch = run_ours(exact, seed=3, guidance_scale=0.0)
     steps, image = run_theirs(theirs, [3], guidance_scale=0.0)
     for i, latents in enumerate(steps):
         assert torch.equal(seen[f"denoising.step.{i}"]["latents"], latents)
@@ -192,11 +189,10 @@ def test_bad_settings_of_guidance_are_refused_by_name(native: ZImagePipeline, na
 
 def test_bfloat16_is_rounded_where_diffusers_rounds(port: Path) -> None:
     """State and schedule stay float32; nothing but the modules' own arithmetic is rounded."""
-    ours, pipe = load(port, dtype=torch.bfloat16, device="cpu"), diffusers_pipeline(port)
+    ours, pipe = load(port, dtype=torch.bfloat16, device="cpu", quality="exact"), diffusers_pipeline(port)
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         for parameter in module.parameters():
             parameter.data = parameter.data.bfloat16()
-    ours.quality = "exact"
     seen, _ = run_ours(ours, seed=3, guidance_scale=0.0)
     steps, _ = run_theirs(pipe, [3], guidance_scale=0.0)
     for i, latents in enumerate(steps):

@@ -95,6 +95,7 @@ class PipelineConfig:
         task_type: what the pipeline makes of what.
         should_use_guidance: whether the model takes the guidance scale as an input.
         cfg_field: the request's field that holds the scale of classifier-free guidance.
+        cfg_none: up to this scale there is no such guidance.
         cfg_without_negative: whether that guidance also runs without a negative prompt, on an empty one.
         further_scales: the request's other guidance fields that the pipeline reads.
         takes_mask, takes_last_image: whether requests may bring these pictures.
@@ -107,6 +108,7 @@ class PipelineConfig:
     task_type: TaskType = TaskType.T2I
     should_use_guidance: bool = False
     cfg_field: str = "true_cfg_scale"
+    cfg_none: float = 1.0
     cfg_without_negative: bool = False
     further_scales: tuple[str, ...] = ()
     takes_mask: bool = False
@@ -164,7 +166,7 @@ class PipelineConfig:
         """Whether steps also run on the negative prompt."""
         negative = batch.negative_prompt is not None or bool(batch.negative_prompt_embeds) or self.cfg_without_negative
         scale = getattr(batch, self.cfg_field)
-        return negative and scale is not None and scale > 1
+        return negative and scale is not None and scale > self.cfg_none
 
     def cfg_scale(self, batch: Req, step: int, timestep: Tensor) -> float | None:
         """Scale of classifier-free guidance at one step of the loop; None: this step runs on the prompt alone."""

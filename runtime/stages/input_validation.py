@@ -49,8 +49,9 @@ class InputValidationStage(PipelineStage):
         if negative is not None:
             scale = getattr(batch, config.cfg_field)
             scale = getattr(self.sampling_params, config.cfg_field) if scale is None else scale
-            used = scale is not None and scale > 1
-            result.add_check(config.cfg_field, scale, used, "above 1, or the negative prompt does nothing")
+            used = scale is not None and scale > config.cfg_none
+            expected = f"above {config.cfg_none:g}, or the negative prompt does nothing"
+            result.add_check(config.cfg_field, scale, used, expected)
             lengths = isinstance(negative, str) or len(negative) in (1, len(batch.prompts))
             result.add_check("negative_prompt", negative, lengths, "one text, or one for each prompt")
         if batch.sigmas is not None and batch.num_inference_steps is not None:
@@ -101,7 +102,7 @@ class InputValidationStage(PipelineStage):
         asked = getattr(batch, config.cfg_field)
         self.sampling_params.fill(batch)
         batch.do_classifier_free_guidance = config.guides(batch)
-        if asked is not None and asked > 1 and not batch.do_classifier_free_guidance:
+        if asked is not None and asked > config.cfg_none and not batch.do_classifier_free_guidance:
             batch.warn(f"{config.cfg_field} {asked:g} is ignored: there is no negative prompt")
         if batch.height is None or batch.width is None:  # a model need not say, where the request does
             height, width = config.default_size(batch)

@@ -57,6 +57,7 @@ class ZImageTurboSamplingParams(ZImageSamplingParams):
 @dataclass
 class ZImagePipelineConfig(PipelineConfig):
     cfg_field: str = "guidance_scale"
+    cfg_none: float = 0.0
     cfg_without_negative: bool = True
     latents_precision: str | None = "float32"
     text_encoders: tuple[TextEncoderSpec, ...] = field(default=(QWEN3,))
@@ -69,7 +70,7 @@ class ZImagePipelineConfig(PipelineConfig):
     def guides(self, batch: Req) -> bool:
         """Also reads the settings of guidance, so that a bad one is refused before anything runs."""
         _setting(batch, "cfg_normalization"), _setting(batch, "cfg_truncation")
-        return batch.guidance_scale is not None and batch.guidance_scale > 0
+        return super().guides(batch)
 
     # https://github.com/Tongyi-MAI/Z-Image/blob/c7ec13578cc27b01d547e1b3c62bc8b95bc6cb6e/src/zimage/pipeline.py#L214
     def cfg_scale(self, batch: Req, step: int, timestep: Tensor) -> float | None:

@@ -75,7 +75,7 @@ def run_ours(pipeline: Any, **fields: Any) -> tuple[dict[str, dict[str, Tensor]]
 CASES: dict[str, dict[str, Any]] = {
     "guided": {"guidance_scale": 4.0, "num_inference_steps": 4},
     "no guidance": {"guidance_scale": 0.0},
-    "a scale below 1": {"guidance_scale": 0.5},
+    "a scale below 1": {"guidance_scale": 0.5, "negative_prompt": LONG},
     "other size": {"guidance_scale": 2.0, "height": 48, "width": 80},
     "negative prompt": {"guidance_scale": 2.0, "negative_prompt": LONG},
     "normalised": {"guidance_scale": 5.0, "cfg_normalization": 0.75},
@@ -198,6 +198,12 @@ def test_bfloat16_is_rounded_where_diffusers_rounds(port: Path) -> None:
     for i, latents in enumerate(steps):
         assert latents.dtype == seen[f"denoising.step.{i}"]["latents"].dtype == torch.float32
         assert torch.equal(seen[f"denoising.step.{i}"]["latents"], latents)
+
+
+def test_a_negative_prompt_without_guidance_is_refused(native: ZImagePipeline) -> None:
+    with pytest.raises(UsageError, match="guidance_scale") as error:
+        run_ours(native, negative_prompt="green", guidance_scale=0.0)
+    assert "above 0" in str(error.value.expected)
 
 
 FAULTS: dict[str, tuple[str, Any]] = {

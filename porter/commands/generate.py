@@ -178,11 +178,6 @@ def command(
     from runtime.parallel.mesh import Parallel, start
     from runtime.registry import RunOptions
 
-    screen = notes()
-
-    def warn(line: str) -> None:
-        screen.print(f"[yellow]warning:[/] {escape(line)}")
-
     fields = {name: rest.pop(name) for name in FIELDS}
     fields = {name: value for name, value in fields.items() if value is not None}
     extra, options = read_settings(settings), {**rest, "dtype": dtype}
@@ -219,7 +214,11 @@ def command(
         repeats=repeats,
     )
     with start(parallel, options["device"]) as run:
-        alone = run is None or run.main
+        alone, screen = run is None or run.main, notes()  # of several processes the first one is heard
+
+        def warn(line: str) -> None:
+            screen.print(f"[yellow]warning:[/] {escape(line)}")
+
         with step_progress(len(asks) * num_images, quiet=quiet or not alone) as progress:
             # One line, whatever --quiet says: a picture from an unproven port must not pass for a proven one.
             document = run_job(job, progress=progress, warn=warn)

@@ -51,7 +51,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out: Tensor = _compiled_flex()(q, k, v, block_mask=block)
         return out
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it is not compiled
-        return flex_attention(q, k, v, block_mask=block)  # type: ignore[return-value]
+        return flex_attention(q, k, v, block_mask=block)
 
 
 @cache

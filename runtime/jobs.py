@@ -195,4 +195,4 @@ def asks_of_metadata(path: Path) -> tuple[list[Ask], dict[str, Any]]:
 
 def dtype_of(name: str | None) -> torch.dtype | None:
     """A torch dtype by its name."""
-    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
+    return None if name is None else getattr(torch, name)

@@ -321,8 +321,8 @@ def _precision(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        held = tensor_parallel.placed(owner._parameters[leaf], tensor)
+    if (known := owner._parameters.get(leaf)) is not None:
+        held = tensor_parallel.placed(known, tensor)
         setattr(owner, leaf, nn.Parameter(held, requires_grad=False))
     else:
         setattr(owner, leaf, tensor)

@@ -35,9 +35,8 @@ def previewing(pipeline: Any, batch: Req, targets: Sequence[Target], every: int)
         shown = copy.copy(batch)
         shown.taps, shown.output = [], None
         shown.latents = expected_end(pipeline.modules["scheduler"], int(found[1]), tensors)
-        pipeline.stages["decoding"](shown, pipeline.config)
-        assert shown.output is not None  # verified
-        for target, row in zip(targets, shown.output, strict=True):
+        made: Tensor = pipeline.stages["decoding"](shown, pipeline.config).output
+        for target, row in zip(targets, made, strict=True):
             outputs.write_preview(target, row)
 
     batch.taps.append(tap)

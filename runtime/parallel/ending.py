@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,7 +26,7 @@ _LOST = ("gloo/transport", "onnection closed by peer", "onnection reset", "roken
 
 
 @contextmanager
-def one_voice(store: dist.Store, rank: int) -> Iterator[None]:
+def one_voice(store: Any, rank: int) -> Iterator[None]:
     """Run the body in every process of a job. Rank 0 speaks for all; an error is heard once, wherever it happens.
 
     Raises:
@@ -61,7 +62,7 @@ def exit_code(error: BaseException) -> int:
 class _Word:
     """The right to say why the job ended: one process has it, and there one thread."""
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: Any, rank: int) -> None:
         self.store, self.rank = store, rank
         self.lock, self.claimed = threading.Lock(), False
 

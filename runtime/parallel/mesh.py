@@ -182,7 +182,9 @@ def start(settings: Parallel, device: str | None = None, *, timeout: timedelta =
         yield None
         return
     # A second job of the same processes must not find the first one's addresses.
-    store = dist.PrefixStore(f"porter {next(_number)}", _store(timeout))
+    store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"porter {next(_number)}", _store(timeout)
+    )
     with one_voice(store, place.rank):
         settings.check_processes(place.world)
         where = _device(device, place.local)
@@ -271,14 +273,14 @@ def _device(name: str | None, local: int) -> torch.device:
 
 
 @cache
-def _store(timeout: timedelta) -> dist.Store:
+def _store(timeout: timedelta) -> Any:
     """The job's key-value store, in the launcher or in rank 0.
 
     Raises:
         ResourceError: it cannot be reached.
     """
     try:
-        store: dist.Store = next(iter(rendezvous("env://", timeout=timeout)))[0]
+        store: Any = next(iter(rendezvous("env://", timeout=timeout)))[0]
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ResourceError(

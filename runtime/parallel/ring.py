@@ -75,7 +75,7 @@ def with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
     if mask is not None:
         seen = mask.any(dim=1)  # (B,); a kernel's answer to no key at all is its own
         mask = mask | ~seen[:, None]
-    out, lse = _kernel(*(x.transpose(1, 2) for x in (q, k, v)), mask)  # (B, n, Q, E), (B, n, Q)
+    out, lse = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, n, Q, E), (B, n, Q)
     out, lse = out.transpose(1, 2).to(lse.dtype), lse.transpose(1, 2).unsqueeze(-1)
     if seen is not None:
         nothing = ~seen[:, None, None, None]

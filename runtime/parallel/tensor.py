@@ -8,7 +8,7 @@ shares sums its squares over the ranks. The loader fills every part straight fro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -116,16 +116,19 @@ class _NormParallel(ParallelStyle):
     """An RMSNorm over what the ranks share: each has its part of the width, the squares are summed over all."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
+        weight = distribute_tensor(module.get_parameter("weight"), device_mesh, [Shard(0)], src_data_rank=None)
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         width, group = weight.shape[0], device_mesh.get_group()
+        given: Any = module.eps
 
         def forward(x: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             squares = wide.square().sum(-1, keepdim=True)
             dist.all_reduce(squares, group=group)
-            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-            return (wide * torch.rsqrt(squares / width + eps) * module.weight.to_local()).to(x.dtype)
+            eps: float = torch.finfo(x.dtype).eps if given is None else given
+            held: Any = module.weight  # a DTensor
+            normed: Tensor = wide * torch.rsqrt(squares / width + eps) * held.to_local()
+            return normed.to(x.dtype)
 
         module.forward = forward
         return module

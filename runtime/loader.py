@@ -97,8 +97,12 @@ def load_components(
     native_models: Mapping[str, type[nn.Module]],
     dtype: torch.dtype,
     device: torch.device,
+    precisions: Mapping[str, torch.dtype] | None = None,
 ) -> Loaded:
     """Load the components `names` of the pipeline folder `path`, weights as `dtype` on `device`.
+
+    Args:
+        precisions: components that are to have another dtype; their weights are never rounded to `dtype`.
 
     Raises:
         BadInputError: a component or its class is missing or unknown, or its files do not fit together.
@@ -116,12 +120,13 @@ def load_components(
                     hint=_AGAIN,
                 )
             library, class_name = entry
+            kind = (precisions or {}).get(name, dtype)
             if (native := native_models.get(class_name)) is not None:
                 config = read_config(path / name / "config.json")
-                loaded.modules[name] = load_module(native, config, path / name, dtype=dtype, device=device)
+                loaded.modules[name] = load_module(native, config, path / name, dtype=kind, device=device)
             else:
                 cls = library_class(library, class_name)
-                _load_reused(loaded, name, cls, path / name, dtype=dtype, device=device)
+                _load_reused(loaded, name, cls, path / name, dtype=kind, device=device)
     return loaded
 
 

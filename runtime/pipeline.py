@@ -79,7 +79,10 @@ class ComposedPipelineBase(ABC):
         index = read_index(path)
         present = [name for name in cls._optional_config_modules if (index.get(name) or [None])[0] is not None]
         names = [*cls._required_config_modules, *present]
-        loaded = load_components(path, names, native_models=cls.native_models, dtype=dtype, device=device)
+        precisions = {"vae": getattr(torch, config.vae_precision)} if config.vae_precision else {}
+        loaded = load_components(
+            path, names, native_models=cls.native_models, dtype=dtype, device=device, precisions=precisions
+        )
         pipeline = cls(loaded.modules, config, sampling_params)
         pipeline.warnings += loaded.warnings
         return pipeline

@@ -30,8 +30,8 @@ class DecodingStage(PipelineStage):
         assert batch.latents is not None  # verified
         _demand_finite(batch.latents, "the latents after the last step")
         latents = config.post_denoising_loop(batch.latents, batch)  # (B, C, h, w)
-        if config.vae_precision is not None:
-            self.vae.to(getattr(torch, config.vae_precision))
+        if config.vae_precision is not None and self.vae.dtype != (wanted := getattr(torch, config.vae_precision)):
+            self.vae.to(wanted)
         latents = latents.to(self.vae.dtype)  # before the arithmetic, as diffusers does
         scale, shift = config.get_decode_scale_and_shift()
         latents = latents / _like(scale, latents) + _like(shift, latents)

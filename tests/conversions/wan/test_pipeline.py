@@ -156,6 +156,19 @@ def test_the_5b_model_takes_a_picture_or_none(ports: Any) -> None:
     assert torch.equal(seen["denoising"]["latents"][:, :, :1], batch.latents[:, :, :1])  # type: ignore[index]
 
 
+def test_in_bfloat16_the_autoencoder_and_the_loop_s_state_stay_float32(ports: Any) -> None:
+    folder, _, exact = ports("i2v")
+    ours = load(folder, dtype=torch.bfloat16, device="cpu")
+    kinds = {name: ours.modules[name].dtype for name in ("transformer", "text_encoder", "image_encoder", "vae")}
+    assert kinds.pop("vae") == torch.float32 and set(kinds.values()) == {torch.bfloat16}
+    for name, weight in ours.modules["vae"].state_dict().items():
+        assert torch.equal(weight, exact.modules["vae"].state_dict()[name]), name
+    seen, batch = run_ours(ours, pictures("i2v"), seed=3, negative_prompt="green", **settings("i2v"))
+    assert seen["denoising"]["latents"].dtype == torch.float32
+    video = theirs_of("i2v", ports)[1]
+    assert batch.output is not None and 1e-4 < (batch.output - video).abs().max() < 0.2
+
+
 def test_without_guidance_one_pass_a_step(ports: Any) -> None:
     _, theirs, ours = ports("t2v")
     asked = settings("t2v", guidance_scale=1.0, num_inference_steps=2)

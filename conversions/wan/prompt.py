@@ -43,7 +43,7 @@ class WanTextEncodingStage(TextEncodingStage):
         for text in texts:
             text, left = clean(text)
             if left:
-                batch.warn("ftfy is not installed: letters beyond ASCII stay as typed, which the original repairs; pip install ftfy")
+                batch.warn("letters beyond ASCII stay as typed, where the original repairs them: pip install ftfy")
             count = len(tokenizer(text, truncation=True, max_length=1 << 20).input_ids)
             if count > length:
                 batch.warn(f"{spec.encoder} reads {length} of the prompt's {count} tokens: {text[:40]!r}...")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from conversions.wan.params import WanParams
 from conversions.wan.recipe import ON_LOAD
 from porter.core.errors import UsageError
-from runtime.attention import attention, cross_attention
+from runtime.attention import ALL_BACKENDS, attention, cross_attention
 from runtime.layers import (
     FeedForward,
     FP32LayerNorm,
@@ -60,7 +60,7 @@ class TextCache:
 class WanTransformer(nn.Module):
     """Velocity of the flow at (latents, time), given text and, for some, pictures."""
 
-    supported_attention_backends = ("sdpa", "math", "flash", "efficient", "cudnn")
+    supported_attention_backends = ALL_BACKENDS
     on_load = ON_LOAD
     _keep_in_fp32_modules = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # as in diffusers
 

@@ -19,6 +19,7 @@ from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError, UsageError
 from porter.core.onload import compile_on_load
 from porter.core.recipe import INPUTS, OUTPUTS
+from runtime.attention import attention_backend
 from runtime.loader import load_module, packed
 from runtime.quality import at_quality
 from tests.conversions.proofs.wan import TRANSFORMERS
@@ -145,6 +146,17 @@ def test_a_second_model_fills_the_cache_anew() -> None:
     given, cache = inputs("t2v"), TextCache()
     first(**given, cache=cache)
     assert torch.equal(second(**given, cache=cache), second(**given))
+
+
+@pytest.mark.parametrize("name", ["math", "flex", "flash"])
+@torch.no_grad()
+def test_every_backend_of_a_cpu_answers_the_same(name: str) -> None:
+    """Attention to patches, text and pictures takes no mask."""
+    _, native = pair(**VARIANTS["i2v"])
+    given = inputs("i2v")
+    expected = native(**given)
+    with attention_backend(name, native.supported_attention_backends):
+        assert (native(**given) - expected).abs().max() < 1e-5
 
 
 def test_a_rotary_table_given_equals_the_latents() -> None:

@@ -7,6 +7,7 @@ The order of operations is that of diffusers' QwenImagePipeline.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from conversions.qwen_image.model import QwenImageTransformer, Shape, Table
-from porter.core.errors import UsageError
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.request import Req
-from runtime.stages import TextEmbeddings, TextEncodingStage, VerificationResult
+from runtime.stages import TextEmbeddings, TextEncodingStage
 
 MOST_TOKENS = 1024  # of a prompt, the template's beginning not counted
 SIDE = 128  # latent positions of a picture whose size nobody names
@@ -47,6 +47,13 @@ class QwenImagePipelineConfig(PipelineConfig):
         "<|im_start|>assistant\n"
     )
     dropped: int = 34
+
+    def verify_request(self, batch: Req) -> Iterator[tuple[str, Any, bool, str]]:
+        """No more tokens than the tokenizer is asked for, and a first and a last level for a schedule between them."""
+        tokens, steps, last = batch.max_sequence_length, batch.num_inference_steps, "shift_terminal"
+        fits = not isinstance(tokens, int) or tokens <= MOST_TOKENS
+        yield "max_sequence_length", tokens, fits, f"at most {MOST_TOKENS}"
+        yield "num_inference_steps", steps, steps != 1 or not self.scheduler_config.get(last), f"2 or more with {last}"
 
     # sizes
     def vae_scale_factor(self) -> int:
@@ -79,17 +86,7 @@ class QwenImagePipelineConfig(PipelineConfig):
         return pack(latents)
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
-        """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0.
-
-        Raises:
-            UsageError: one step, where the scheduler stretches the levels between the first and a last one.
-        """
-        if batch.num_inference_steps == 1 and self.scheduler_config.get("shift_terminal"):
-            raise UsageError(
-                "num_inference_steps: one step has no last noise level beside the first", expected="2 or more",
-                found=f"1, and shift_terminal {self.scheduler_config['shift_terminal']} in the scheduler's config",
-                hint="--steps 2",
-            )  # fmt: skip
+        """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0."""
         if batch.sigmas is not None:
             return batch.sigmas
         assert batch.num_inference_steps is not None
@@ -165,12 +162,6 @@ class PromptEncodingStage(TextEncodingStage):
     def __init__(self, encoder: Any, tokenizer: Any) -> None:
         super().__init__({"text_encoder": encoder}, {"tokenizer": tokenizer})
         self.encoder, self.tokenizer = encoder, tokenizer
-
-    def verify_input(self, batch: Req, config: PipelineConfig) -> VerificationResult:
-        result = super().verify_input(batch, config)
-        asked = batch.max_sequence_length
-        result.add_check("max_sequence_length", asked, asked is None or asked <= MOST_TOKENS, f"at most {MOST_TOKENS}")
-        return result
 
     def encode(self, texts: list[str], batch: Req, config: PipelineConfig) -> TextEmbeddings:
         assert isinstance(config, QwenImagePipelineConfig)

@@ -11,7 +11,7 @@ which transformers 5 counts them like text. Several prompts may edit the same pi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,13 +26,11 @@ from conversions.qwen_image.pipeline_base import (
     QwenImageSamplingParams,
     pack,
 )
-from porter.core.errors import UsageError
-from runtime.config import PipelineConfig, TaskType
+from runtime.config import TaskType
 from runtime.image import to_pixels
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
-from runtime.stages import VerificationResult
 
 GRID = 32  # pixels: sides of pictures that are brought to an area are multiples of it
 ROOM = "<|vision_start|><|image_pad|><|vision_end|>"  # a picture's place among the prompt's tokens
@@ -69,6 +67,16 @@ class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
 
     def images(self) -> tuple[int, int | None]:
         return 1, self.most_pictures
+
+    def verify_request(self, batch: Req) -> Iterator[tuple[str, Any, bool, str]]:
+        """Pictures that have both sides left once they are brought to an area, and a prompt that is never cut off."""
+        yield from super().verify_request(batch)
+        tokens = batch.max_sequence_length
+        yield "max_sequence_length", tokens, tokens is None, "nothing: prompt and pictures are taken whole"
+        area = min(self.seen_area, self.encoded_area)
+        for picture in (each for each in _pictures(batch) if isinstance(each, Image.Image)):
+            expected = f"a shape nearer to a square: at {area} pixels a side is shorter than {GRID // 2}"
+            yield "image", f"{picture.width} x {picture.height} pixels", min(_sides(picture, area)) > 0, expected
 
     def default_size(self, batch: Req) -> tuple[int, int]:
         """The last picture's shape."""
@@ -120,12 +128,6 @@ class QwenImageEditPlusPipelineConfig(QwenImageEditPipelineConfig):
 class EditPromptEncodingStage(PromptEncodingStage):
     """Prompt and pictures together, through the language model and its processor."""
 
-    def verify_input(self, batch: Req, config: PipelineConfig) -> VerificationResult:
-        result = super().verify_input(batch, config)
-        asked = batch.max_sequence_length
-        result.add_check("max_sequence_length", asked, asked is None, "nothing: prompt and pictures are never cut off")
-        return result
-
     def inputs(self, texts: list[str], batch: Req, config: QwenImagePipelineConfig) -> dict[str, Tensor]:
         assert isinstance(config, QwenImageEditPipelineConfig)
         seen = config.seen(batch)
@@ -158,23 +160,11 @@ def _pictures(batch: Req) -> list[Image.Image]:
 
 
 def _sides(picture: Image.Image, area: int) -> tuple[int, int]:
-    """Height and width near `area` pixels in the picture's shape, multiples of `GRID`.
-
-    Raises:
-        UsageError: the picture is so long that no side is left.
-    """
+    """Height and width near `area` pixels in the picture's shape, multiples of `GRID`."""
     ratio = picture.width / picture.height
     width = math.sqrt(area * ratio)
     height = width / ratio
-    height, width = (round(side / GRID) * GRID for side in (height, width))
-    if not height or not width:
-        raise UsageError(
-            "image: a picture is too long for its height, or too high for its width",
-            expected=f"at least {GRID} pixels on each side when it has {area} pixels",
-            found=f"{picture.width} x {picture.height} pixels",
-            hint="cut it to a shape nearer to a square",
-        )
-    return height, width
+    return round(height / GRID) * GRID, round(width / GRID) * GRID
 
 
 def _resized(picture: Image.Image, area: int) -> Image.Image:

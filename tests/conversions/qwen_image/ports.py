@@ -32,7 +32,7 @@ def write_port(folder: Path, pipeline: str = "QwenImagePipeline", **transformer:
         ),
         "vae": AutoencoderKLQwenImage(
             base_dim=4, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
-            latents_mean=[0.5, -0.25, 0.125, 0.0], latents_std=[1.5, 0.75, 2.0, 1.25],
+            latents_mean=[0.51, -0.23, 0.11, 0.0], latents_std=[1.51, 0.77, 2.03, 1.26],
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=4, max_image_seq_len=64,

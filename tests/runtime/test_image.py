@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from porter.core.errors import BadInputError, MissingError, UsageError
-from runtime.image import contact_sheet, png_bytes, read_metadata, to_pil
+from runtime.image import contact_sheet, png_bytes, read_metadata, to_pil, to_pixels
 
 
 def test_levels_are_rounded_not_truncated() -> None:
@@ -29,6 +29,13 @@ def test_equals_diffusers_image_processor() -> None:
     (ours,) = to_pil((decoded * 0.5 + 0.5).clamp(0, 1))
     assert ours.size == (40, 24)
     assert ours.tobytes() == theirs.tobytes()
+
+
+def test_pixels_are_those_of_diffusers_image_processor() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    assert torch.equal(to_pixels(picture), VaeImageProcessor(vae_scale_factor=8).preprocess(picture)[0])
 
 
 def test_metadata_comes_back_and_bytes_are_deterministic(tmp_path: Path) -> None:

@@ -18,6 +18,16 @@ def test_sinusoid_is_cosines_then_sines() -> None:
     assert torch.allclose(found[1].double(), torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
+def test_a_sinusoids_scale_multiplies_the_angles_as_diffusers_does() -> None:
+    """In bfloat16 the time is rounded before it is scaled, not after."""
+    from diffusers.models.embeddings import Timesteps
+
+    theirs = Timesteps(16, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
+    for dtype in (torch.float32, torch.bfloat16):
+        t = torch.tensor([0.0, 0.731, 1.0], dtype=dtype)
+        assert torch.equal(sinusoid(t, 16, scale=1000), theirs(t))
+
+
 def test_rotary_turns_interleaved_pairs_by_position_axis_after_axis() -> None:
     ids = torch.tensor([[0.0, 3.0], [2.0, 5.0]])
     cos, sin = rotary_table(ids, (2, 4), 10000.0)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import porter
 from porter.core.errors import BadInputError, CheckpointError, MissingError, PorterError
-from runtime.loader import library_class, load_components, packed
+from runtime.loader import library_class, load_components, packed, without_videos
 from runtime.registry import load
 
 CPU = torch.device("cpu")
@@ -183,3 +183,13 @@ def test_the_public_api_loads_a_pipeline_that_generates(bare_port: Path) -> None
 def test_only_the_asked_components_are_loaded(bare_port: Path) -> None:
     loaded = load_components(bare_port, ["vae"], native_models={}, dtype=torch.float32, device=CPU)
     assert list(loaded.modules) == ["vae"]
+
+
+def test_a_processor_loads_without_its_part_for_videos() -> None:
+    """That part takes another library; what stays is called and written as before."""
+    from transformers import CLIPImageProcessor, Qwen2VLProcessor
+
+    cls = without_videos(Qwen2VLProcessor)
+    assert cls.get_attributes() == ["image_processor", "tokenizer"] and issubclass(cls, Qwen2VLProcessor)
+    assert (cls.__module__, cls.__name__) == (Qwen2VLProcessor.__module__, "Qwen2VLProcessor")
+    assert without_videos(CLIPImageProcessor) is CLIPImageProcessor

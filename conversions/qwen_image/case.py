@@ -43,7 +43,7 @@ def _arguments(given: Named) -> dict[str, Any]:
 def _diffusers(model: Any, given: Mapping[str, Any]) -> Tensor:
     """Its shapes are a list for each image."""
     shapes = [given["img_shapes"]] * len(given["timestep"])
-    out: Tensor = model(**given | {"img_shapes": shapes}, return_dict=False)[0]
+    out: Tensor = model(**{**given, "img_shapes": shapes}, return_dict=False)[0]
     return out
 
 
@@ -235,8 +235,10 @@ def native_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
         return answer.output
 
     given = {"image": [_picture()]} if "processor" in pipe.modules else {}
-    parts = (pipe.modules[name] for name in ("text_encoder", "transformer", "vae", "scheduler"))
-    return _side(*parts, paint, given, lambda image: _levels(to_pil(image)))
+    encoder, transformer, vae, scheduler = (
+        pipe.modules[name] for name in ("text_encoder", "transformer", "vae", "scheduler")
+    )
+    return _side(encoder, transformer, vae, scheduler, paint, given, lambda image: _levels(to_pil(image)))
 
 
 def _size(request: Request, multiple: int) -> tuple[int, int]:

@@ -43,7 +43,7 @@ Table = tuple[Tensor, Tensor]  # cosines and sines, (L, E / 2) each
 Shape = tuple[int, int, int]  # frames, rows and columns of a picture, in tokens
 
 # What a config.json that was written before the field was means: the class's own values.
-_LATER = {
+_LATER: dict[str, Any] = {
     "axes_dims_rope": (16, 56, 56), "guidance_embeds": False,
     "zero_cond_t": False, "use_additional_t_cond": False, "use_layer3d_rope": False,
 }  # fmt: skip

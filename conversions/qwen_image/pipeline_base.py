@@ -79,7 +79,8 @@ class QwenImagePipelineConfig(PipelineConfig):
     def combine_guidance(self, positive: Tensor, negative: Tensor, scale: float, batch: Req) -> Tensor:
         """Classifier-free guidance, each token scaled back to the length of its prediction for the prompt."""
         combined = negative + scale * (positive - negative)  # (B, S, 4 C)
-        return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+        scaled: Tensor = combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+        return scaled
 
     # before the loop
     def maybe_pack_latents(self, latents: Tensor, batch: Req) -> Tensor:

@@ -33,6 +33,7 @@ from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
 
 GRID = 32  # pixels: sides of pictures that are brought to an area are multiples of it
+PLACES = ("<|image_pad|>", "<|video_pad|>")
 ROOM = "<|vision_start|><|image_pad|><|vision_end|>"  # a picture's place among the prompt's tokens
 
 
@@ -69,10 +70,13 @@ class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
         return 1, self.most_pictures
 
     def verify_request(self, batch: Req) -> Iterator[tuple[str, Any, bool, str]]:
-        """Pictures that have both sides left once they are brought to an area, and a prompt that is never cut off."""
+        """A prompt that is taken whole and holds no marks of pictures; pictures with both sides left at their area."""
         yield from super().verify_request(batch)
         tokens = batch.max_sequence_length
         yield "max_sequence_length", tokens, tokens is None, "nothing: prompt and pictures are taken whole"
+        for name in ("prompt", "negative_prompt"):
+            fits = not any(mark in str(getattr(batch, name)) for mark in PLACES)
+            yield name, getattr(batch, name), fits, f"text without {' and '.join(PLACES)}, which stand for pictures"
         area = min(self.seen_area, self.encoded_area)
         for picture in (each for each in _pictures(batch) if isinstance(each, Image.Image)):
             expected = f"a shape nearer to a square: at {area} pixels a side is shorter than {GRID // 2}"

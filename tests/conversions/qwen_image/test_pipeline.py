@@ -299,6 +299,8 @@ REFUSED = [
     ("QwenImagePipeline", {"num_inference_steps": 1}, "num_inference_steps"),
     ("QwenImageEditPipeline", {"image": PICTURES}, "image"),
     ("QwenImageEditPipeline", {}, "image"),
+    ("QwenImageEditPipeline", {"image": PICTURES[:1], "prompt": "like <|image_pad|>"}, "prompt"),
+    ("QwenImageEditPipeline", {"image": PICTURES[:1], **GUIDED, "negative_prompt": ["<|video_pad|>"]}, "prompt"),
     ("QwenImageEditPipeline", {"image": ["a.png"]}, "image"),
     ("QwenImagePipeline", {"max_sequence_length": "many"}, "max_sequence_length"),
     ("QwenImageEditPlusPipeline", {"image": [picture(0, 2000, 1)]}, "image"),

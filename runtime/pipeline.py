@@ -126,9 +126,15 @@ class ComposedPipelineBase(ABC):
         self._add_beginning(text_encoding)
         self.add_standard_denoising_stages()
 
-    def add_standard_ti2i_stages(self, *, text_encoding: PipelineStage | None = None) -> None:
-        """Text and images to image: as `add_standard_t2i_stages`, and the pictures' latents after the noise."""
-        self._add_beginning(text_encoding)
+    def add_standard_ti2i_stages(
+        self, *, text_encoding: PipelineStage | None = None, latent_preparation: PipelineStage | None = None
+    ) -> None:
+        """Text and images to image: as `add_standard_t2i_stages`, and the pictures' latents after the noise.
+
+        Args:
+            text_encoding, latent_preparation: the family's own, instead of the standard stages.
+        """
+        self._add_beginning(text_encoding, latent_preparation)
         self.add_stage(ImageVAEEncodingStage(self.modules["vae"], self.modules["transformer"]))
         self.add_standard_denoising_stages()
 
@@ -150,14 +156,17 @@ class ComposedPipelineBase(ABC):
         """The denoisers by component name, the first one first."""
         return {name: self.modules[name] for name in self.denoisers if self.modules.get(name) is not None}
 
-    def _add_beginning(self, text_encoding: PipelineStage | None) -> None:
+    def _add_beginning(
+        self, text_encoding: PipelineStage | None, latent_preparation: PipelineStage | None = None
+    ) -> None:
         get, specs = self.modules, self.config.text_encoders
         encoders = {spec.encoder: get[spec.encoder] for spec in specs}
         tokenizers = {spec.tokenizer: get[spec.tokenizer] for spec in specs}
         self.add_stage(InputValidationStage(self.sampling_params))
         self.add_stage(text_encoding or TextEncodingStage(encoders, tokenizers), "text_encoding")
         self.add_stage(TimestepPreparationStage(get["scheduler"], self.device))
-        self.add_stage(LatentPreparationStage(self.denoiser))
+        latents = latent_preparation or LatentPreparationStage(self.denoiser)
+        self.add_stage(latents, "latent_preparation")
 
     @torch.no_grad()
     def forward(self, batch: Req) -> Req:

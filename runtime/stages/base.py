@@ -41,7 +41,8 @@ class PipelineStage(ABC):
     @property
     def name(self) -> str:
         """The stage's name in taps: `TextEncodingStage` is "text_encoding", unless its pipeline calls it otherwise."""
-        return self.given_name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__.removesuffix("Stage")).lower()
+        words = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # "ImageVAEEncoding": three of them
+        return self.given_name or re.sub(words, "_", type(self).__name__.removesuffix("Stage")).lower()
 
     @abstractmethod
     def forward(self, batch: Req, config: PipelineConfig) -> Req:

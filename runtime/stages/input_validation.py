@@ -75,7 +75,8 @@ class InputValidationStage(PipelineStage):
         low, high = config.images()
         count, pictures = len(batch.image or []), isinstance(batch.image, list | None)
         all_pictures = pictures and all(isinstance(each, Image.Image) for each in batch.image or [])
-        words = f"{low} or more pictures" if high is None else f"{low} pictures" if low == high else f"{low} to {high}"
+        number = f"{low} or more" if high is None else f"{low}" if low == high else f"{low} to {high}"
+        words = f"{number} pictures"
         result.add_check("image", batch.image, all_pictures and low <= count and (high is None or count <= high), words)
         for name, wanted in (("mask_image", config.takes_mask), ("last_image", config.takes_last_image)):
             value = getattr(batch, name)

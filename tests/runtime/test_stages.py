@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from porter.core.errors import BadInputError, CheckFailed, UsageError
 from runtime.config import PipelineConfig, SamplingParams, TextEncoderSpec
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import load, register_configs, register_pipeline
 from runtime.request import Req
-from runtime.stages import DecodingStage, DenoisingStage, InputValidationStage, LatentPreparationStage
+from runtime.stages import (
+    DecodingStage,
+    DenoisingStage,
+    ImageVAEEncodingStage,
+    InputValidationStage,
+    LatentPreparationStage,
+)
 
 VAE = {"block_out_channels": [1, 1, 1], "sample_size": 64, "latent_channels": 4, "scaling_factor": 1.0}
 
@@ -198,3 +205,20 @@ def test_stage_names() -> None:
     module = torch.nn.Linear(1, 1)
     assert LatentPreparationStage(module).name == "latent_preparation"
     assert DenoisingStage({"transformer": module}, None).name == "denoising"
+    assert ImageVAEEncodingStage(None, module).name == "image_vae_encoding"
+
+
+class OneOrTwo(PipelineConfig):
+    def images(self) -> tuple[int, int | None]:
+        return 1, 2
+
+
+@pytest.mark.parametrize(("count", "fits"), [(0, False), (1, True), (2, True), (3, False)])
+def test_a_pipeline_says_how_many_pictures_it_takes(count: int, fits: bool) -> None:
+    stage, request = InputValidationStage(SamplingParams()), Req(prompt="x", image=[Image.new("RGB", (8, 8))] * count)
+    if fits:
+        assert stage(request, OneOrTwo(vae_config=VAE)) is request
+    else:
+        with pytest.raises(UsageError, match=r"^image: ") as error:
+            stage(request, OneOrTwo(vae_config=VAE))
+        assert error.value.expected == "image: 1 to 2 pictures"

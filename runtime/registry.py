@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from porter.core.errors import BadInputError, UsageError
-from porter.core.family import families, family_of_pipeline, resolve
+from porter.core.family import Family, families, resolve
 from runtime.compiled import compile_blocks
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import read_configs, read_index
@@ -77,15 +77,16 @@ def entry_class(pipeline_name: str) -> type[ComposedPipelineBase]:
     Raises:
         BadInputError: no family runs this pipeline natively.
     """
+    known = families().values()
     if pipeline_name not in _pipelines:
-        family = family_of_pipeline(pipeline_name)
-        if family is not None and family.pipeline is not None:
-            resolve(family.pipeline)
+        for family in known:
+            if pipeline_name in family.native_pipelines:
+                import_pipelines(family)
     if pipeline_name not in _pipelines:
         raise BadInputError(
             f"no family runs {pipeline_name} on the native runtime",
             expected=", ".join(
-                sorted({f.pipeline_classes[0] for f in families().values() if f.pipeline} | set(_pipelines))
+                sorted({name for family in known for name in family.native_pipelines} | set(_pipelines))
             ),
             found=pipeline_name,
             hint="porter families",
@@ -94,11 +95,25 @@ def entry_class(pipeline_name: str) -> type[ComposedPipelineBase]:
 
 
 def runs_natively(pipeline_name: str) -> bool:
-    """Whether a family has a native pipeline of this name."""
-    family = family_of_pipeline(pipeline_name)
-    if pipeline_name not in _pipelines and family is not None and family.pipeline is not None:
-        resolve(family.pipeline)
-    return pipeline_name in _pipelines
+    """Whether a family has a native pipeline of this name; none is imported to find out."""
+    return pipeline_name in _pipelines or any(pipeline_name in f.native_pipelines for f in families().values())
+
+
+def import_pipelines(family: Family) -> None:
+    """Import the module that registers the pipelines of `family`.
+
+    Raises:
+        BadInputError: its entry classes are not those that its record promises, or not registered.
+    """
+    found = resolve(family.pipeline) if family.pipeline else ()
+    names = [cls.pipeline_name for cls in (found if isinstance(found, list | tuple) else (found,))]
+    if sorted(names) != sorted(family.native_pipelines) or not _pipelines.keys() >= set(names):
+        raise BadInputError(
+            f"the record of {family.title} and its pipelines disagree",
+            expected=f"native_pipelines, registered each: {', '.join(family.native_pipelines) or 'none'}",
+            found=f"entry classes {', '.join(names) or 'none'}, registered {', '.join(sorted(_pipelines))}",
+            hint=f"mend native_pipelines of {family.name}, or the module of {family.pipeline}",
+        )
 
 
 def model_configs(pipeline_name: str, configs: Mapping[str, dict[str, Any]]) -> ModelConfigs:

@@ -49,6 +49,7 @@ FAMILY = Family(
         ),
     ),
     pipeline="conversions.flux1.pipeline:EntryClass",
+    native_pipelines=("FluxPipeline",),
     bench="conversions.flux1.bench:CASES",
     cases="conversions.flux1.case:CASES",
     reference="conversions/flux1/reference",

@@ -21,6 +21,7 @@ FAMILY = Family(
         Component("vae", "diffusers", ("AutoencoderKL",)),
     ),
     pipeline="conversions.glm_image.pipeline:EntryClass",
+    native_pipelines=("GlmImagePipeline",),
     cases="conversions.glm_image.case:CASES",
     style="Hybrid",
     style_reason="an autoregressive model writes image tokens before the denoising starts",

@@ -43,6 +43,7 @@ FAMILY = Family(
         ),
     ),
     pipeline="conversions.sd3.pipeline:EntryClass",
+    native_pipelines=("StableDiffusion3Pipeline",),
     cases="conversions.sd3.case:CASES",
     reference="conversions/sd3/reference",
     reference_code="Stability-AI/sd3.5 at fbf8f483f992d8d6ad4eaaeb23b1dc5f523c3b3a",

@@ -61,6 +61,7 @@ FAMILY = Family(
         ),
     ),
     pipeline="conversions.wan.pipelines:EntryClass",
+    native_pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     bench="conversions.wan.bench:CASES",
     cases="conversions.wan.case:CASES",
     reference="conversions/wan/reference",

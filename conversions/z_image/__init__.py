@@ -31,6 +31,7 @@ FAMILY = Family(
         Component("vae", "diffusers", ("AutoencoderKL",), original_files=("ae.safetensors",)),
     ),
     pipeline="conversions.z_image.pipeline:EntryClass",
+    native_pipelines=("ZImagePipeline",),
     cases="conversions.z_image.case:CASES",
     reference="conversions/z_image/reference",
     reference_code="Tongyi-MAI/Z-Image at c7ec13578cc27b01d547e1b3c62bc8b95bc6cb6e",

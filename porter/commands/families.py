@@ -32,6 +32,8 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
         screen.print(f"  {verdict} {escape(family.reference_code or 'any original code')}")
         for trace in traces if verbose else ():
             screen.print(f"    {escape(trace)}")
+        if family.native_pipelines:
+            screen.print(f"  native   {escape(', '.join(family.native_pipelines))}")
         layouts = sorted({known.layout for known in architectures() if known.family == family.name})
         screen.print(f"  layouts  recognised: {escape(', '.join(layouts) or 'by class name only')}")
         for part in family.components if any(part.recipe for part in family.components) or verbose else ():
@@ -50,6 +52,7 @@ def _document(family: Family) -> dict[str, object]:
         "name": family.name,
         "title": family.title,
         "pipeline_classes": list(family.pipeline_classes),
+        "native_pipelines": list(family.native_pipelines),
         "style": family.style,
         "style_reason": family.style_reason,
         "proven": bool(traces),

@@ -67,7 +67,8 @@ class Family:
         title: what people call it.
         pipeline_classes: `_class_name`s of its `model_index.json`s, the plainest first.
         components: its parts, in the pipeline's order.
-        pipeline: `"module:attribute"` of the runtime's entry class.
+        pipeline: `"module:attribute"` of the runtime's entry class, or of several.
+        native_pipelines: `_class_name`s that these run on native modules; the first needs no more than a prompt.
         bench: `"module:attribute"` of the runtime's benchmark cases.
         cases: `"module:attribute"` of the parity cases.
         originals: modules of the cases against the original code, `porter parity --case FAMILY[:NAME]`.
@@ -84,6 +85,7 @@ class Family:
     pipeline_classes: tuple[str, ...]
     components: tuple[Component, ...]
     pipeline: str | None = None
+    native_pipelines: tuple[str, ...] = ()
     bench: str | None = None
     cases: str | None = None
     originals: tuple[str, ...] = ()

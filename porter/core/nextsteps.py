@@ -20,7 +20,7 @@ def next_commands(source: Source, found: Survey) -> list[str]:
     pin = at + inner
     again, work = f"porter plan {model}{pin}", f"porter plan {model}{pin} --target porter"
     family = found.family
-    runs = family is not None and family.pipeline is not None and found.pipeline_class in family.pipeline_classes[:1]
+    runs = family is not None and found.pipeline_class in family.native_pipelines[:1]
     generate = f'porter generate {model} "a prompt"'
     if found.verdict:
         onwards = [generate] if runs else []

@@ -37,7 +37,7 @@ def test_listing_the_catalogue_imports_no_recipe_no_model_and_no_torch() -> None
         from porter.core.family import families
         families()
         heavy = [m for m in sys.modules if m.split(".")[0] in ("torch", "diffusers", "transformers", "numpy")
-                 or m.endswith((".recipe", ".model", ".case", ".pipeline"))]
+                 or m.endswith((".recipe", ".model", ".case", ".pipeline", ".pipelines"))]
         assert not heavy, heavy
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
@@ -50,6 +50,13 @@ def test_every_lazy_reference_names_a_module_that_exists() -> None:
             path = ROOT / (reference.partition(":")[0].replace(".", "/") + ".py")
             assert path.is_file(), reference
             assert re.search(rf"^(class )?{reference.partition(':')[2]}\b", path.read_text(), re.MULTILINE), reference
+
+
+def test_native_pipelines_are_pipelines_of_the_family() -> None:
+    """That they are those which its module registers: tests/runtime/test_registry.py."""
+    for family in families().values():
+        known = {*family.pipeline_classes, *family.shared_pipelines}
+        assert bool(family.native_pipelines) == bool(family.pipeline) and known >= set(family.native_pipelines)
 
 
 def test_original_files_are_told_by_their_tensor_names() -> None:

@@ -53,7 +53,7 @@ def _cases(facts: Facts, _: object) -> Verdict:
 
 
 def _entry(facts: Facts, _: object) -> Verdict:
-    return _shows(facts.family.pipeline if facts.family else None)
+    return _shows(facts.family.pipeline if facts.family and facts.native else None)
 
 
 def _recipe(facts: Facts, piece: Piece) -> Verdict:

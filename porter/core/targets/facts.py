@@ -116,6 +116,11 @@ class Facts:
         return self.plan.pipeline_class or source_name(self.plan) or self.names.prefix
 
     @property
+    def native(self) -> bool:
+        """Whether the runtime has this pipeline."""
+        return self.family is not None and self.names.pipeline in self.family.native_pipelines
+
+    @property
     def folder(self) -> str:
         """The family's folder in the catalogue: its own, or a new one's name."""
         if self.family:
@@ -178,7 +183,7 @@ class Facts:
             "plan": f"porter plan {shlex.quote(plan.source)}{pin}",
             "convert": f"{convert} --verify" if convert else "",
             "parity": parity,
-            "generate": generate if self.family and self.family.pipeline else "",
+            "generate": generate if self.native else "",
         }
 
     def _classes(self, parts: Iterable[ComponentPlan]) -> str:

@@ -39,8 +39,12 @@ class FluxSchnellSamplingParams(SamplingParams):
 
 @dataclass
 class FluxPipelineConfig(PipelineConfig):
-    should_use_guidance: bool = True
+    """Facts and callbacks of text to image; pipelines that also take pictures add theirs."""
+
     text_encoders: tuple[TextEncoderSpec, ...] = field(default=(CLIP, T5))
+
+    def __post_init__(self) -> None:
+        self.should_use_guidance = self.dit_config.get("guidance_embeds", True)  # schnell is trained without
 
     def size_multiple(self) -> int:
         return 2 * self.vae_scale_factor()  # latents are packed 2 x 2
@@ -50,6 +54,16 @@ class FluxPipelineConfig(PipelineConfig):
         """(B, C, h, w) -> (B, S, 4 C): channels outermost in a token, then the patch's row, then its column."""
         patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # (B, C, h / 2, w / 2, 2, 2)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+    def encode(self, vae: Any, pixels: Tensor, device: torch.device) -> Any:
+        """A picture (3, H, W) in [-1, 1] -> the distribution of its latents (1, C, h, w)."""
+        # Channels last, as diffusers' pictures lie in memory: the same bits come out.
+        return vae.encode(pixels[None].to(device, vae.dtype, memory_format=torch.channels_last)).latent_dist
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """What the autoencoder encoded, as the transformer knows it; the decoding stage does the reverse."""
+        scale, shift = self.get_decode_scale_and_shift()
+        return (latents - shift) * scale
 
     # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/sampling.py#L356
     def post_denoising_loop(self, latents: Tensor, batch: Req) -> Tensor:
@@ -83,9 +97,7 @@ class FluxPipelineConfig(PipelineConfig):
     def _ids(self, batch: Req, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions: text (T, 3) all zero; image (S, 3) as (0, row, column)."""
         _, _, height, width = _raw_shape(batch)
-        rows, columns = torch.arange(height // 2), torch.arange(width // 2)
-        grid = torch.cartesian_prod(torch.zeros(1), rows.float(), columns.float())  # (S, 3), row after row
-        return torch.zeros(batch.prompt_embeds[1].shape[1], 3, device=device), grid.to(device)
+        return torch.zeros(batch.prompt_embeds[1].shape[1], 3, device=device), grid(0, height, width).to(device)
 
     def prepare_pos_cond_kwargs(self, batch: Req, freqs_cis: Any, device: torch.device) -> dict[str, Any]:
         return self._conditions(batch, batch.prompt_embeds[1], batch.pooled_embeds[0], freqs_cis, device)
@@ -117,11 +129,6 @@ class FluxPipelineConfig(PipelineConfig):
         return timestep.to(batch.latents.dtype) / 1000
 
 
-@dataclass
-class FluxSchnellPipelineConfig(FluxPipelineConfig):
-    should_use_guidance: bool = False
-
-
 class FluxPipeline(ComposedPipelineBase):
     """Text to image; Modular style: the standard stages and the callbacks above."""
 
@@ -141,6 +148,11 @@ class FluxPipeline(ComposedPipelineBase):
         self.add_standard_t2i_stages()
 
 
+def grid(first: int, height: int, width: int) -> Tensor:
+    """Positions (S, 3) of a picture of `height` x `width` latent positions, row after row: (first, row, column)."""
+    return torch.cartesian_prod(torch.tensor([float(first)]), torch.arange(height // 2.0), torch.arange(width // 2.0))
+
+
 def _raw_shape(batch: Req) -> tuple[int, ...]:
     assert batch.raw_latent_shape is not None  # LatentPreparationStage ran
     return batch.raw_latent_shape
@@ -150,7 +162,7 @@ def _without_guidance(configs: Mapping[str, dict[str, Any]]) -> bool:
     return configs.get("transformer", {}).get("guidance_embeds") is False
 
 
-EntryClass = register_pipeline(FluxPipeline)
+register_pipeline(FluxPipeline)
 register_configs(
     FluxPipeline.pipeline_name,
     sampling_param_cls=FluxSamplingParams,
@@ -160,7 +172,7 @@ register_configs(
 register_configs(
     FluxPipeline.pipeline_name,
     sampling_param_cls=FluxSchnellSamplingParams,
-    pipeline_config_cls=FluxSchnellPipelineConfig,
+    pipeline_config_cls=FluxPipelineConfig,
     hf_model_paths=("black-forest-labs/FLUX.1-schnell",),
     model_detectors=(_without_guidance,),
 )

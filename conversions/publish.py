@@ -68,7 +68,7 @@ def against_trace(family: str, case: ComponentCase) -> Outcome:
     declared: FamilyCases = resolve(str(families()[family].cases))
     with tempfile.TemporaryDirectory(prefix="porter-publish-") as folder:
         port = Port.open(port_of(family, case, Path(folder)).parent)
-        outcome = run_parity(port, family, replace(declared, components=(case,), pipeline=None), Options())
+        outcome = run_parity(port, family, replace(declared, components=(case,), pipelines={}), Options())
     for result in outcome.components:
         result.component = case.trace.stem
     for kind in ("weights", "recipes", "traces"):

@@ -337,9 +337,10 @@ class FamilyCases:
     """All cases of a family: `Family.cases` names one of these.
 
     Attributes:
+        pipelines: `_class_name` in model_index.json -> how ports of this pipeline are compared.
         code: modules whose source files a verdict is bound to, besides parity's own.
     """
 
     components: tuple[ComponentCase, ...]
-    pipeline: PipelineCase | None = None
+    pipelines: Mapping[str, PipelineCase] = field(default_factory=dict)
     code: tuple[str, ...] = ()

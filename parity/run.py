@@ -27,7 +27,7 @@ from porter.core.chain import chain
 from porter.core.checkpoint import spec
 from porter.core.errors import BadInputError, UsageError
 from porter.core.family import family_named, resolve
-from porter.core.files import read_config
+from porter.core.files import read_config, read_json
 from porter.core.onload import compile_on_load
 from porter.core.port import Port, hostile_until_proven
 from porter.core.recipe import Recipe, compile_recipe
@@ -63,7 +63,7 @@ def run_parity(
         MissingError: no checkout, no source files.
         CheckpointError, BadInputError: a trace or the port's files cannot be read.
     """
-    known = [case.component for case in cases.components] + ([PIPELINE] if cases.pipeline else [])
+    known = [case.component for case in cases.components] + ([PIPELINE] if cases.pipelines else [])
     for name in options.components:
         if name not in known:
             raise UsageError(f"unknown component {name!r}", expected=" | ".join(known), hint="porter parity PORT")
@@ -91,12 +91,18 @@ def run_parity(
             hint="leave --reference-repo out",
         )  # fmt: skip
     absent = [c for c in options.components if c != PIPELINE and c not in port.components]
-    whole = (port.path / "model_index.json").is_file()
-    absent += [PIPELINE] if PIPELINE in options.components and not whole else []
+    called = pipeline_class(port)
+    whole = cases.pipelines.get(called or "")
+    absent += [PIPELINE] if PIPELINE in options.components and called is None else []
     if absent:
         raise UsageError(
             f"the port has no {absent[0]}", expected=" | ".join(port.components), hint="porter parity PORT"
         )
+    if PIPELINE in options.components and whole is None:
+        raise UsageError(
+            "nothing is known to compare this port's pipeline with", expected=" | ".join(cases.pipelines),
+            found=str(called), hint="porter parity PORT, which compares its components",
+        )  # fmt: skip
     outcome = Outcome(port, family, options, changed=port.stale(full=True))
     proven: set[str] = set()
     here = [c for c in cases.components if _asked(c.component, options) and c.component in port.components]
@@ -124,19 +130,38 @@ def run_parity(
         if "diffusers" in wanted:
             for cross in case.cross:
                 progress(f"{case.component} ({cross.candidate.name}) against {cross.reference.name}")
-                given = _given(case.component, cross, folder, port, cases, options)
+                given = _given(case.component, cross, folder, port, whole, options)
                 outcome.components.append(_compare_cross(case.component, cross, folder, given, options))
     deep = options.level in ("", "pipeline", "step")
-    if cases.pipeline and "diffusers" in wanted and _asked(PIPELINE, options) and whole and deep:
-        progress("pipeline (native) against diffusers")
-        request = _request(cases.pipeline, options)
+    if whole and "diffusers" in wanted and _asked(PIPELINE, options) and deep:
+        progress(f"pipeline ({called}, native) against diffusers")
+        request = _request(whole, options)
         outcome.pipeline = compare_pipelines(
-            cases.pipeline, port.path, request, gate=options.gate, dtype=options.dtype, level=options.level or "step"
+            whole, port.path, request, gate=options.gate, dtype=options.dtype, level=options.level or "step"
         )
     converted = [name for name, record in port.manifest["components"].items() if record["action"] == "convert"]
     outcome.unproven = [name for name in converted if name not in proven]
     outcome.facts = facts(port, cases)
     return outcome
+
+
+def pipeline_class(port: Port) -> str | None:
+    """The pipeline that the port's model_index.json names; None where it is a port of single components.
+
+    Raises:
+        BadInputError: the file names none.
+    """
+    index = port.path / "model_index.json"
+    if not index.is_file():
+        return None
+    found = read_json(index)
+    name = found.get("_class_name") if isinstance(found, dict) else None
+    if not isinstance(name, str):
+        raise BadInputError(
+            f"{index} names no pipeline", expected="an object with _class_name", found=repr(name),
+            hint="convert the model again: porter convert <model> -o <port> --overwrite",
+        )  # fmt: skip
+    return name
 
 
 def _casts(port: Port, component: str) -> list[str]:
@@ -188,7 +213,7 @@ def _fits_together(options: Options, wanted: Sequence[str]) -> None:
 
 
 def _given(
-    component: str, cross: Cross, folder: Path, port: Port, cases: FamilyCases, options: Options
+    component: str, cross: Cross, folder: Path, port: Port, case: PipelineCase | None, options: Options
 ) -> Mapping[str, Named]:
     """What both implementations get: random inputs, those of a pipeline's run, or those of a file.
 
@@ -199,9 +224,9 @@ def _given(
     if options.inputs == "random":
         return cross.inputs(folder, options.seed)
     if options.inputs == "captured":
-        if cases.pipeline is None or not (port.path / "model_index.json").is_file():
-            raise UsageError("--inputs captured runs the pipeline, and there is none here", hint="--inputs random")
-        return captured_inputs(cases.pipeline, port.path, component, _request(cases.pipeline, options))
+        if case is None:
+            raise UsageError("--inputs captured runs the pipeline, and none is known here", hint="--inputs random")
+        return captured_inputs(case, port.path, component, _request(case, options))
     return inputs_from_file(Path(options.inputs), list(cross.inputs(folder, options.seed)))
 
 

@@ -8,23 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
+from conversions.flux1.pipeline_case import PIPELINES
 from conversions.flux1.recipe import ON_LOAD
-from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, PipelineCase, PipelineSide, Shapes
-from parity.stages import Request
+from parity.case import Block, Candidate, ComponentCase, Cross, FamilyCases, Named, Shapes
 from porter.core.files import read_config
-from runtime.image import to_pil
-from runtime.loader import load_module, quiet_libraries
-from runtime.registry import load
-from runtime.request import Req
+from runtime.loader import load_module
 
 HERE = Path(__file__).parent
-PROMPT = "a large red circle left of a small blue square, on a white background"
-NEGATIVE = "a green triangle", 2.5
 
 
 # --- the transformer -------------------------------------------------------------------------------------------------
@@ -225,74 +219,6 @@ def _record(component: str) -> Any:
     return command
 
 
-# --- the pipeline ----------------------------------------------------------------------------------------------------
-
-
-def diffusers_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
-    """diffusers.FluxPipeline of a port on the CPU."""
-    with quiet_libraries():
-        from diffusers import FluxPipeline
-        from diffusers.image_processor import VaeImageProcessor
-
-        pipe: Any = FluxPipeline.from_pretrained(port, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
-
-    def run(request: Request) -> Tensor:
-        height, width = _size(request, pipe.vae.config.sample_size, 2 * pipe.vae_scale_factor)
-        negative, scale = request.negative or ("", 1.0)
-        image: Tensor = pipe(
-            request.prompts,
-            negative_prompt=[negative] * len(request.prompts) if request.negative else None,
-            true_cfg_scale=scale,
-            height=height,
-            width=width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            generator=[torch.Generator().manual_seed(request.seed + i) for i in range(len(request.prompts))],
-            max_sequence_length=min(512, pipe.tokenizer_2.model_max_length),
-            output_type="pt",
-        ).images
-        return image
-
-    def save(image: Tensor) -> Tensor:
-        return _levels(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image)))
-
-    return _side(pipe.text_encoder, pipe.text_encoder_2, pipe.transformer, pipe.vae, pipe.scheduler, run=run, save=save)
-
-
-def native_pipeline(port: Path, dtype: torch.dtype) -> PipelineSide:
-    """The native pipeline of a port on the CPU."""
-    pipe = load(port, dtype=dtype, device="cpu")
-
-    def run(request: Request) -> Tensor:
-        height, width = _size(request, pipe.config.default_size(Req())[0], pipe.config.size_multiple())
-        negative, scale = request.negative or (None, None)
-        answer = pipe.generate(
-            request.prompts, negative_prompt=negative, true_cfg_scale=scale, height=height, width=width,
-            seed=request.seed, num_inference_steps=request.steps, guidance_scale=request.guidance,
-        )  # fmt: skip
-        assert answer.output is not None  # the last stage verified it
-        return answer.output
-
-    parts = (pipe.modules[name] for name in ("text_encoder", "text_encoder_2", "transformer", "vae", "scheduler"))
-    return _side(*parts, run=run, save=lambda image: _levels(to_pil(image)))
-
-
-def _size(request: Request, side: int, multiple: int) -> tuple[int, int]:
-    height, width = (max(multiple, int(part * side) // multiple * multiple) for part in request.part)
-    return height, width
-
-
-def _levels(pictures: list[Any]) -> Tensor:
-    """PIL pictures -> uint8 (B, 3, H, W)."""
-    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
-
-
-def _side(clip: Any, t5: Any, transformer: nn.Module, vae: Any, scheduler: Any, *, run: Any, save: Any) -> PipelineSide:
-    stages = {"text_encoder": clip, "text_encoder_2": t5, "denoiser": transformer, "decoder": vae.decoder}
-    return PipelineSide(stages, (clip, t5, transformer, vae), scheduler, run, save)
-
-
 CASES = FamilyCases(
     components=(
         ComponentCase(
@@ -329,6 +255,6 @@ CASES = FamilyCases(
             candidates=(NATIVE, DIFFUSERS),
         ),
     ),
-    pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5, own=("rotary",), negative=NEGATIVE),
+    pipelines=PIPELINES,
     code=("conversions.flux1", "conversions.common", "runtime", "porter.core"),
 )

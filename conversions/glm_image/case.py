@@ -101,8 +101,10 @@ def _side(parts: dict[str, Any], *, run: Any, save: Any) -> PipelineSide:
 
 CASES = FamilyCases(
     components=(),
-    pipeline=PipelineCase(
-        diffusers_pipeline, native_pipeline, PROMPT, 8, 1.5, other_prompt=OTHER, own=("rotary",), part=(0.5, 1.0)
-    ),
+    pipelines={
+        "GlmImagePipeline": PipelineCase(
+            diffusers_pipeline, native_pipeline, PROMPT, 8, 1.5, other_prompt=OTHER, own=("rotary",), part=(0.5, 1.0)
+        )
+    },
     code=("conversions.glm_image", "runtime", "porter.core"),
 )

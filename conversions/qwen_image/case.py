@@ -267,6 +267,9 @@ def _side(
     return PipelineSide(stages, (encoder, transformer, vae), scheduler, run, save)
 
 
+PIPELINE = PipelineCase(
+    diffusers_pipeline, native_pipeline, PROMPT, 8, 0.0, own=("rotary",), negative=("a green triangle", 2.5)
+)
 CASES = FamilyCases(
     components=(
         ComponentCase(
@@ -278,8 +281,6 @@ CASES = FamilyCases(
             (AUTOENCODER,),
         ),
     ),
-    pipeline=PipelineCase(
-        diffusers_pipeline, native_pipeline, PROMPT, 8, 0.0, own=("rotary",), negative=("a green triangle", 2.5)
-    ),
+    pipelines=dict.fromkeys(("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"), PIPELINE),
     code=("conversions.qwen_image", "conversions.common", "runtime", "porter.core"),
 )  # fmt: skip

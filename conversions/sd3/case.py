@@ -197,8 +197,10 @@ CASES = FamilyCases(
         ),
         autoencoder_case(HERE / "reference" / "vae.safetensors"),
     ),
-    pipeline=PipelineCase(
-        diffusers_pipeline, native_pipeline, PROMPT, 8, 4.5, own=("positions",), negative=NEGATIVE,
-    ),
+    pipelines={
+        "StableDiffusion3Pipeline": PipelineCase(
+            diffusers_pipeline, native_pipeline, PROMPT, 8, 4.5, own=("positions",), negative=NEGATIVE,
+        ),
+    },
     code=("conversions.sd3", "conversions.common", "runtime", "porter.core"),
 )  # fmt: skip

@@ -254,6 +254,6 @@ CASES = FamilyCases(
         *(_case("transformer", name) for name in ("2.1-t2v", "2.1-i2v", "2.1-flf2v", "2.2-ti2v")),
         *(_case("vae", name) for name in ("2.1", "2.2")),
     ),
-    pipeline=PIPELINE,
+    pipelines={"WanPipeline": PIPELINE},
     code=("conversions.wan", "conversions.common", "runtime", "porter.core"),
 )

@@ -274,6 +274,10 @@ CASES = FamilyCases(
             ),
         ),
     ),
-    pipeline=PipelineCase(diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5, own=("places",), negative=NEGATIVE),
+    pipelines={
+        "ZImagePipeline": PipelineCase(
+            diffusers_pipeline, native_pipeline, PROMPT, 8, 3.5, own=("places",), negative=NEGATIVE
+        )
+    },
     code=("conversions.z_image", "conversions.common", "runtime", "porter.core"),
 )

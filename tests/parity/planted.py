@@ -20,8 +20,7 @@ from parity.stages import Request
 from runtime.stages import LatentPreparationStage
 
 PROMPT = "a red circle on a white background"
-assert flux.CASES.pipeline is not None
-CASE = flux.CASES.pipeline
+CASE = flux.CASES.pipelines["FluxPipeline"]
 
 
 _run = pipeline._run

@@ -21,8 +21,7 @@ PROMPT = "a red circle on a white background"
 
 
 def compare(port: Path, seed: int = 0, steps: int = 2) -> PipelineResult:
-    assert CASES.pipeline is not None
-    return compare_pipelines(CASES.pipeline, port, Request(PROMPT, seed, steps, 3.5))
+    return compare_pipelines(CASES.pipelines["FluxPipeline"], port, Request(PROMPT, seed, steps, 3.5))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -48,11 +47,12 @@ def test_seeds_and_steps_reach_both_sides(tiny_port: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_and_levels(tiny_port: Path, threads: int) -> None:
-    assert CASES.pipeline is not None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = compare_pipelines(CASES.pipeline, tiny_port, Request(PROMPT, 5, 3, 2.0), level="pipeline")
+        result = compare_pipelines(
+            CASES.pipelines["FluxPipeline"], tiny_port, Request(PROMPT, 5, 3, 2.0), level="pipeline"
+        )
     finally:
         torch.set_num_threads(before)
     names = [v.name for v in result.stages]
@@ -69,9 +69,8 @@ def test_another_number_of_steps_shows_at_the_level_of_the_pipeline(
         batch.timesteps = batch.timesteps[:-1]
         return forward(self, batch, config)
 
-    assert CASES.pipeline is not None
     monkeypatch.setattr(DenoisingStage, "forward", hurried)
-    result = compare_pipelines(CASES.pipeline, tiny_port, Request(PROMPT, 0, 3, 3.5), level="pipeline")
+    result = compare_pipelines(CASES.pipelines["FluxPipeline"], tiny_port, Request(PROMPT, 0, 3, 3.5), level="pipeline")
     assert result.first_failing is not None and result.first_failing.name == "steps"
     assert result.first_failing.note == "3 steps there, 2 here"
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from porter.core.errors import BadInputError
-from porter.core.family import Family, families
+from porter.core.family import Family, families, resolve
 from runtime import registry
 from runtime.registry import entry_class, import_pipelines, runs_natively
 
+WITHOUT_CASE = {"WanImageToVideoPipeline"}  # compared with diffusers by its own tests alone
 NATIVE = [family for family in families().values() if family.pipeline]
 
 
@@ -23,6 +24,11 @@ def test_the_native_pipelines_of_a_record_are_the_registered_ones(family: Family
     assert registered == set(family.native_pipelines)
     for name in family.native_pipelines:
         assert entry_class(name).pipeline_name == name and registry._configs[name]
+
+
+@pytest.mark.parametrize("family", NATIVE, ids=lambda family: family.name)
+def test_every_native_pipeline_has_a_parity_case(family: Family) -> None:
+    assert set(resolve(str(family.cases)).pipelines) == set(family.native_pipelines) - WITHOUT_CASE
 
 
 def test_who_runs_a_pipeline_is_known_without_an_import(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,8 +69,8 @@ def test_every_module_of_the_transformer_equals_diffusers() -> None:
 
 
 def pipelines(port: Path, **options: Any) -> PipelineResult:
-    assert CASES.pipeline is not None
-    return compare_pipelines(CASES.pipeline, port, Request(CASES.pipeline.prompt, 0, 2, 1.5), **options)
+    whole = CASES.pipelines["GlmImagePipeline"]
+    return compare_pipelines(whole, port, Request(whole.prompt, 0, 2, 1.5), **options)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from parity.run import Options, _compare_cross
 from parity.stages import Request
 from tests.conversions.qwen_image.ports import write_port
 
-CASE = qwen.CASES.pipeline
-assert CASE is not None
+CASE = qwen.PIPELINE
 PROMPT = "a red circle on a white background"
 
 
@@ -28,7 +27,6 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(port: Path, steps: int = 2) -> PipelineResult:
-    assert CASE is not None
     return compare_pipelines(CASE, port, Request(PROMPT, 0, steps, 0.0))
 
 

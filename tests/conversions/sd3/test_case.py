@@ -27,7 +27,7 @@ TRANSFORMERS = [case for case in CASES.components if case.component == "transfor
 @pytest.mark.parametrize("case", TRANSFORMERS, ids=lambda case: case.trace.stem)
 def test_the_transformer_equals_diffusers_block_by_block(case: ComponentCase, tmp_path: Path) -> None:
     port = Port.open(port_of("sd3", case, tmp_path).parent)
-    outcome = run_parity(port, "sd3", replace(CASES, components=(case,), pipeline=None), Options())
+    outcome = run_parity(port, "sd3", replace(CASES, components=(case,), pipelines={}), Options())
     results = {(result.against, result.candidate): result for result in outcome.components}
     assert set(results) == {("trace", "native"), ("trace", "diffusers"), ("diffusers", "native")}
     for key, result in results.items():
@@ -49,8 +49,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def compared(port: Path, **options: Any) -> PipelineResult:
-    case = CASES.pipeline
-    assert case is not None
+    case = CASES.pipelines["StableDiffusion3Pipeline"]
     return compare_pipelines(case, port, Request(case.prompt, 0, 2, case.guidance), **options)
 
 

@@ -24,7 +24,7 @@ TRANSFORMERS = [case for case in CASES.components if case.component == "transfor
 
 
 def against_diffusers(case: Any, folder: Path, level: str = "") -> Outcome:
-    port, alone = Port.open(port_of("wan", case, folder).parent), replace(CASES, components=(case,), pipeline=None)
+    port, alone = Port.open(port_of("wan", case, folder).parent), replace(CASES, components=(case,), pipelines={})
     return run_parity(port, "wan", alone, Options(against=("diffusers",), level=level))
 
 
@@ -64,8 +64,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def compare(port: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineResult:
     for side, pixels in (("HEIGHT", 32), ("WIDTH", 48)):
         monkeypatch.setattr(f"conversions.wan.case.{side}", pixels)
-    assert CASES.pipeline is not None
-    return compare_pipelines(CASES.pipeline, port, Request(PROMPT, 0, 3, 4.0))
+    return compare_pipelines(CASES.pipelines["WanPipeline"], port, Request(PROMPT, 0, 3, 4.0))
 
 
 @pytest.mark.parametrize("kind", ["t2v", "a14b", "5b"])

@@ -18,8 +18,7 @@ from parity.run import _compare_cross
 from parity.stages import Request
 from tests.conversions.z_image.ports import write_port
 
-assert CASES.pipeline is not None
-PIPELINE = CASES.pipeline
+PIPELINE = CASES.pipelines["ZImagePipeline"]
 REQUEST = Request(PIPELINE.prompt, 0, 2, PIPELINE.guidance)
 CROSS = CASES.components[1].cross[0]
 UNTRAINED = "the reference's last latents shows something"  # weights that were drawn paint noise

@@ -26,6 +26,7 @@ from porter.core.files import read_config
 from porter.core.libraries import LIBRARIES, pipeline_module_has
 from porter.core.onload import compile_on_load, on_disk
 from porter.core.port import MANIFEST, is_manifest
+from porter.core.recipe import Recipe
 from porter.core.tensorplan import TensorPlan
 from runtime.layers import PackedLinear
 from runtime.parallel import mesh
@@ -259,16 +260,24 @@ def packed(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return apply(compile_on_load(getattr(cls, "on_load", None), config, header), tensors)
 
 
-def _plan(cls: Any, config: Mapping[str, Any], folder: Path, header: Header, module: nn.Module) -> TensorPlan:
-    """What of the files goes where in `module`: every tensor of either side exactly once."""
-    recipe = getattr(cls, "on_load", None)
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    expected: dict[str, tuple[int, ...]] = {}
+def stored_shapes(
+    module: nn.Module, recipe: Recipe | None, config: Mapping[str, Any], own: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes, under their names on disk, of a module's tensors of the shapes `own`."""
+    found: dict[str, tuple[int, ...]] = {}
     for name, stored in on_disk(recipe, config, own).items():
         owner = module.get_submodule(name.rpartition(".")[0])
         rows = owner.outputs if isinstance(owner, PackedLinear) else (own[name][:1] or [None])
         for each, row in zip(stored, rows, strict=True):
-            expected[each] = own[name] if len(stored) == 1 else (row, *own[name][1:])
+            found[each] = own[name] if len(stored) == 1 else (row, *own[name][1:])
+    return found
+
+
+def _plan(cls: Any, config: Mapping[str, Any], folder: Path, header: Header, module: nn.Module) -> TensorPlan:
+    """What of the files goes where in `module`: every tensor of either side exactly once."""
+    recipe = getattr(cls, "on_load", None)
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = stored_shapes(module, recipe, config, own)
     missing, extra = [n for n in expected if n not in header], [n for n in header if n not in expected]
     shapes = [
         f"{n} is {header[n].shape}, not {shape}"

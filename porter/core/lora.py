@@ -187,7 +187,8 @@ def _factor(
     if a.shape[0] != b.shape[1] or math.prod(b.shape[2:]) != 1:
         raise BadInputError(
             f"{file}: {a.name} and {b.name} have different ranks",
-            expected=f"{b.name} of shape [outputs, {a.shape[0]}]", found=f"{list(a.shape)} and {list(b.shape)}", hint=_EXPORT,
+            expected=f"{b.name} of shape [outputs, {a.shape[0]}]", found=f"{list(a.shape)} and {list(b.shape)}",
+            hint=_EXPORT,
         )  # fmt: skip
     said = next((each.scale(file, place.module, a.shape[0]) for place in places(stem)
                  if (each := settings.get(place.component) or settings.get(None))), None)  # fmt: skip

@@ -267,7 +267,7 @@ def stored_shapes(
     found: dict[str, tuple[int, ...]] = {}
     for name, stored in on_disk(recipe, config, own).items():
         owner = module.get_submodule(name.rpartition(".")[0])
-        rows = owner.outputs if isinstance(owner, PackedLinear) else (own[name][:1] or [None])
+        rows = owner.outputs if isinstance(owner, PackedLinear) else own[name][:1] or (0,)
         for each, row in zip(stored, rows, strict=True):
             found[each] = own[name] if len(stored) == 1 else (row, *own[name][1:])
     return found

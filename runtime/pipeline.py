@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from porter.core.errors import BadInputError, UsageError
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import load_components, read_index
+from runtime.lora import LoraStack
 from runtime.quality import Quality, at_quality
 from runtime.request import Req
 from runtime.stages import (
@@ -63,6 +64,7 @@ class ComposedPipelineBase(ABC):
         self.stages: dict[str, PipelineStage] = {}
         self.warnings: list[str] = []
         self.quality: Quality = "lossless"
+        self.loras = LoraStack(self)
         self.create_pipeline_stages()
 
     @classmethod
@@ -176,7 +178,7 @@ class ComposedPipelineBase(ABC):
             UsageError: the request asks for what cannot be made.
             CheckFailed: a step ended in numbers that are not finite.
         """
-        with at_quality(self.quality):
+        with at_quality(self.quality), self.loras.using(batch.loras):
             for stage in self.stages.values():
                 batch = stage(batch, self.config)
         return batch

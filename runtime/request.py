@@ -40,6 +40,7 @@ class Req:
     true_cfg_scale: float | None = None  # classifier-free guidance of models that also take guidance as an input
     max_sequence_length: int | None = None  # tokens of the encoders that allow a choice
     sigmas: list[float] | None = None  # noise levels before the scheduler's shift
+    loras: list[tuple[str, float]] | None = None  # loaded ones with scales; None: the pipeline's own choice
     extra: dict[str, Any] = field(default_factory=dict)  # what only some models know; see SamplingParams
 
     # added by the stages, or given to skip them

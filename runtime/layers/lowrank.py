@@ -96,4 +96,4 @@ def detach(layer: Any) -> None:
     for name in _BUFFERS:
         delattr(layer, name)
     del layer.lora_spans
-    layer.__class__ = type(layer).__mro__[2]
+    layer.__class__ = type(layer).__bases__[1]

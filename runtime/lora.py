@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from porter.core.checkpoint import ANY, spec
 from porter.core.described import full_config
@@ -30,6 +31,8 @@ from porter.core.lora import LoraFile, read_lora
 from porter.core.loratargets import Target, changes, original_plans
 from porter.core.lowrank import Delta, carry, joined, make
 from porter.core.onload import compile_on_load
+from porter.core.shards import cut
+from porter.core.tensorplan import TensorPlan
 from runtime.layers.lowrank import Span, attach, detach, takes_lora
 from runtime.loader import stored_shapes
 
@@ -216,6 +219,11 @@ class LoraStack:
     def _merge(self, place: tuple[str, str], layers: Sequence[tuple[Layer, float]]) -> None:
         """Add the LoRAs of one layer to its weight, in float32, rounded once."""
         weight = self._module(place).weight
+        if isinstance(weight, DTensor):
+            raise UsageError(
+                "LoRAs cannot be merged into weights that ranks share", expected="one process, or no --tp",
+                found=f"{place[1]} of {place[0]}", hint="leave the LoRAs beside the weights: pipeline.loras.unfuse()",
+            )  # fmt: skip
         if weight.dtype not in _FLOATS:
             raise UsageError(
                 f"{place[1]} of {place[0]} is quantised: nothing can be merged into it", expected="weights in float",
@@ -244,7 +252,8 @@ class LoraStack:
         for name, found in changes(file, targets, component).items():
             model = self._pipeline.modules[name]
             dtype = next((p.dtype for p in model.parameters() if p.dtype in _FLOATS), torch.float32)
-            for module, change in self._carried(name, found).items():
+            plan = self._plan(name)
+            for module, change in (found if plan is None else carry(found, plan)).items():
                 layer = model.get_submodule(module)
                 if not takes_lora(layer):
                     raise BadInputError(
@@ -252,7 +261,7 @@ class LoraStack:
                         expected="a linear layer, or a convolution", found=type(layer).__name__,
                         hint="merge the LoRA into the weights before the model is converted",
                     )  # fmt: skip
-                layers[name, module] = reader.layer(change, layer, dtype)
+                layers[name, module] = _held(reader.layer(change, layer, dtype), layer, plan, module)
         return Lora(file.path, reader.sha256(), file.notes, layers)
 
     def _components(self) -> list[str]:
@@ -292,14 +301,13 @@ class LoraStack:
                     return part
         return None
 
-    def _carried(self, name: str, found: Mapping[str, Delta]) -> dict[str, Delta]:
-        """Changes of a component's stored weights as changes of its module's, which may be packed."""
-        model = self._pipeline.modules[name]
-        recipe = getattr(model, "on_load", None)
+    def _plan(self, name: str) -> TensorPlan | None:
+        """How a component's module packs its stored weights; None where it has them as they are."""
+        recipe = getattr(self._pipeline.modules[name], "on_load", None)
         if recipe is None:
-            return dict(found)
+            return None
         target = self._target(name)
-        return carry(found, compile_on_load(recipe, self._config(name, target.class_name), target.header))
+        return compile_on_load(recipe, self._config(name, target.class_name), target.header)
 
 
 class _Reader:
@@ -337,6 +345,20 @@ class _Reader:
     def sha256(self) -> str:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _held(layer: Layer, module: Any, plan: TensorPlan | None, name: str) -> Layer:
+    """A rank's part of a layer's factors, where tensor-parallel ranks share its weight."""
+    weight = module.weight
+    if not isinstance(weight, DTensor) or plan is None:
+        return layer
+    step, output = next(made for made in plan.outputs() if made[1].name == f"{name}.weight")
+    held = cut(plan, step, output, weight.device_mesh.get_local_rank(), weight.device_mesh.size())
+    if held is None:
+        return layer
+    whole = layer.a if held.dim else layer.b
+    part = torch.cat([whole.narrow(held.dim, begin, end - begin) for begin, end in held.ranges], dim=held.dim)
+    return layer._replace(a=part) if held.dim else layer._replace(b=part)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from runtime.quality import quality
 
@@ -84,9 +85,21 @@ def attach(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], spans: Sequence[S
     for _, ranks, scale in found:
         scales[ranks] = scale
     layer.__class__ = _with_lora(type(layer))
-    for name, tensor in zip(_BUFFERS, (a, b, scales.to(a.device)), strict=True):
+    for name, tensor in zip(_BUFFERS, _shared(layer.weight, a, b, scales.to(a.device)), strict=True):
         layer.register_buffer(name, tensor, persistent=False)
     layer.lora_spans = tuple(found)
+
+
+def _shared(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank's factors beside a weight whose outputs (then B) or inputs (then A) tensor-parallel ranks share."""
+    if not isinstance(weight, DTensor):
+        return a, b, scale
+    whole: Placement = Replicate()
+    shared = weight.placements[0]
+    places = (shared, whole, whole) if shared == Shard(1) else (whole, shared, whole)
+    made = [DTensor.from_local(tensor, weight.device_mesh, [place], run_check=False)
+            for tensor, place in zip((a, b, scale), places, strict=True)]  # fmt: skip
+    return made[0], made[1], made[2]
 
 
 def detach(layer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 import porter
 from porter.core.errors import BadInputError, PorterError, UsageError
+from runtime.layers.lowrank import attach, detach, takes_lora
 from runtime.pipeline import ComposedPipelineBase
 from runtime.quality import at_quality
+from runtime.registry import load
 
 RANK = 4
 Tensors = dict[str, Tensor]
@@ -171,7 +174,7 @@ def test_a_whole_picture(stacked: ComposedPipelineBase, diffusers_pipeline: Call
     reference.set_adapters(["style"], [0.7])
     reference.set_progress_bar_config(disable=True)
     asked = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
-    given = {"prompt": "a red circle", "max_sequence_length": 512, "output_type": "pt"}
+    given = {"prompt": "a red circle", "max_sequence_length": 32, "output_type": "pt"}
     want = reference(**given, **asked, generator=torch.Generator().manual_seed(1)).images
     plain = stacked.generate("a red circle", seed=1, **asked).output
     stacked.loras.add(tmp_path / "style.safetensors")
@@ -366,25 +369,76 @@ def test_other_dtypes(bare_port: Path, tmp_path: Path, dtype: torch.dtype) -> No
     check_base(pipeline, before)
 
 
-def test_a_compiled_model_follows_its_stack(bare_port: Path, tmp_path: Path) -> None:
-    pipeline = porter.load(bare_port, dtype=torch.float32, device="cpu")
-    transformer = pipeline.modules["transformer"]
-    transformer.config = type("Config", (), pipeline.config.configs["transformer"])
-    inputs = example(transformer)
+def test_a_compiled_block_follows_its_stack(stacked: ComposedPipelineBase, tmp_path: Path) -> None:
+    transformer = stacked.modules["transformer"]
+    block = transformer.single_transformer_blocks[0]
+    draw = torch.Generator().manual_seed(9)
+    x, vec = torch.randn(2, 11, HIDDEN, generator=draw), torch.randn(2, HIDDEN, generator=draw)
+    rope = transformer.rotary(torch.zeros(5, 3), torch.ones(6, 3))
     torch._dynamo.reset()
-    compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
     with torch.no_grad():
-        base = compiled(**inputs)
-        pipeline.loras.add(style(pipeline, tmp_path), scale=0.7)
-        with torch._dynamo.config.patch(error_on_recompile=False):
-            got = compiled(**inputs)
-        assert torch.allclose(got, transformer(**inputs), atol=1e-6)
+        base = compiled(x, vec, rope, 5)
+        stacked.loras.add(style(stacked, tmp_path), scale=0.7)
+        got = compiled(x, vec, rope, 5)
+        assert torch.allclose(got, block(x, vec, rope, 5), atol=1e-6)
         assert float((got - base).abs().max()) > 0.05
         with torch._dynamo.config.patch(error_on_recompile=True):  # another scale is other data, not other code
-            pipeline.loras.set_scales({"style": 0.2})
-            assert torch.allclose(compiled(**inputs), transformer(**inputs), atol=1e-6)
-            pipeline.loras.clear()
-            assert torch.equal(compiled(**inputs), base)
+            stacked.loras.set_scales({"style": 0.2})
+            assert torch.allclose(compiled(x, vec, rope, 5), block(x, vec, rope, 5), atol=1e-6)
+            stacked.loras.clear()
+            assert torch.equal(compiled(x, vec, rope, 5), base)
+
+
+def test_a_convolution_as_peft_runs_it() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(2)
+    layers = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv2d(5, 4, 1))
+    x = torch.randn(2, 3, 8, 6)
+    want = layers(x)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1"], init_lora_weights=False)
+    reference = peft.get_peft_model(copy.deepcopy(layers), config)
+    for name, layer in layers.named_children():
+        theirs = reference.base_model.model.get_submodule(name)
+        a, b = theirs.lora_A["default"].weight.detach(), theirs.lora_B["default"].weight.detach().flatten(1)
+        assert takes_lora(layer)
+        attach(layer, [(a, b)], [[(slice(0, b.shape[0]), slice(0, 2), 1.5)]])
+    with torch.no_grad():
+        assert torch.allclose(layers(x), reference(x), atol=1e-6)
+        assert not torch.allclose(layers(x), want, atol=1e-2)
+        for layer in layers:
+            detach(layer)
+        assert torch.equal(layers(x), want)
+    assert [type(layer) for layer in layers] == [nn.Conv2d, nn.Conv2d]
+    assert not takes_lora(nn.Conv2d(4, 4, 3, groups=2)) and not takes_lora(nn.LayerNorm(3))
+
+
+def test_a_convolution_pads_as_the_merged_weight_does() -> None:
+    """Circular padding too, which PEFT's own path leaves out."""
+    torch.manual_seed(3)
+    layer = nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular")
+    a, b, x = torch.randn(2, 3, 3, 3), torch.randn(5, 2), torch.randn(2, 3, 8, 6)
+    whole = copy.deepcopy(layer)
+    attach(layer, [(a, b)], [[(slice(0, 5), slice(0, 2), 0.4)]])
+    with torch.no_grad():
+        whole.weight += 0.4 * (b @ a.flatten(1)).view_as(whole.weight)
+        assert torch.allclose(layer(x), whole(x), atol=1e-5)
+
+
+def test_the_executor_of_diffusers_takes_them_too(
+    bare_port: Path, stacked: ComposedPipelineBase, tmp_path: Path
+) -> None:
+    other = load(bare_port, dtype=torch.float32, device="cpu", executor="diffusers")
+    file = style(stacked, tmp_path)
+    asked: dict[str, Any] = {"guidance_scale": 3.0, "max_sequence_length": 32}
+    plain = picture(other, **asked)
+    stacked.loras.add(file, scale=0.5)
+    other.loras.add(file, scale=0.5)
+    want = picture(stacked, guidance_scale=3.0)
+    assert float((picture(other, **asked) - want).abs().max()) < 2e-5
+    assert float((plain - want).abs().max()) > 0.01
+    other.loras.clear()
+    assert torch.equal(picture(other, **asked), plain)
 
 
 def _change(name: str, value: Tensor | None) -> Callable[[Tensors], object]:

@@ -23,7 +23,7 @@ from tests.runtime.ports import write_port
 
 ROOT = Path(__file__).parents[3]
 FLOOR = 1e-14  # of float64, times max(1, max |expected|)
-MODEL = ["model", "model, uneven", "model, one pass", "block"]
+MODEL = ["model", "model, uneven", "model, one pass", "lora", "block"]
 
 
 def torchrun(processes: int, module: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -70,6 +70,11 @@ def test_each_rank_packs_its_own_part_and_holds_no_more(results: dict[str, Any])
 def test_a_plain_cut_of_a_packed_projection_shows(results: dict[str, Any]) -> None:
     for name, found in facts(results, "tensor").items():
         assert found["plain"] > 0.01, name
+
+
+def test_a_lora_beside_shared_weights_changes_the_prediction(results: dict[str, Any]) -> None:
+    for name, found in facts(results, "tensor").items():
+        assert found["lora"] > 0.01, name
 
 
 def test_bfloat16_is_as_close_to_float32_as_in_one_process(results: dict[str, Any]) -> None:

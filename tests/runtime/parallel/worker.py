@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer
@@ -33,6 +33,7 @@ from runtime.parallel import mesh, sequence, tensor
 from runtime.parallel.guidance import predict
 from runtime.parallel.mesh import Parallel, Run, start
 from runtime.quality import at_quality
+from runtime.registry import load
 
 DTYPES = (torch.float32, torch.float64)
 CPU = torch.device("cpu")
@@ -73,6 +74,28 @@ def passes(config: dict[str, Any], dtype: torch.dtype, size: tuple[int, int]) ->
         }
         for words in (5, 7)
     ]
+
+
+# --- a LoRA beside shared weights -------------------------------------------------------------------------------------
+
+
+@cache  # cleared for each job
+def adapted(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformer of the pipeline in FOLDER, with a LoRA of every linear layer beside its weights."""
+    pipeline = load(folder / "port", dtype=dtype, device=CPU)
+    pipeline.loras.add(folder / "lora.safetensors", scale=0.7)
+    transformer: nn.Module = pipeline.modules["transformer"]
+    return transformer
+
+
+def write_lora(folder: Path) -> None:
+    draw, tensors = torch.Generator().manual_seed(8), {}
+    for name, weight in load_file(next((folder / "port" / "transformer").glob("*.safetensors"))).items():
+        if name.endswith(".weight") and weight.ndim == 2:
+            stem = "transformer." + name.removesuffix(".weight")
+            tensors[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(3, weight.shape[1], generator=draw)
+            tensors[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(weight.shape[0], 3, generator=draw)
+    save_file(tensors, folder / "lora.safetensors")
 
 
 # --- a layer whose norms run over all heads ---------------------------------------------------------------------------
@@ -198,6 +221,7 @@ def modes(folder: Path, shares_tokens: bool = True) -> dict[str, Callable[[torch
         "model": lambda dtype: predict(flux(port, dtype), passes(config, dtype, (3, 4))),
         "model, uneven": lambda dtype: predict(flux(port, dtype), passes(config, dtype, (1, 13))),
         "model, one pass": lambda dtype: predict(flux(port, dtype), passes(config, dtype, (5, 3))[:1]),
+        "lora": lambda dtype: predict(adapted(folder, dtype), passes(config, dtype, (3, 4))),
         "block": lambda dtype: predict(block(folder / "block", dtype), [{"x": torch.randn(2, 11, 32, dtype=dtype)}]),
     }
     if shares_tokens:
@@ -273,6 +297,7 @@ def tensor_parallel_facts(folder: Path, run: Run, expected: dict[str, Any]) -> d
     right = expected["model", torch.float32][0]
     with packed_plainly():
         found["plain"] = gap(predict(flux.__wrapped__(port, torch.float32), given[:1])[0], right)
+    found["lora"] = gap(predict(adapted(folder, torch.float32), given[:1])[0], right)
     low = predict(flux(port, torch.bfloat16), passes(config, torch.bfloat16, (3, 4))[:1])[0]
     found["bfloat16"] = [gap(each.float(), right) for each in (low, expected["bfloat16"])]
 
@@ -340,9 +365,11 @@ def main() -> None:
             assert run is not None
             if run.main and not expected:
                 write_block(folder / "block")
+                write_lora(folder)
             assert run.share(run.rank) == 0  # and rank 0 has written its file
             expected = expected or alone(modes(folder), folder)
             flux.cache_clear()
+            adapted.cache_clear()
             shares_tokens = settings.ulysses * settings.ring > 1
             results |= measured(modes(folder, shares_tokens), expected, run)
             if settings.tp > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conversions.flux1.recipe import diffusers_headers
-from porter.core.errors import BadInputError
+from porter.core.checkpoint import specs
+from porter.core.errors import BadInputError, PorterError, UsageError
 from porter.core.execute import apply
-from porter.core.family import families
+from porter.core.family import families, resolve
 from porter.core.lora import read_lora
 from porter.core.loratargets import Target, changes, original_plans
 from porter.core.lowrank import Delta, Matrix, Term, carry, joined, make
+from porter.core.onload import compile_on_load
 from porter.core.ops import Drop
 from porter.core.recipe import compile_recipe
 from porter.core.tensorplan import TensorPlan
@@ -88,6 +91,24 @@ def test_a_change_is_carried_as_the_weights_are(proof: Proof) -> None:
             assert compare(back, found, factors)
             some = {module: change for number, (module, change) in enumerate(found.items()) if number % 3}
             assert compare(back, some, factors)
+
+
+def natives() -> dict[str, tuple[Proof, str]]:
+    """Recipe that writes a component's usual layout → a proof of it, and the native class that runs the component."""
+    parts = [part for family in families().values() for part in family.components if part.native and part.recipe]
+    made = {part.recipe: part.native for part in parts}
+    return {proof.recipe: (proof, made[proof.recipe]) for proof in PROOFS[::-1] if proof.recipe in made}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("reference", natives())
+def test_a_change_is_packed_as_the_native_models_weights_are(reference: str) -> None:
+    proof, native = natives()[reference]
+    header = proof.load().target_headers(proof.tiny)
+    plan = compile_on_load(resolve(native).on_load, proof.tiny, header)
+    found, factors = drawn(plan, 3)
+    assert compare(plan, found, factors) < len(found)
+    some = {module: change for number, (module, change) in enumerate(found.items()) if number % 3}
+    assert compare(plan, some, factors)
 
 
 def test_what_a_recipe_drops_takes_no_lora() -> None:
@@ -165,3 +186,74 @@ def test_original_names_as_diffusers_own_converters_read_them(name: str, convert
         for end, matrix in zip("AB", (change.terms[0].a, change.terms[0].b), strict=True):
             got = make(matrix, tensors.__getitem__, torch)
             assert torch.equal(got, want[f"transformer.{module}.lora_{end}.weight"]), module
+
+
+def lora_of(folder: Path, **shapes: tuple[int, int]) -> Path:
+    """A file whose factors change weights of these shapes; `__` in a stem stands for a dot."""
+    tensors = {}
+    for stem, (rows, columns) in shapes.items():
+        tensors[stem.replace("__", ".") + ".lora_down.weight"] = torch.ones(2, columns)
+        tensors[stem.replace("__", ".") + ".lora_up.weight"] = torch.ones(rows, 2)
+    save_file(tensors, folder / "it.safetensors")
+    return folder / "it.safetensors"
+
+
+FC = {"encoder.layers.0.mlp.fc1.weight": (32, 8)}
+ENCODERS = [
+    Target(
+        "transformer", "T", specs({"proj.weight": (4, 4), "a.b.weight": (4, 4), "a_b.weight": (4, 4)}), predicts=True
+    ),
+    Target("text_encoder", "CLIPTextModel", specs(FC)),
+    Target("text_encoder_2", "B", specs({"text_model.encoder.layers.0.mlp.fc1.weight": (64, 16)})),
+    Target("text_encoder_3", "C", specs({"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)})),
+]
+INSIDE = "encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(
+    ("stem", "shape", "component"),
+    [(f"lora_te_text_model_{INSIDE}", (32, 8), "text_encoder"), (f"lora_te1_{INSIDE}", (32, 8), "text_encoder"),
+     (f"lora_te2_text_model_{INSIDE}", (64, 16), "text_encoder_2"),
+     ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", (8, 8), "text_encoder_3"),
+     ("text_encoders__clip_g__transformer__text_model__encoder__layers__0__mlp__fc1", (64, 16), "text_encoder_2"),
+     ("text_encoders__clip_l__transformer__text_model__encoder__layers__0__mlp__fc1", (32, 8), "text_encoder"),
+     ("text_encoder_2__encoder__layers__0__mlp__fc1", (64, 16), "text_encoder_2"),
+     ("lora_unet_proj", (4, 4), "transformer"), ("proj", (4, 4), "transformer")],
+)  # fmt: skip
+def test_text_encoders_are_told_by_name_number_or_size(
+    stem: str, shape: tuple[int, int], component: str, tmp_path: Path
+) -> None:
+    file = read_lora(lora_of(tmp_path, **{stem: shape}))
+    assert list(changes(file, ENCODERS)) == [component]
+    if stem.startswith("lora_te3"):  # one that this pipeline counts otherwise
+        fewer = [*ENCODERS[:1], replace(ENCODERS[3], component="text_encoder_2")]
+        assert list(changes(file, fewer)) == ["text_encoder_2"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "shape", "named"),
+    [("lora_te1_encoder_layers_1_mlp_fc1", (32, 8), r"nearest: encoder_layers_0_mlp_fc1"),
+     ("text_encoders__x__transformer__encoder__layers__0__mlp__fc1", (5, 5), "text_encoders.x"),
+     (f"lora_te1_{INSIDE}", (64, 16), r"does not fit its weight of shape \[32, 8\]"),
+     ("lora_unet_a_b", (4, 4), "lora_unet_a_b is no module"), ("unet__proj", (4, 4), "unet.proj is no module")],
+)  # fmt: skip
+def test_keys_that_fit_nothing_or_two_things(stem: str, shape: tuple[int, int], named: str, tmp_path: Path) -> None:
+    with pytest.raises(PorterError, match=named):
+        changes(read_lora(lora_of(tmp_path, **{stem: shape})), ENCODERS)
+
+
+def test_of_two_denoisers_one_must_be_named(tmp_path: Path) -> None:
+    two = [
+        Target(name, "T", specs({"proj.weight": (4, 4)}), predicts=True) for name in ("transformer", "transformer_2")
+    ]
+    for stem, said in (("proj", None), ("diffusion_model__proj", None), ("transformer_2__proj", "transformer_2")):
+        file = read_lora(lora_of(tmp_path, **{stem: (4, 4)}))
+        if said is None:
+            with pytest.raises(UsageError, match="does not say which of transformer and transformer_2"):
+                changes(file, two)
+        else:
+            assert list(changes(file, two)) == [said]
+        assert list(changes(file, two, "transformer")) == ["transformer"]
+        assert list(changes(file, two, "transformer_2")) == ["transformer_2"]
+        with pytest.raises(UsageError, match="no unet that predicts"):
+            changes(file, two, "unet")

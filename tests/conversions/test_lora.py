@@ -22,8 +22,8 @@ from porter.core.lora import read_lora
 from porter.core.loratargets import Target, changes, original_plans
 from porter.core.lowrank import Delta, Matrix, Term, carry, joined, make
 from porter.core.onload import compile_on_load
-from porter.core.ops import Drop
-from porter.core.recipe import compile_recipe
+from porter.core.ops import Concat, Drop, Op, PermuteBlocks, Regroup, Reshape, Split, Transpose
+from porter.core.recipe import Recipe, Rule, compile_recipe
 from porter.core.tensorplan import TensorPlan
 from tests.conversions.proofs import Proof
 from tests.conversions.test_recipes import PROOFS
@@ -91,6 +91,27 @@ def test_a_change_is_carried_as_the_weights_are(proof: Proof) -> None:
             assert compare(back, found, factors)
             some = {module: change for number, (module, change) in enumerate(found.items()) if number % 3}
             assert compare(back, some, factors)
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [(Concat(), Split((3, 8, 1))), (Concat(), PermuteBlocks((1, 0))), (Concat(), Regroup((2, 6), (1, 0))),
+     (Concat(), Transpose()), (Concat(), Transpose(), Split((5, 7), 1)), (Concat(), Reshape((12, 3, 2))),
+     (Concat(1), Split((5, 7), 1)), (Concat(1), Split((2, 4))), (Concat(1), PermuteBlocks((2, 0, 1), 1)),
+     (Concat(1), Regroup((3, 4), (1, 0), 1)), (Concat(1), Transpose(), Split((9, 3)))],
+    ids=lambda ops: " ".join(f"{op.describe()}" for op in ops),
+)  # fmt: skip
+def test_changes_of_parts_keep_their_places(ops: tuple[Op, ...]) -> None:
+    """Ops after a join, which sees several weights of which only some may change."""
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (6, 6) for name in "ab"}
+    count = len(ops[-1].sizes) if isinstance(ops[-1], Split) else 1
+    targets = tuple(f"t{number}.weight" for number in range(count))
+    recipe = Recipe("toy", "old", "new", (Rule(tuple(shapes), targets, ops),))
+    plan = compile_recipe(recipe, {}, specs(shapes))
+    found, factors = drawn(plan, 6)
+    assert compare(plan, found, factors) == count
+    for only in found:
+        compare(plan, {only: found[only]}, factors)
 
 
 def natives() -> dict[str, tuple[Proof, str]]:

@@ -10,56 +10,25 @@ A LoRA runs beside the frozen weights, or, after `fuse`, merged into them. Its f
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from porter.core.checkpoint import ANY, spec
-from porter.core.described import full_config
-from porter.core.errors import BadInputError, CheckpointError, UsageError
-from porter.core.family import Component, families, family_of_pipeline
-from porter.core.lora import LoraFile, read_lora
-from porter.core.loratargets import Target, changes, original_plans
-from porter.core.lowrank import Delta, carry, joined, make
-from porter.core.onload import compile_on_load
-from porter.core.shards import cut
-from porter.core.tensorplan import TensorPlan
-from runtime.layers.lowrank import Span, attach, detach, takes_lora
-from runtime.loader import stored_shapes
+from porter.core.errors import UsageError
+from porter.core.lora import read_lora
+from runtime.layers.lowrank import Span, attach, detach
+from runtime.lorafiles import FLOATS, Layer, Lora, load_lora
 
 if TYPE_CHECKING:
     from runtime.pipeline import ComposedPipelineBase
 
 Chosen = tuple[tuple[str, float], ...]  # LoRAs by name with their scales, in the order of their sums
-_DENOISERS = ("unet", "prior")  # further names of what predicts, in pipelines of a library
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Layer(NamedTuple):
-    """A LoRA's part in one layer. a: (R, inputs, …), b: (O, R)."""
-
-    a: Tensor
-    b: Tensor
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A loaded LoRA. `layers`: (component, module) → its factors, as the pipeline's modules have them."""
-
-    path: Path
-    sha256: str
-    notes: tuple[str, ...]
-    layers: Mapping[tuple[str, str], Layer]
 
 
 class LoraStack:
@@ -101,7 +70,7 @@ class LoraStack:
         if not name or name in self._loaded:
             raise UsageError(f"a LoRA {name!r} is loaded already", expected="another name", hint="give it with name=")
         _check_scale(name, scale)
-        lora = self._load(file, component)
+        lora = load_lora(self._pipeline, file, component)
         self._loaded[name], self._scales[name] = lora, float(scale)
         self._pipeline.warnings += [note for note in lora.notes if note not in self._pipeline.warnings]
         self._apply(self._chosen())
@@ -156,6 +125,8 @@ class LoraStack:
         if own is None:
             yield
             return
+        if not all(isinstance(each, tuple | list) and len(each) == 2 for each in own):
+            raise UsageError("loras is no list of pairs", expected="[(name, scale), …]", found=repr(own)[:80])
         for name, scale in own:
             self._check(name)
             _check_scale(name, scale)
@@ -224,7 +195,7 @@ class LoraStack:
                 "LoRAs cannot be merged into weights that ranks share", expected="one process, or no --tp",
                 found=f"{place[1]} of {place[0]}", hint="leave the LoRAs beside the weights: pipeline.loras.unfuse()",
             )  # fmt: skip
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             raise UsageError(
                 f"{place[1]} of {place[0]} is quantised: nothing can be merged into it", expected="weights in float",
                 found=str(weight.dtype), hint="leave the LoRAs beside the weights: pipeline.loras.unfuse()",
@@ -244,130 +215,6 @@ class LoraStack:
         for place, original in self._originals.items():
             self._module(place).weight.copy_(original)
         self._originals.clear()
-
-    def _load(self, file: LoraFile, component: str | None) -> Lora:
-        targets = [self._target(name) for name in self._components()]
-        layers: dict[tuple[str, str], Layer] = {}
-        reader = _Reader(file.path)
-        for name, found in changes(file, targets, component).items():
-            model = self._pipeline.modules[name]
-            dtype = next((p.dtype for p in model.parameters() if p.dtype in _FLOATS), torch.float32)
-            plan = self._plan(name)
-            for module, change in (found if plan is None else carry(found, plan)).items():
-                layer = model.get_submodule(module)
-                if not takes_lora(layer):
-                    raise BadInputError(
-                        f"{file.path}: {change.terms[0].stem} changes {module} of {name}, which takes no LoRA",
-                        expected="a linear layer, or a convolution", found=type(layer).__name__,
-                        hint="merge the LoRA into the weights before the model is converted",
-                    )  # fmt: skip
-                layers[name, module] = _held(reader.layer(change, layer, dtype), layer, plan, module)
-        return Lora(file.path, reader.sha256(), file.notes, layers)
-
-    def _components(self) -> list[str]:
-        """Components that a LoRA may change: what predicts, and what reads prompts."""
-        modules = self._pipeline.modules
-        names = (*self._pipeline.denoisers, *_DENOISERS, *(name for name in modules if name.startswith("text_encoder")))
-        return [name for name in dict.fromkeys(names) if isinstance(modules.get(name), nn.Module)]
-
-    def _target(self, name: str) -> Target:
-        """A component as its files have it: a native module's weights under their names on disk."""
-        model = self._pipeline.modules[name]
-        entry = self._pipeline.config.model_index.get(name)
-        class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else type(model).__name__
-        config = self._config(name, class_name)
-        shapes = stored_shapes(model, getattr(model, "on_load", None), config, _shapes(model))
-        header = {key: spec(ANY, shape, key) for key, shape in shapes.items()}
-        plans = original_plans(self._record(name, class_name), config, header)
-        return Target(name, class_name, header, plans, predicts=not name.startswith("text_encoder"))
-
-    def _config(self, name: str, class_name: str) -> dict[str, Any]:
-        """A component's config, whole."""
-        own = getattr(self._pipeline.modules[name], "config", None)
-        known = self._pipeline.config.configs.get(name) or (dict(own) if isinstance(own, Mapping) else {})
-        library = "transformers" if name.startswith("text_encoder") else "diffusers"
-        return full_config(library, class_name, known)
-
-    def _record(self, name: str, class_name: str) -> Component | None:
-        """What the catalogue knows of a component; another family's knowledge where the classes are the same."""
-        first = family_of_pipeline(self._pipeline.pipeline_name)
-        for family in (*([first] if first else []), *families().values()):
-            for part in family.components:
-                if (
-                    class_name in part.class_names
-                    and part.layouts
-                    and part.name.partition("_")[0] == name.partition("_")[0]
-                ):
-                    return part
-        return None
-
-    def _plan(self, name: str) -> TensorPlan | None:
-        """How a component's module packs its stored weights; None where it has them as they are."""
-        recipe = getattr(self._pipeline.modules[name], "on_load", None)
-        if recipe is None:
-            return None
-        target = self._target(name)
-        return compile_on_load(recipe, self._config(name, target.class_name), target.header)
-
-
-class _Reader:
-    """Tensors of one LoRA's file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def layer(self, change: Delta, layer: Any, dtype: torch.dtype) -> Layer:
-        """One layer's factors, on its device, in the model's dtype."""
-        pair = joined(change)
-        tensors = [make(matrix, self._tensor, torch).to(layer.weight.device, dtype) for matrix in (pair.a, pair.b)]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            raise BadInputError(
-                f"{self.path}: the factors of {change.terms[0].stem} are too large for the model's numbers",
-                expected=str(dtype).removeprefix("torch."), found="infinity", hint="run it with --dtype bfloat16",
-            )  # fmt: skip
-        spans = tuple((slice(*span.rows), slice(*span.ranks), span.scale) for span in pair.spans)
-        return Layer(tensors[0].contiguous(), tensors[1].contiguous(), spans)
-
-    def _tensor(self, name: str) -> Tensor:
-        try:
-            with safe_open(str(self.path), framework="pt", device="cpu") as file:
-                found: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} cannot be read", found=str(error), hint="download it again") from error
-        found = found if found.dtype in _FLOATS else found.float()  # float8 knows no arithmetic
-        if not bool(found.isfinite().all()):
-            raise BadInputError(
-                f"{self.path}: {name} holds NaN or infinity", expected="finite numbers",
-                found=f"{int((~found.isfinite()).sum())} of {found.numel()}", hint="download or export the file again",
-            )  # fmt: skip
-        return found
-
-    def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _held(layer: Layer, module: Any, plan: TensorPlan | None, name: str) -> Layer:
-    """A rank's part of a layer's factors, where tensor-parallel ranks share its weight."""
-    weight = module.weight
-    if not isinstance(weight, DTensor) or plan is None:
-        return layer
-    step, output = next(made for made in plan.outputs() if made[1].name == f"{name}.weight")
-    held = cut(plan, step, output, weight.device_mesh.get_local_rank(), weight.device_mesh.size())
-    if held is None:
-        return layer
-    whole = layer.a if held.dim else layer.b
-    part = torch.cat([whole.narrow(held.dim, begin, end - begin) for begin, end in held.ranges], dim=held.dim)
-    return layer._replace(a=part) if held.dim else layer._replace(b=part)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """A module's tensors; of a linear layer whose weight is stored otherwise the shape that it stands for."""
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            found[f"{name}.weight"] = (layer.out_features, layer.in_features)
-    return found
 
 
 def _scaled(spans: Sequence[Span], scale: float) -> list[Span]:

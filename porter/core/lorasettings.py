@@ -73,7 +73,7 @@ def embedded(file: Path, text: str) -> dict[str | None, Settings]:
     where = f"{METADATA} of {file}"
     try:
         document = parse_json(text.encode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _odd(where, "it is no JSON", str(error)) from None
     if not isinstance(document, dict):
         raise _odd(where, "it is no table", type(document).__name__)

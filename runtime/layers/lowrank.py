@@ -84,7 +84,8 @@ def attach(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], spans: Sequence[S
     scales = torch.empty(rank, dtype=torch.promote_types(a.dtype, torch.float32))
     for _, ranks, scale in found:
         scales[ranks] = scale
-    layer.__class__ = _with_lora(type(layer))
+    kind: Any = type(layer)
+    layer.__class__ = _with_lora(kind)
     for name, tensor in zip(_BUFFERS, _shared(layer.weight, a, b, scales.to(a.device)), strict=True):
         layer.register_buffer(name, tensor, persistent=False)
     layer.lora_spans = tuple(found)

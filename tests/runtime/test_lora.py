@@ -516,6 +516,7 @@ def test_wrong_use(stacked: ComposedPipelineBase, tmp_path: Path) -> None:
         (lambda: loras.remove("none"), "no LoRA 'none' is loaded"),
         (lambda: picture(stacked, loras=[("none", 1.0)]), "no LoRA 'none' is loaded"),
         (lambda: picture(stacked, loras=[("style", 1.0), ("style", 1.0)]), "named twice"),
+        (lambda: picture(stacked, loras=["style"]), "no list of pairs"),
     ):
         with pytest.raises(UsageError, match=named):
             call()  # type: ignore[no-untyped-call]

@@ -29,12 +29,14 @@ def parity(port: str | Path, *, out: str | Path | None = None, **options: Any) -
     return document
 
 
-def load(port: str | Path, *, dtype: Any = None, device: Any = None) -> Any:
-    """The native pipeline of a port, ready to generate; see `runtime.registry.load`.
+def load(port: str | Path, **options: Any) -> Any:
+    """The pipeline of a port, ready to generate: `porter.load("my-port").generate("a cat", seed=3).pictures()`.
 
     Args:
-        port: a port folder.
-        dtype: a torch dtype; by default bfloat16 on CUDA, float32 elsewhere.
-        device: a torch device or its name; by default CUDA where there is one.
+        port: a port folder, or any pipeline folder in the diffusers layout.
+        options: fields of `runtime.registry.RunOptions` (dtype, device, executor, quality, attention …).
+
+    Raises:
+        PorterError: see `runtime.registry.load`.
     """
-    return importlib.import_module("runtime.registry").load(port, dtype=dtype, device=device)
+    return importlib.import_module("runtime.registry").load(port, **options)

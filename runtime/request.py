@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from porter.core.errors import UsageError
+
 # tap(name, tensors): called after each stage ("text_encoding") and each step ("denoising.step.0").
 Tap = Callable[[str, Mapping[str, Tensor]], None]
 
@@ -80,6 +82,19 @@ class Req:
         if self.prompt is None and self.prompt_embeds:
             return self.prompt_embeds[0].shape[0]
         return len(self.prompts) * self.num_images
+
+    def pictures(self) -> list[Image.Image]:
+        """The results as pictures; of videos their frames, one video after the other.
+
+        Raises:
+            UsageError: nothing was made yet.
+        """
+        from runtime.image import to_pil
+
+        if self.output is None:
+            raise UsageError("this request has no output", expected="a request that a pipeline ran", found="a new one")
+        flat = self.output if self.output.ndim == 4 else self.output.transpose(1, 2).flatten(0, 1)  # (B F, 3, H, W)
+        return to_pil(flat)
 
     def tap(self, name: str, **tensors: Tensor) -> None:
         """Show every tap the tensors of one stage or step."""

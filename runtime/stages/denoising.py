@@ -19,6 +19,12 @@ from .base import PipelineStage, VerificationResult
 from .text_encoding import module_dtype
 
 
+_CONDITIONS = (
+    "prompt_embeds", "prompt_masks", "pooled_embeds", "negative_prompt_embeds", "negative_prompt_masks",
+    "negative_pooled_embeds", "image_embeds", "image_latents",
+)  # fmt: skip
+
+
 class DenoisingStage(PipelineStage):
     """Predicts and steps from noise to latents; each step is shown to the taps."""
 
@@ -32,6 +38,13 @@ class DenoisingStage(PipelineStage):
             value = getattr(batch, name)
             result.add_check(name, value, isinstance(value, Tensor), "a tensor")
         result.add_check("prompt_embeds", batch.prompt_embeds, bool(batch.prompt_embeds), "a tensor for each encoder")
+        here = batch.latents.device if batch.latents is not None else None
+        for name in _CONDITIONS:
+            given = getattr(batch, name)
+            for tensor in given if isinstance(given, list) else [given]:
+                fits = tensor is None or here is None or tensor.device == here
+                where = "nowhere" if tensor is None else str(tensor.device)
+                result.add_check(name, f"on {where}", fits, f"a tensor on {here}, where the denoiser is")
         return result
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,19 @@ def test_two_processes_make_the_same_picture_once(port: Path, tmp_path: Path) ->
     assert generate(port, PROMPT, "--steps", 2, "-o", tmp_path / "one.png") == 0
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert max(abs(a - b) for a, b in zip(one.tobytes(), two.tobytes(), strict=True)) <= 1
+
+
+def test_ctrl_c_leaves_nothing_half_made(port: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    command = [sys.executable, "-m", "porter.cli", "generate", str(port), PROMPT, "--steps", "100000", "--preview", "1"]
+    process = subprocess.Popen(
+        [*command, "-o", str(out)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for _ in range(600):
+        if (tmp_path / "out.preview.png").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -222,3 +222,21 @@ def test_a_pipeline_says_how_many_pictures_it_takes(count: int, fits: bool) -> N
         with pytest.raises(UsageError, match=r"^image: ") as error:
             stage(request, OneOrTwo(vae_config=VAE))
         assert error.value.expected == "image: 1 to 2 pictures"
+
+
+def test_a_condition_on_another_device_is_refused_by_name(pipeline: ComposedPipelineBase) -> None:
+    first = pipeline.generate("a", num_inference_steps=1)
+    elsewhere = [t.to("meta") for t in first.pooled_embeds]
+    batch = Req(prompt_embeds=first.prompt_embeds, pooled_embeds=elsewhere, latents=torch.zeros(1, 64, 16),
+                timesteps=torch.ones(1))  # fmt: skip
+    with pytest.raises(UsageError, match=r"pooled_embeds.*DenoisingStage needs") as caught:
+        pipeline.stages["denoising"](batch, pipeline.config)
+    assert "on cpu" in str(caught.value.expected) and "on meta" in str(caught.value.found)
+
+
+def test_results_as_pictures_frame_after_frame() -> None:
+    video = torch.arange(2 * 3 * 4 * 2 * 2).reshape(2, 3, 4, 2, 2) / 96
+    frames = Req(output=video).pictures()
+    assert len(frames) == 8 and frames[5].getpixel((1, 0)) == tuple((video[1, :, 1, 0, 1] * 255).round().int().tolist())
+    with pytest.raises(UsageError, match="no output"):
+        Req(prompt="a").pictures()

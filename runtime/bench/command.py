@@ -48,17 +48,27 @@ def measured(
     target = pick_device(device)
     kind = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     small = shrunk or (target.type != "cuda" and not full)
-    cases = [case.shrunk() if small else case for case in cases_of(names)]
+    return measured_cases(
+        [case.shrunk() if small else case for case in cases_of(names)], device=target, dtype=kind, systems=systems,
+        repeats=repeats, warmup=warmup, quality=quality, attention=attention, progress=progress,
+    )  # fmt: skip
+
+
+def measured_cases(
+    cases: Sequence[BenchCase], *, device: torch.device, dtype: torch.dtype, systems: Sequence[str], repeats: int,
+    warmup: int, quality: Any, attention: str, progress: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The document of these cases. Raises ResourceError: out of memory."""
     found = []
     for case in cases:
         with out_of_memory():
             one = run_case(
-                case, device=target, dtype=kind, repeats=repeats, warmup=warmup, systems=systems or SYSTEMS,
+                case, device=device, dtype=dtype, repeats=repeats, warmup=warmup, systems=systems or SYSTEMS,
                 quality=quality, attention=attention, progress=progress,
             )  # fmt: skip
         found.append(one | {"ratios": _ratios(one["systems"])})
     return {
-        "schema": SCHEMA, "environment": environment(target), "dtype": str(kind).removeprefix("torch."),
+        "schema": SCHEMA, "environment": environment(device), "dtype": str(dtype).removeprefix("torch."),
         "quality": quality, "attention": attention, "repeats": repeats, "warmup": warmup, "cases": found,
     }  # fmt: skip
 

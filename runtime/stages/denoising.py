@@ -18,7 +18,6 @@ from runtime.request import Req
 from .base import PipelineStage, VerificationResult
 from .text_encoding import module_dtype
 
-
 _CONDITIONS = (
     "prompt_embeds", "prompt_masks", "pooled_embeds", "negative_prompt_embeds", "negative_prompt_masks",
     "negative_pooled_embeds", "image_embeds", "image_latents",

@@ -44,6 +44,7 @@ def test_native_blocks_have_no_graph_breaks(bare_port: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler about itself
 def test_compiled_blocks_differ_by_rounding(bare_port: Path) -> None:
     plain = load(bare_port, dtype=torch.float32, device="cpu").generate("a", num_inference_steps=2).output
     found = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def load_lora(pipeline: ComposedPipelineBase, file: LoraFile, component: str | N
     with _Reader(file.path) as reader:
         for name, found in changes(file, [part.target for part in parts.values()], component).items():
             model, plan = parts[name].model, parts[name].plan()
-            dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
+            usual = Counter(p.dtype for p in model.parameters() if p.dtype in FLOATS).most_common(1)
             for module, change in (found if plan is None else carry(found, plan)).items():
                 layer = model.get_submodule(module)
                 if not takes_lora(layer):
@@ -75,6 +76,10 @@ def load_lora(pipeline: ComposedPipelineBase, file: LoraFile, component: str | N
                         expected="a linear layer, or a convolution", found=type(layer).__name__,
                         hint="merge the LoRA into the weights before the model is converted",
                     )  # fmt: skip
+                own: Any = (
+                    layer.weight.dtype
+                )  # which may be wider than the model's; of quantised weights it says nothing
+                dtype = own if own in FLOATS or not usual else usual[0][0]
                 layers[name, module] = _held(reader.layer(change, layer, dtype), layer, plan, module)
     return Lora(file.path, _sha256(file.path), file.notes, layers)
 

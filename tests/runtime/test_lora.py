@@ -369,6 +369,16 @@ def test_other_dtypes(bare_port: Path, tmp_path: Path, dtype: torch.dtype) -> No
     check_base(pipeline, before)
 
 
+def test_a_layer_kept_in_float32_has_its_factors_so(bare_port: Path, tmp_path: Path) -> None:
+    pipeline = porter.load(bare_port, dtype=torch.bfloat16, device="cpu")
+    transformer = pipeline.modules["transformer"]
+    transformer.proj_out.float()
+    pipeline.loras.add(style(pipeline, tmp_path))
+    assert transformer.proj_out.lora_a.dtype == transformer.proj_out.lora_b.dtype == torch.float32
+    assert transformer.x_embedder.lora_a.dtype == torch.bfloat16
+    assert transformer.x_embedder(torch.ones(1, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_a_compiled_block_follows_its_stack(stacked: ComposedPipelineBase, tmp_path: Path) -> None:
     transformer = stacked.modules["transformer"]
     block = transformer.single_transformer_blocks[0]

@@ -302,7 +302,7 @@ def _provenance(path: Path, evidence: Evidence, pipeline: Any, job: GenerateJob)
         "attention": pipeline.config.attention_backend,
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
         "parallel": {name: size for name, size in asdict(job.options.parallel).items() if size > 1},
-        "loras": [{"file": file.name, "scale": scale} for file, scale in job.loras],
+        "loras": pipeline.loras.provenance(None),
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "versions": _versions(),

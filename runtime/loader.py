@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,16 +25,21 @@ from porter.core.errors import BadInputError, CheckpointError, MissingError
 from porter.core.execute import apply
 from porter.core.files import read_config
 from porter.core.libraries import LIBRARIES, pipeline_module_has
-from porter.core.onload import compile_on_load, on_disk
+from porter.core.onload import compile_on_load, on_disk, on_load
 from porter.core.port import MANIFEST, is_manifest
-from porter.core.recipe import Recipe
+from porter.core.recipe import Recipe, Rule
 from porter.core.tensorplan import TensorPlan
+from porter.core.weights import STANDARD
 from runtime.layers import PackedLinear
 from runtime.parallel import mesh
 from runtime.parallel import tensor as tensor_parallel
 from runtime.parallel.tensor import Share
 
 INDEX = "model_index.json"
+_VARIANT = re.compile(
+    rf"({'|'.join(STANDARD)})(\.(?P<early>\w+))?\.safetensors(\.index(\.(?P<late>\w+))?\.json)?"
+)  # the words that only these names may carry
+_SHARD = re.compile(r"-\d+-of-\d+")
 _AGAIN = "convert the model again: porter convert <model> -o <port> --overwrite"
 
 
@@ -72,6 +78,12 @@ def read_index(path: Path) -> dict[str, Any]:
             hint=f"porter plan {path}",
         )
     index = read_config(path / INDEX)
+    if isinstance(index.get("_class_name"), list):
+        raise BadInputError(
+            f"{path / INDEX} names a pipeline of its own: code from a model repository never runs",
+            expected="a pipeline class of diffusers", found=json.dumps(index["_class_name"])[:80],
+            hint=f"porter plan {path}",
+        )  # fmt: skip
     if not isinstance(index.get("_class_name"), str):
         raise BadInputError(f"{path / INDEX} names no pipeline", expected="a _class_name", hint=f"porter plan {path}")
     return index
@@ -165,12 +177,16 @@ def _load_reused(
     """Load a component with the library's own class."""
     import diffusers
     import transformers
+    from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
+    from diffusers.models.modeling_utils import LegacyModelMixin
     from transformers.image_processing_base import ImageProcessingMixin
 
     if issubclass(cls, diffusers.SchedulerMixin):
         loaded.modules[name] = cls.from_config(read_config(folder / "scheduler_config.json"))
     elif issubclass(cls, diffusers.ModelMixin):
         config = read_config(folder / "config.json")
+        if issubclass(cls, LegacyModelMixin) and "norm_type" in config:  # one former name for several classes
+            cls = _fetch_remapped_cls_from_config(config, cls)
         known = set(inspect.signature(cls.__init__).parameters)
         if unknown := sorted(key for key in config if not key.startswith("_") and key not in known):
             loaded.warnings.append(f"{name}: {cls.__name__} does not know {', '.join(unknown)} in config.json")
@@ -179,6 +195,7 @@ def _load_reused(
         read_config(folder / "config.json")
         component_header(folder)  # refuses damaged files with the tensor's name
         options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        options["variant"] = _weights(folder)[1]
         with _readable(folder):
             model, info = cls.from_pretrained(folder, **options)
         missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -212,27 +229,52 @@ def load_module(
     """Build `cls.from_config(config)` without memory, then fill it from the safetensors of `folder`.
 
     A native class names in `on_load` the recipe that packs its weights on the way, and has no tables that its files
-    lack; a library's class computes its own.
+    lack; a library's class computes its own, in the types that its library gives them.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of another shape; all of them are named.
     """
     header = component_header(folder)
     native = hasattr(cls, "on_load")
-    with torch.device("meta") if native else parameters_on_meta(), _readable(folder):
+    with torch.device("meta") if native else _as_the_library_builds(dtype), _readable(folder):
         module: nn.Module = cls.from_config(dict(config))
-    plan = _plan(cls, config, folder, header, module)
+    recipe = cls.on_load if native else _former_names(module, header)
+    ignored = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()  # what its files hold for other programs
+    own = module.state_dict().keys() if ignored else ()
+    header = {n: i for n, i in header.items() if n in own or not any(re.search(words, n) for words in ignored)}
+    plan = _plan(cls, recipe, config, folder, header, module)
     run = mesh.current() if getattr(cls, "on_load", None) is not None else None
     tensor_parallel.distribute(module, plan, run)
     fill(module, plan, dtype, device, share=tensor_parallel.share(run))
-    for path, part in module.named_modules():  # tables that are in no file
+    for part in module.modules():  # tables that are in no file
         for name, table in part._buffers.items():
             if table is not None and not table.is_meta:
-                wanted = _precision(module, f"{path}.{name}", dtype)
-                part._buffers[name] = table.to(device, wanted if table.is_floating_point() else table.dtype)
+                part._buffers[name] = table.to(device)
     if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
         raise _misfit(folder, cls, unfilled, [], [])
     return module.eval()
+
+
+@contextmanager
+def _as_the_library_builds(dtype: torch.dtype) -> Iterator[None]:
+    """Tables that a class computes without naming a type are `dtype`, as diffusers' own loading has them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with parameters_on_meta():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _former_names(module: nn.Module, header: Header) -> Recipe | None:
+    """Tensors that diffusers' attention blocks had under other names, in the autoencoders of older models."""
+    rename = getattr(module, "_fix_state_dict_keys_on_load", None)
+    if rename is None:
+        return None
+    names = {name: name for name in header}
+    rename(names)
+    return on_load("former names", *(Rule(old, new) for new, old in names.items() if new != old))
 
 
 @contextmanager
@@ -273,9 +315,10 @@ def stored_shapes(
     return found
 
 
-def _plan(cls: Any, config: Mapping[str, Any], folder: Path, header: Header, module: nn.Module) -> TensorPlan:
+def _plan(
+    cls: Any, recipe: Recipe | None, config: Mapping[str, Any], folder: Path, header: Header, module: nn.Module
+) -> TensorPlan:
     """What of the files goes where in `module`: every tensor of either side exactly once."""
-    recipe = getattr(cls, "on_load", None)
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     expected = stored_shapes(module, recipe, config, own)
     missing, extra = [n for n in expected if n not in header], [n for n in header if n not in expected]
@@ -349,10 +392,23 @@ def component_header(folder: Path) -> Header:
         BadInputError: the folder has no safetensors weights.
         CheckpointError: they break the format.
     """
-    if indexes := sorted(folder.glob("*.safetensors.index.json")):
-        return read_sharded(_only(indexes, folder))
-    if files := sorted(folder.glob("*.safetensors")):
-        return read_header(_only(files, folder))[0]
+    file = _weights(folder)[0]
+    return read_sharded(file) if file.suffix == ".json" else read_header(file)[0]
+
+
+def _weights(folder: Path) -> tuple[Path, str | None]:
+    """A component's safetensors file, or the index of its shards, and the variant that its name says.
+
+    Beside plain weights a variant is not read; a variant alone is.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index*.json"))
+    whole = [p for p in sorted(folder.glob("*.safetensors")) if not _SHARD.search(p.name)]
+    for files in (indexes, whole):
+        if plain := [p for p in files if _variant(p) is None]:
+            return _only(plain, folder), None
+    if variants := [*indexes, *whole]:
+        file = _only(variants, folder)
+        return file, _variant(file)
     root = folder.parent
     original = sorted(p.name for p in root.glob("*.s*t*") if p.suffix in (".safetensors", ".sft"))
     raise BadInputError(
@@ -361,6 +417,11 @@ def component_header(folder: Path) -> Header:
         found=", ".join(original or sorted(p.name for p in folder.glob("*"))) or "nothing",
         hint=f"porter convert {root} -o {root.name}-port",
     )
+
+
+def _variant(file: Path) -> str | None:
+    found = _VARIANT.fullmatch(file.name)
+    return (found["early"] or found["late"]) if found else None
 
 
 def _only(files: list[Path], folder: Path) -> Path:
@@ -395,6 +456,11 @@ def _readable(folder: Path) -> Iterator[None]:
     """What a library raises about a damaged folder, in our words."""
     try:
         yield
+    except ImportError as error:
+        raise BadInputError(
+            f"{folder} needs a package that is not installed", found=str(error).strip().splitlines()[0],
+            hint="install it, as the message says",
+        ) from error  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

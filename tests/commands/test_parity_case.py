@@ -71,6 +71,7 @@ def test_a_recorded_trace_takes_the_reference_s_place(case_file: Path, tmp_path:
     assert main([*words[:2], f"{case_file}:bad", *words[3:]]) == 1
 
 
+@pytest.mark.slow
 def test_low_precision_is_judged_by_the_truth(case_file: Path, tmp_path: Path) -> None:
     words = ["-o", str(tmp_path / "r"), "--quiet", "--dtype", "bfloat16"]
     assert main(["parity", "--case", str(case_file), *words]) == 0
@@ -87,6 +88,7 @@ def test_low_precision_is_judged_by_the_truth(case_file: Path, tmp_path: Path) -
 FAST = ["--component", "transformer", "--against", "diffusers", "--quiet"]
 
 
+@pytest.mark.slow
 def test_inputs_of_a_run_and_of_a_file(tiny_port: Path, tmp_path: Path) -> None:
     out = ["-o", str(tmp_path / "r")]
     assert main(["parity", str(tiny_port), *FAST, "--inputs", "captured", "--steps", "3", *out]) == 0
@@ -97,6 +99,7 @@ def test_inputs_of_a_run_and_of_a_file(tiny_port: Path, tmp_path: Path) -> None:
     assert main(["parity", str(tiny_port), *FAST, "--inputs", str(tmp_path / "given.safetensors"), *out]) == 0
 
 
+@pytest.mark.slow
 def test_levels_and_lossy_components(tiny_port: Path, tmp_path: Path) -> None:
     out = ["-o", str(tmp_path / "r")]
     counts = {}

@@ -59,6 +59,7 @@ def test_the_original_code_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True])
 def test_another_commit_than_the_case_s_is_said(tmp_path: Path, checkout: Path, other: bool) -> None:
     file = tmp_path / "mine.py"

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from porter.cli import main
+from tests.repeated import some
 
 VAE, CLIP, SCHEDULER = "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -91,7 +92,7 @@ ONLY_GENERATE = {"unknown-class", "foreign-library", "vae-scale-zero", "vae-not-
 FAILED_CHECK = {"scheduler-divides-by-zero", "scheduler-of-another-kind", "tokenizer-no-json"}
 
 
-@pytest.mark.parametrize("name", SPOILS)
+@pytest.mark.parametrize("name", some(SPOILS, 8))
 def test_parity_and_generate_of_a_spoiled_port(
     name: str, own_port: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_the_way_back_from_a_spoiled_manifest(
     assert (tmp_path / "back").exists() == (found == 0)
 
 
+@pytest.mark.slow
 def test_a_folder_where_the_verdict_belongs(own_port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own_port / "parity" / "parity.json").mkdir(parents=True)
     assert main(["parity", str(own_port), "--steps", "1"]) == 5

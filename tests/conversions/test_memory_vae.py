@@ -183,7 +183,7 @@ def checks(models: list[Released]) -> Iterator[Any]:
     for model in models:
         for number, size in enumerate(model.sizes):
             for dtype in ("BF16", "F32"):
-                often = (number, dtype) == (0, "BF16") or ((number, dtype) == (1, "F32") and model in VAES)
+                often = (number, dtype) == (0, "BF16")
                 shape = "x".join(map(str, (size.batch, size.frames, size.height, size.width)))
                 marks = () if often else pytest.mark.slow
                 yield pytest.param(model, size, dtype, id=f"{model.name} {shape} {dtype}", marks=marks)

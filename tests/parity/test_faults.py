@@ -29,7 +29,7 @@ def rows(m: Any, block: str, name: str) -> list[Tensor]:
         layer = held.get_submodule(name)
         return [layer.weight.data, layer.bias.data]
     place = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"].index(name)
-    return [torch.split(p.data, packed.sizes())[place] for p in (packed.weight, packed.bias)]
+    return [torch.split(p.data, packed.sizes(len(p)))[place] for p in (packed.weight, packed.bias)]
 
 
 def exchanged(m: Any, block: str, first: str, second: str) -> None:

@@ -334,6 +334,7 @@ class Reference(Net):
     assert "forward/=.out.0" in record_elsewhere(str(path)).events
 
 
+@pytest.mark.slow
 def test_compiled_functions_run_as_they_are_written(tmp_path: Path) -> None:
     compiled = """
 class Reference(Net):
@@ -347,6 +348,7 @@ class Reference(Net):
     assert {"embed", "blocks.1.down", "head"} <= set(trace.modules("forward"))
 
 
+@pytest.mark.slow
 def test_a_package_whose_init_imports_too_much(tmp_path: Path) -> None:
     package = tmp_path / "big" / "models"
     package.mkdir(parents=True)
@@ -368,6 +370,7 @@ class Reference(Net):
     assert len(record_elsewhere(str(path)).modules("forward")) == 6
 
 
+@pytest.mark.slow
 def test_a_case_may_be_named_like_the_code_it_imports(tmp_path: Path) -> None:
     """A folder without __init__.py, which a file of its name would hide."""
     repo = tmp_path / "checkout"

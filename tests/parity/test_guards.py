@@ -27,6 +27,7 @@ from porter.cli import main
 from porter.core.errors import BadInputError
 from tests.parity.cases import write_case
 from tests.parity.pair import case
+from tests.repeated import some
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,8 +185,8 @@ Reference = Slow.__mro__[1]
 """
 
 
-@pytest.mark.parametrize("how", ["time.sleep(300)", "while True: pass", "__import__('threading').Lock().acquire() and "
-                                 "__import__('threading').Event().wait()"])  # fmt: skip
+@pytest.mark.parametrize("how", some(["time.sleep(300)", "while True: pass", "__import__('threading').Lock().acquire() "
+                                      "and __import__('threading').Event().wait()"], 1))  # fmt: skip
 def test_a_candidate_that_hangs_is_ended(tmp_path: Path, how: str) -> None:
     """Whatever it waits for, with its place, the exit code of a reference that hangs, and nothing on the disk."""
     name = write_case(tmp_path, HANG.format(how))
@@ -227,7 +228,7 @@ LIBERTIES = {
 }
 
 
-@pytest.mark.parametrize("name", LIBERTIES)
+@pytest.mark.parametrize("name", some(LIBERTIES, 2))
 def test_liberties_end_in_a_verdict_or_an_error(name: str, tmp_path: Path) -> None:
     """The exit code says how it went, and standard output holds the result alone."""
     code, expected, says = LIBERTIES[name]

@@ -139,6 +139,7 @@ def test_what_a_residual_carries_on_is_blamed_once() -> None:
     assert (found.candidate, found.reference, found.step) == ("layers.1.norm_a", "blocks.1.norm1", True)
 
 
+@pytest.mark.slow
 def test_what_made_a_wrong_input_is_named_through_a_rearrangement() -> None:
     def shifted(m: Any) -> None:
         m.layers[2].register_forward_hook(lambda layer, args, out: out + 0.1)

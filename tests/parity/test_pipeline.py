@@ -38,6 +38,7 @@ def test_an_honest_pipeline_agrees_at_every_stage(tiny_port: Path, seed: int) ->
     assert all(v.max_abs64 < 1e-11 for v in result.stages)
 
 
+@pytest.mark.slow
 def test_seeds_and_steps_reach_both_sides(tiny_port: Path) -> None:
     first, second = compare(tiny_port, seed=0), compare(tiny_port, seed=1, steps=3)
     assert first.images is not None and second.images is not None
@@ -45,6 +46,7 @@ def test_seeds_and_steps_reach_both_sides(tiny_port: Path) -> None:
     assert "step 2 latents" in {v.name for v in second.stages} - {v.name for v in first.stages}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_and_levels(tiny_port: Path, threads: int) -> None:
     before = torch.get_num_threads()

@@ -101,6 +101,7 @@ def test_a_fault_that_one_square_picture_hides(tiny_port: Path, monkeypatch: pyt
     assert where in result.first_failing.note and all(v.passed for v in result.guards if v.name != BATCH)
 
 
+@pytest.mark.slow
 def test_a_batch_in_low_precision(tiny_port: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(tiny_port, dtype="bfloat16").passed
     known = FluxPipelineConfig._conditions
@@ -149,7 +150,7 @@ def test_a_side_that_stops_says_where_it_had_parted(tiny_port: Path) -> None:
         side.stages["denoiser"].register_forward_hook(spoil)
 
     result = compare(tiny_port, edited(broken), steps=3)
-    assert result.status == SKIPPED and "the latents after the last step are not finite" in result.reason
+    assert result.status == SKIPPED and "the latents are not finite after step" in result.reason
     assert "before that, it differs from step 1 denoiser -> 0 on (nan" in result.reason
 
 

@@ -19,6 +19,8 @@ from porter.core.errors import UsageError
 from runtime.stages import LatentPreparationStage
 from tests.parity.planted import compare, edited, noise, reference_runs_once
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["reference_runs_once"]
 pytestmark = pytest.mark.usefixtures("reference_runs_once")
 

@@ -464,6 +464,7 @@ class Reference(Net):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_code_that_asks_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     path = write_case(tmp_path, NEEDS_A_GPU)

@@ -16,6 +16,8 @@ from parity.compare import DIFFERS, PRECISION, ROUNDING
 from parity.outcome import reason_of
 from parity.own import compare_case
 
+pytestmark = pytest.mark.slow
+
 STEPS = 1 / 10000 ** (np.arange(4) / 4)
 IMPORTED = torch.outer(torch.arange(5, dtype=torch.float32), torch.from_numpy(STEPS).float())
 

@@ -14,6 +14,8 @@ from parity.compare import PASSING
 from parity.component import ComponentResult
 from parity.own import compare_case
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     """Modulated attention-like step and a feed-forward, each around a residual; x (B, L, 8), c (B, 1, 8)."""

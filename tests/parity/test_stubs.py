@@ -43,6 +43,7 @@ def clean() -> Iterator[None]:
         del sys.modules[path]
 
 
+@pytest.mark.slow
 def test_a_package_that_is_only_imported(tmp_path: Path) -> None:
     case = write_case(tmp_path, REFERENCE.format("pass"))
     with pytest.raises(MissingError) as caught:

@@ -148,7 +148,7 @@ def test_a_second_model_fills_the_cache_anew() -> None:
     assert torch.equal(second(**given, cache=cache), second(**given))
 
 
-@pytest.mark.parametrize("name", ["math", "flex", "flash"])
+@pytest.mark.parametrize("name", ["math", pytest.param("flex", marks=pytest.mark.slow), "flash"])
 @torch.no_grad()
 def test_every_backend_of_a_cpu_answers_the_same(name: str) -> None:
     """Attention to patches, text and pictures takes no mask."""

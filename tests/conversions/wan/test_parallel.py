@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conversions.wan.parallel_worker import DTYPES, MODES, VARIANTS
 from tests.conversions.wan.ports import PICTURE, transformer
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 FLOOR = 1e-14

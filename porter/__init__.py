@@ -5,7 +5,7 @@ The public API is four functions, imported only when they are used:
     porter.plan(model) -> PortPlan            what is there, and what each component needs
     porter.convert(model, output) -> Result   a port folder in the target layout, with its manifest
     porter.parity(port) -> document           the port compared with the reference
-    porter.load(port) -> pipeline             the native pipeline of a port, ready to generate
+    porter.load(port) -> pipeline             the pipeline of a port, ready to generate
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from runtime.parallel import tensor as tensor_parallel
 from runtime.parallel.tensor import Share
 
 INDEX = "model_index.json"
+_SCHEDULER = "scheduler_config.json"  # "no limit" is an infinity in it
 _VARIANT = re.compile(
     rf"({'|'.join(STANDARD)})(\.(?P<early>\w+))?\.safetensors(\.index(\.(?P<late>\w+))?\.json)?"
 )  # the words that only these names may carry
@@ -97,9 +98,9 @@ def read_configs(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name in names:
-        for file in (path / name / "config.json", path / name / "scheduler_config.json"):
+        for file in (path / name / "config.json", path / name / _SCHEDULER):
             if file.is_file():
-                found[name] = read_config(file)
+                found[name] = read_config(file, constants=file.name == _SCHEDULER)
     return found
 
 
@@ -182,7 +183,7 @@ def _load_reused(
     from transformers.image_processing_base import ImageProcessingMixin
 
     if issubclass(cls, diffusers.SchedulerMixin):
-        loaded.modules[name] = cls.from_config(read_config(folder / "scheduler_config.json"))
+        loaded.modules[name] = cls.from_config(read_config(folder / _SCHEDULER, constants=True))
     elif issubclass(cls, diffusers.ModelMixin):
         config = read_config(folder / "config.json")
         if issubclass(cls, LegacyModelMixin) and "norm_type" in config:  # one former name for several classes

@@ -176,9 +176,9 @@ def describe(path: Path, executor: str = "auto") -> Model:
     index = read_index(path)
     name = index["_class_name"]
     if executor == "diffusers" or (executor == "auto" and not runs_natively(name)):
-        from runtime.diffusers_executor import describe_call, pipeline_class
+        from runtime.calls import describe_call, pipeline_class
 
-        call, defaults, _ = describe_call(pipeline_class(name), index)
+        call, defaults = describe_call(pipeline_class(name), index)
         return Model(None, call, defaults)
     cls = entry_class(name)
     configs = read_configs(path, (*cls._required_config_modules, *cls._optional_config_modules))

@@ -217,14 +217,17 @@ def list_files(root: Path) -> dict[str, FileInfo]:
     return found
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, constants: bool = False) -> dict[str, Any]:
     """A component's config: a JSON object whose counts of layers a machine can build.
+
+    Args:
+        constants: whether the infinities may stand in it, as in the configs of schedulers.
 
     Raises:
         MissingError: no such file.
         BadInputError: it is not JSON, not an object, or a count in it is beyond any model.
     """
-    config = read_json(path)
+    config = read_json(path, constants=constants)
     if not isinstance(config, dict):
         raise BadInputError(f"{path} is not a JSON object", found=type(config).__name__, hint="convert the model again")
     check_counts(config, str(path))

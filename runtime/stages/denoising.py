@@ -59,7 +59,7 @@ class DenoisingStage(PipelineStage):
             run.settings.check_guidance(negative is not None)
         supported = getattr(first, "supported_attention_backends", ("sdpa",))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.enable_autocast)
-        finite = _Finite(self.name)
+        finite = Finite(self.name)
         with attention_backend(config.attention_backend, supported), autocast:
             for step, t in enumerate(batch.timesteps):
                 transformer = self.transformers[config.select_transformer(self.transformers, batch, t)]
@@ -100,7 +100,7 @@ class DenoisingStage(PipelineStage):
         return result
 
 
-class _Finite:
+class Finite:
     """Stops at the first step whose latents are no numbers. A step is asked after the next one was started, so that
     an accelerator never waits for the answer."""
 

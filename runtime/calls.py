@@ -216,6 +216,8 @@ def required(parameter: inspect.Parameter) -> bool:
 def only_code(parameter: inspect.Parameter) -> bool:
     """Whether only Python code can give it: tensors and functions."""
     words = _words(parameter)
+    if not words:
+        return parameter.name == "latents" or parameter.name.endswith("embeds")
     return "Callable" in words or bool(words & _TENSORS and not words & _READABLE)
 
 

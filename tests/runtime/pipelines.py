@@ -303,6 +303,89 @@ def consistency() -> Any:
     return diffusers.ConsistencyModelPipeline(unet=model, scheduler=diffusers.CMStochasticIterativeScheduler())
 
 
+def stable_video_diffusion() -> Any:
+    """Its picture stands for a prompt."""
+    import diffusers
+    import transformers
+
+    model = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=8, out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32,
+        num_attention_heads=8, projection_class_embeddings_input_dim=96, addition_time_embed_dim=32,
+    )  # fmt: skip
+    seeing = transformers.CLIPVisionConfig(
+        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=224,
+        intermediate_size=37, patch_size=56,
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4
+    )
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=autoencoder, unet=model, image_encoder=transformers.CLIPVisionModelWithProjection(seeing).eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", interpolation_type="linear",
+            prediction_type="v_prediction", sigma_max=700.0, sigma_min=0.002, steps_offset=1,
+            timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True,
+        ),
+        feature_extractor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, use_fast=False
+        ),
+    )  # fmt: skip
+
+
+def hunyuan_video() -> Any:
+    import diffusers
+    import transformers
+
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
+        pooled_projection_dim=32, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+        norm_num_groups=4,
+    )  # fmt: skip
+    words = letters()
+    return diffusers.HunyuanVideoPipeline(
+        transformer=transformer, vae=autoencoder, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=transformers.LlamaModel(
+            transformers.LlamaConfig(
+                vocab_size=WORDS, hidden_size=16, intermediate_size=37, num_hidden_layers=3, num_attention_heads=2,
+                pad_token_id=0, eos_token_id=1, bos_token_id=2,
+            )
+        ).eval(), tokenizer=words, text_encoder_2=clip(), tokenizer_2=clip_words(),
+    )  # fmt: skip
+
+
+def flux2_klein() -> Any:
+    """Its text encoder's last matrix is tied to the first one, and its autoencoder has a table of counts."""
+    import diffusers
+    import transformers
+
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    words = letters()
+    words.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    return diffusers.Flux2KleinPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        ),
+        text_encoder=transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                vocab_size=WORDS, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, pad_token_id=0,
+            )
+        ).eval(), tokenizer=words, is_distilled=False,
+    )  # fmt: skip
+
+
 _SD: dict[str, Any] = {"num_inference_steps": 3, "height": 32, "width": 32, "guidance_scale": 4.0}
 PIPELINES: dict[str, Made] = {
     "sd": Made(stable_diffusion, {**_SD, "negative_prompt": "green"}, {"guidance_rescale": 0.5}),
@@ -327,6 +410,19 @@ PIPELINES: dict[str, Made] = {
     "cogvideox": Made(
         cogvideox, {"height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 16},
         video=True,
+    ),
+    "svd": Made(
+        stable_video_diffusion, {"height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2, "fps": 9},
+        {"motion_bucket_id": 100, "decode_chunk_size": 1}, prompt="", images=(PICTURE,), video=True,
+    ),
+    "hunyuan-video": Made(
+        hunyuan_video, {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2,
+                        "max_sequence_length": 16},
+        {"prompt_template": {"template": "say {}", "crop_start": 4}}, video=True,
+    ),
+    "flux2-klein": Made(
+        flux2_klein, {**_SD, "max_sequence_length": 32}, {"text_encoder_out_layers": [1, 2, 3]},
+        images=(PICTURE.resize((64, 64)),),
     ),
     "dit": Made(dit, {"num_inference_steps": 3}, {"class_labels": [7]}, prompt=""),
     "ddpm": Made(ddpm, {"num_inference_steps": 3}, prompt=""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import porter
 from porter.cli import main
 from porter.core.errors import BadInputError, CheckFailed, PorterError, UsageError
 from porter.core.weights import STANDARD
+from runtime.calls import describe_call, pipeline_class
 from runtime.loader import load_components, quiet_libraries
 from runtime.registry import describe
 from runtime.request import Req
@@ -29,7 +31,6 @@ from tests.runtime.pipelines import PICTURE, PIPELINES, write
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 CPU = torch.device("cpu")
-HALF = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def run_theirs(pipe: Any, name: str, seeds: list[int], **changes: Any) -> Tensor
     """What diffusers makes, (B, 3, H, W) or (B, 3, F, H, W)."""
     made = PIPELINES[name]
     asked = {**made.fields, **made.extra}
-    asked |= {"frame_rate": asked.pop("fps")} if "fps" in asked else {}
+    asked |= {"frame_rate": asked.pop("fps")} if name == "ltx" else {}
     asked |= {"prompt": made.prompt} if made.prompt else {}
     asked |= {"image": made.images[0]} if made.images else {}
     asked |= {"original_size": tuple(asked["original_size"])} if "original_size" in asked else {}
@@ -96,7 +97,11 @@ def test_every_bit_is_that_of_diffusers(name: str, folder: Any) -> None:
     assert not any("made" in line for line in batch.warnings)
     assert steps[:2] == ["denoising.step.0", "denoising.step.1"] and steps[-1] == "denoising"
 
-    ours, other = load(folder(name), dtype=HALF).modules, theirs_of(folder(name), HALF).components
+    half = torch.float16 if name in ("ltx", "pixart-sigma") else torch.bfloat16  # T5 keeps more of the former
+    same_tensors(load(folder(name), dtype=half).modules, theirs_of(folder(name), half).components)
+
+
+def same_tensors(ours: Any, other: Any) -> None:
     assert ours.keys() == other.keys()
     for part, module in other.items():
         if isinstance(module, torch.nn.Module):
@@ -107,6 +112,42 @@ def test_every_bit_is_that_of_diffusers(name: str, folder: Any) -> None:
                 assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), f"{part}.{key}"
         else:
             assert type(ours[part]) is type(module), part
+
+
+def test_what_a_class_keeps_in_float32_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a package that diffusers takes for granted is asked for by name."""
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    from tests.conversions.wan.ports import write_port
+
+    write_port(tmp_path / "wan", "i2v")
+    ours = load(tmp_path / "wan", dtype=torch.bfloat16)
+    kinds = {tensor.dtype for tensor in ours.denoiser.state_dict().values()}
+    assert kinds == {torch.float32, torch.bfloat16}
+    same_tensors(ours.modules, theirs_of(tmp_path / "wan", torch.bfloat16).components)
+    monkeypatch.delattr(pipeline_wan_i2v, "ftfy", raising=False)  # where it is installed
+    with pytest.raises(UsageError, match="WanImageToVideoPipeline needs a package that is not installed") as caught:
+        ours.generate("a", image=[PICTURE], num_inference_steps=1, height=32, width=32, num_frames=5)
+    assert caught.value.hint == "pip install ftfy"
+
+
+@pytest.mark.slow
+def test_every_pipeline_of_diffusers_is_described_or_refused() -> None:
+    names = sorted({name for names in diffusers._import_structure.values() for name in names})
+    kinds = [found for name in names if name.endswith("Pipeline") and (found := getattr(diffusers, name, None))]
+    runs = 0
+    for cls in kinds:
+        parts = getattr(cls, "_backends", None) or inspect.signature(cls.__init__).parameters
+        index: dict[str, Any] = {name: ["diffusers", "AutoencoderKL"] for name in parts}
+        try:
+            config, params = describe_call(pipeline_class(cls.__name__), index)
+        except PorterError as error:
+            assert error.hint
+            continue
+        runs += 1
+        assert config.call.keys() >= params.extra.keys()
+        assert not {"generator", "output_type", "return_dict", "latents"} & params.extra.keys(), cls
+    assert len(kinds) > 280 and runs > 250
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "ltx", "aura-flow", "pixart-sigma"])

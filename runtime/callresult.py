@@ -64,8 +64,8 @@ def further(made: Mapping[str, Any]) -> list[str]:
 
 def blackened(made: Mapping[str, Any]) -> list[int]:
     """Which results a safety checker withheld."""
-    flags = made.get("nsfw_content_detected") or made.get("nsfw_detected") or []
-    return [i for i, flag in enumerate(flags if isinstance(flags, list | tuple) else [flags]) if flag is True]
+    flags: Any = next((f for n in ("nsfw_content_detected", "nsfw_detected") if (f := made.get(n)) is not None), [])
+    return np.flatnonzero(np.asarray(flags, dtype=bool)).tolist()
 
 
 def _stacked(found: Any) -> Tensor | None:

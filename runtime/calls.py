@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from PIL import Image
@@ -171,9 +172,13 @@ def describe_call(cls: Any, index: Mapping[str, Any]) -> tuple[CallConfig, CallP
 
 def fits(parameter: inspect.Parameter, value: Any) -> bool:
     """Whether a setting's value is of a kind that the parameter says; True where it says nothing that can be told."""
-    words = _words(parameter)
+    words, default = _words(parameter), parameter.default
     if value is None:
         return not required(parameter)
+    if isinstance(default, Enum):
+        return value in [member.value for member in type(default)]
+    if isinstance(value, int | float | str) and value == default:  # some defaults are not what the annotation says
+        return True
     if not words or "Any" in words:
         return True
     if isinstance(value, Image.Image):
@@ -202,7 +207,9 @@ def takes_lists(parameter: inspect.Parameter) -> bool:
 
 
 def as_declared(parameter: inspect.Parameter, value: Any) -> Any:
-    """A list as the tuple that the parameter has or says: JSON knows only lists, and calls add tuples up."""
+    """What JSON cannot say: a member of an enumeration, and a tuple, which calls add to others."""
+    if isinstance(parameter.default, Enum):
+        return type(parameter.default)(value)
     words = _words(parameter)
     tuples = isinstance(parameter.default, tuple) or (bool(words & {"tuple", "Tuple"}) and not words & {"list", "List"})
     return tuple(value) if tuples and isinstance(value, list) else value

@@ -21,7 +21,7 @@ import porter
 from porter.cli import main
 from porter.core.errors import BadInputError, CheckFailed, PorterError, UsageError
 from porter.core.weights import STANDARD
-from runtime.calls import describe_call, pipeline_class
+from runtime.calls import as_declared, describe_call, fits, pipeline_class
 from runtime.loader import load_components, quiet_libraries
 from runtime.registry import describe
 from runtime.request import Req
@@ -131,6 +131,18 @@ def test_what_a_class_keeps_in_float32_stays_so(tmp_path: Path, monkeypatch: pyt
     assert caught.value.hint == "pip install ftfy"
 
 
+def test_settings_are_of_the_kinds_that_the_call_says() -> None:
+    call = inspect.signature(diffusers.StableDiffusionXLPipeline.__call__).parameters
+    assert as_declared(call["original_size"], [4, 8]) == (4, 8)
+    assert as_declared(call["sigmas"], [1.0, 0.5]) == [1.0, 0.5]
+    assert fits(call["denoising_end"], 0.5) and fits(call["denoising_end"], 1) and fits(call["denoising_end"], None)
+    assert not fits(call["denoising_end"], "half") and not fits(call["ip_adapter_image"], "<Image>")
+    assert fits(call["ip_adapter_image"], PICTURE) and not fits(call["prompt_2"], PICTURE)
+    kind = inspect.signature(diffusers.HunyuanVideoFramepackPipeline.__call__).parameters["sampling_type"]
+    assert fits(kind, "vanilla") and not fits(kind, "chocolate")
+    assert as_declared(kind, "vanilla") is type(kind.default).VANILLA
+
+
 @pytest.mark.slow
 def test_every_pipeline_of_diffusers_is_described_or_refused() -> None:
     names = sorted({name for names in diffusers._import_structure.values() for name in names})
@@ -146,6 +158,8 @@ def test_every_pipeline_of_diffusers_is_described_or_refused() -> None:
             continue
         runs += 1
         assert config.call.keys() >= params.extra.keys()
+        plain = {name: value for name, value in params.extra.items() if isinstance(value, int | float | str)}
+        assert all(fits(config.call[name], getattr(value, "value", value)) for name, value in plain.items()), cls
         assert not {"generator", "output_type", "return_dict", "latents"} & params.extra.keys(), cls
     assert len(kinds) > 280 and runs > 250
 
@@ -227,6 +241,25 @@ def test_another_scheduler_is_the_one_of_diffusers(folder: Any) -> None:
     with pytest.raises(UsageError, match="unknown scheduler Eule") as caught:
         load(folder("sd"), scheduler="EulerDiscreteScheduller")
     assert "--scheduler EulerDiscreteScheduler" in str(caught.value.hint)
+
+
+def test_attention_backends_are_chosen_around_the_call(folder: Any) -> None:
+    plain = run_ours(load(folder("sd")), "sd").output
+    found = run_ours(load(folder("sd"), attention="math"), "sd").output
+    assert plain is not None and found is not None and 0 < (found - plain).abs().max() < 1e-5
+    with pytest.raises(UsageError, match="'flex' is not supported by this model"):
+        run_ours(load(folder("sd"), attention="flex"), "sd")
+    with pytest.raises(UsageError, match="'cudnn' does not run this model on this device"):
+        run_ours(load(folder("sd"), attention="cudnn"), "sd")
+
+
+def test_a_pipeline_with_a_native_port_runs_in_both_executors(bare_port: Path) -> None:
+    native = porter.load(bare_port, dtype=torch.float32, device="cpu", quality="exact")
+    theirs = load(bare_port)
+    assert (native.executor, theirs.executor) == ("native", "diffusers")
+    asked = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 2.0, "max_sequence_length": 32}
+    first, second = (each.generate("a red circle", **asked).output for each in (native, theirs))
+    assert torch.equal(first, second)
 
 
 def test_tiling_and_slicing_reach_the_autoencoder(folder: Any) -> None:

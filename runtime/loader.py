@@ -10,18 +10,18 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from porter.core.checkpoint import ANY, Header, read_header, read_sharded, spec
-from porter.core.errors import BadInputError, CheckpointError, MissingError
+from porter.core.errors import BadInputError, CheckpointError, MissingError, UsageError
 from porter.core.execute import apply
 from porter.core.files import read_config
 from porter.core.libraries import LIBRARIES, pipeline_module_has
@@ -30,10 +30,15 @@ from porter.core.port import MANIFEST, is_manifest
 from porter.core.recipe import Recipe, Rule
 from porter.core.tensorplan import TensorPlan
 from porter.core.weights import STANDARD
+from runtime.encoders import load_encoder
 from runtime.layers import PackedLinear
+from runtime.memory.files import FileHome
+from runtime.memory.fp8 import Fp8Home
+from runtime.memory.options import EVERYTHING, Memory
+from runtime.memory.parking import Home, keep
+from runtime.meta import parameters_on_meta
 from runtime.parallel import mesh
 from runtime.parallel import tensor as tensor_parallel
-from runtime.parallel.tensor import Share
 
 INDEX = "model_index.json"
 _SCHEDULER = "scheduler_config.json"  # "no limit" is an infinity in it
@@ -111,11 +116,14 @@ def load_components(
     native_models: Mapping[str, type[nn.Module]],
     dtype: torch.dtype,
     device: torch.device,
+    memory: Memory = EVERYTHING,
+    denoisers: Collection[str] = (),
     precisions: Mapping[str, torch.dtype] | None = None,
 ) -> Loaded:
     """Load the components `names` of the pipeline folder `path`, weights as `dtype` on `device`.
 
     Args:
+        memory: what is offloaded, and other weights for the `denoisers`.
         precisions: components that are to have another dtype; their weights are never rounded to `dtype`.
 
     Raises:
@@ -135,12 +143,15 @@ def load_components(
                 )
             library, class_name = entry
             kind = (precisions or {}).get(name, dtype)
+            own = memory if name in denoisers else Memory(memory.offload)
             if (native := native_models.get(class_name)) is not None:
                 config = read_config(path / name / "config.json")
-                loaded.modules[name] = load_module(native, config, path / name, dtype=kind, device=device)
+                loaded.modules[name] = load_module(
+                    native, config, path / name, dtype=kind, device=device, memory=own
+                )  # fmt: skip
             else:
                 cls = library_class(library, class_name)
-                _load_reused(loaded, name, cls, path / name, dtype=kind, device=device)
+                _load_reused(loaded, name, cls, path / name, dtype=kind, device=device, memory=own)
     return loaded
 
 
@@ -173,7 +184,7 @@ def library_class(library: str, class_name: str) -> type:
 
 
 def _load_reused(
-    loaded: Loaded, name: str, cls: Any, folder: Path, *, dtype: torch.dtype, device: torch.device
+    loaded: Loaded, name: str, cls: Any, folder: Path, *, dtype: torch.dtype, device: torch.device, memory: Memory
 ) -> None:
     """Load a component with the library's own class."""
     import diffusers
@@ -191,10 +202,19 @@ def _load_reused(
         known = set(inspect.signature(cls.__init__).parameters)
         if unknown := sorted(key for key in config if not key.startswith("_") and key not in known):
             loaded.warnings.append(f"{name}: {cls.__name__} does not know {', '.join(unknown)} in config.json")
-        loaded.modules[name] = load_module(cls, config, folder, dtype=dtype, device=device)
+        loaded.modules[name] = load_module(cls, config, folder, dtype=dtype, device=device, memory=memory)
     elif issubclass(cls, transformers.PreTrainedModel):
         read_config(folder / "config.json")
-        component_header(folder)  # refuses damaged files with the tensor's name
+        header = component_header(folder)  # refuses damaged files with the tensor's name
+        if memory.offload != "none":
+            with _readable(folder):
+                parked = load_encoder(cls, folder, header, dtype=dtype, device=device, memory=memory)
+            if parked is not None:
+                loaded.modules[name] = parked
+                return
+            loaded.warnings.append(
+                f"{name} stays on {device}: its files hold other tensors than {cls.__name__}, which are converted"
+            )
         options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
         options["variant"] = _weights(folder)[1]
         with _readable(folder):
@@ -225,9 +245,11 @@ def without_videos(cls: Any) -> Any:
 
 
 def load_module(
-    cls: Any, config: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
-    """Build `cls.from_config(config)` without memory, then fill it from the safetensors of `folder`.
+    cls: Any, config: Mapping[str, Any], folder: Path, *, dtype: torch.dtype, device: torch.device,
+    memory: Memory = EVERYTHING,
+) -> nn.Module:  # fmt: skip
+    """Build `cls.from_config(config)` without memory, then fill it from the safetensors of `folder`, or have it filled
+    whenever it is used.
 
     A native class names in `on_load` the recipe that packs its weights on the way, and has no tables that its files
     lack; a library's class computes its own, in the types that its library gives them.
@@ -246,14 +268,36 @@ def load_module(
     plan = _plan(cls, recipe, config, folder, header, module)
     run = mesh.current() if getattr(cls, "on_load", None) is not None else None
     tensor_parallel.distribute(module, plan, run)
-    fill(module, plan, dtype, device, share=tensor_parallel.share(run))
+    held = _keep(module, plan, dtype, device, memory, run)
     for part in module.modules():  # tables that are in no file
         for name, table in part._buffers.items():
             if table is not None and not table.is_meta:
                 part._buffers[name] = table.to(device)
-    if unfilled := [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]:
+    empty = [n for n, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    if unfilled := [n for n in empty if n not in held]:
         raise _misfit(folder, cls, unfilled, [], [])
     return module.eval()
+
+
+def _keep(
+    module: nn.Module, plan: TensorPlan, dtype: torch.dtype, device: torch.device, memory: Memory, run: mesh.Run | None
+) -> set[str]:
+    """Give a module on the meta device its weights as `memory` says; the names of those that come when it is used.
+
+    In half precision the parts that a class keeps in float32 (`_keep_in_fp32_modules`, as diffusers calls it) stay so.
+
+    Raises:
+        UsageError: other weights than the stored ones, which tensor-parallel ranks would share.
+    """
+    if memory.quantised and run is not None and run.size("tp") > 1:
+        raise UsageError(
+            "tensor-parallel ranks share weights as they are stored", expected="no --weights, or no --tp",
+            found="both", hint="leave out --weights, or share the tokens instead: --ulysses or --ring",
+        )  # fmt: skip
+    home: Home = FileHome(plan, lambda name, _: _precision(module, name, dtype), tensor_parallel.share(run))
+    if memory.fp8:
+        home = Fp8Home(module, home)
+    return keep(module, home, device, memory)
 
 
 @contextmanager
@@ -276,21 +320,6 @@ def _former_names(module: nn.Module, header: Header) -> Recipe | None:
     names = {name: name for name in header}
     rename(names)
     return on_load("former names", *(Rule(old, new) for new, old in names.items() if new != old))
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside take no memory; tables that a class computes are real."""
-    register = nn.Module.register_parameter
-
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def packed(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,57 +362,10 @@ def _plan(
     return compile_on_load(recipe, config, header, {name: spec(ANY, shape, name) for name, shape in own.items()})
 
 
-def fill(
-    module: nn.Module,
-    plan: TensorPlan,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    share: Share = tensor_parallel.whole,
-) -> None:
-    """Replace every meta tensor by what the plan makes of the files, one tensor in memory beyond the module itself.
-
-    In half precision the parts that a class keeps in float32 (`_keep_in_fp32_modules`, as diffusers calls it) stay so.
-
-    Args:
-        share: makes of a step what this process holds of its outputs, from `read(name, *slices)`.
-    """
-    opened: dict[Path, Any] = {}
-    with ExitStack() as stack:
-
-        def read(name: str, *index: slice) -> Tensor:
-            info = plan.sources[name]
-            assert info.file is not None  # a header that was read
-            try:
-                if info.file not in opened:
-                    opened[info.file] = stack.enter_context(safe_open(str(info.file), framework="pt", device="cpu"))
-                file = opened[info.file]
-                found: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{info.file} cannot be read", found=str(error), hint=_AGAIN) from error
-            return found
-
-        for step in plan.steps:
-            for output, value in zip(step.outputs, share(plan, step, read), strict=True):
-                wanted = _precision(module, output.name, dtype)
-                tensor = value.to(device, wanted if value.is_floating_point() else value.dtype)
-                _put(module, output.name, tensor)
-
-
 def _precision(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
     """dtype of one of the module's tensors where its weights are to be `dtype`."""
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) and kept & set(name.split(".")) else dtype
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    if (known := owner._parameters.get(leaf)) is not None:
-        held = tensor_parallel.placed(known, tensor)
-        setattr(owner, leaf, nn.Parameter(held, requires_grad=False))
-    else:
-        setattr(owner, leaf, tensor)
 
 
 def component_header(folder: Path) -> Header:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from porter.core.errors import BadInputError, UsageError
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import load_components, read_index
 from runtime.lora import LoraStack
+from runtime.memory import device_of
+from runtime.memory.options import EVERYTHING, Memory
 from runtime.quality import Quality, at_quality
 from runtime.request import Req
 from runtime.stages import (
@@ -76,6 +78,7 @@ class ComposedPipelineBase(ABC):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        memory: Memory = EVERYTHING,
     ) -> Self:
         """Load the components of a pipeline folder and wire them. Errors: see `load_components`."""
         index = read_index(path)
@@ -83,8 +86,9 @@ class ComposedPipelineBase(ABC):
         names = [*cls._required_config_modules, *present]
         precisions = {"vae": getattr(torch, config.vae_precision)} if config.vae_precision else {}
         loaded = load_components(
-            path, names, native_models=cls.native_models, dtype=dtype, device=device, precisions=precisions
-        )
+            path, names, native_models=cls.native_models, dtype=dtype, device=device, memory=memory,
+            denoisers=cls.denoisers, precisions=precisions,
+        )  # fmt: skip
         pipeline = cls(loaded.modules, config, sampling_params)
         pipeline.warnings += loaded.warnings
         return pipeline
@@ -96,9 +100,8 @@ class ComposedPipelineBase(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser lives."""
-        found: Tensor = next(self.denoiser.parameters())
-        return found.device
+        """Where the denoiser runs."""
+        return device_of(self.denoiser)
 
     @abstractmethod
     def create_pipeline_stages(self) -> None:

@@ -18,6 +18,7 @@ from porter.core.family import Family, families, resolve
 from runtime.compiled import compile_blocks
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.loader import read_configs, read_index
+from runtime.memory.options import EVERYTHING, read_memory
 from runtime.parallel import mesh
 from runtime.parallel.mesh import Parallel
 from runtime.pipeline import ComposedPipelineBase
@@ -204,6 +205,9 @@ class RunOptions:
         quality: see `runtime.quality`.
         attention: a backend of `runtime.attention`.
         scheduler: class of diffusers instead of the port's, with the port's settings.
+        offload: `none`; `component`: weights are on the device only while their component is used; `layer`: and of its
+            repeated blocks two at a time.
+        weights: of denoisers; None: as stored; `fp8`; `gguf:FILE`. Both need quality `lossy`.
         vae_tiling, vae_slicing: decode large pictures in tiles, batches one by one.
         compiled: compile the denoiser's blocks; the first step waits for it.
         parallel: how many processes share a picture; `runtime.parallel.mesh.start` must hold around the run.
@@ -215,6 +219,8 @@ class RunOptions:
     quality: Quality = "lossless"
     attention: str = "sdpa"
     scheduler: str | None = None
+    offload: str = "none"
+    weights: str | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False
     compiled: bool = False
@@ -239,14 +245,28 @@ def load(port: str | Path, options: RunOptions | None = None, **fields: Any) -> 
     dtype = known.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if known.quality not in LEVELS:
         raise UsageError(f"no quality {known.quality}", expected=" | ".join(LEVELS), found=str(known.quality))
+    memory = read_memory(known.offload, known.weights, known.quality)
+    if known.compiled and memory.offload != "none":
+        raise UsageError(
+            "compiled code holds on to the weights that it was made for, and offload gives them anew",
+            expected="--offload, or --compile", found="both", hint="leave out --compile",
+        )  # fmt: skip
     model = describe(path, known.executor)
     _check_parallel(known, model)
     if model.pipeline_cls is None:
         from runtime.diffusers_executor import load_diffusers
 
+        if memory != EVERYTHING:
+            raise UsageError(
+                "diffusers' own pipeline has all its weights on the device, as they are stored",
+                expected="a native pipeline", found=f"offload {known.offload}, weights {known.weights or 'as stored'}",
+                hint="leave out --offload and --weights",
+            )  # fmt: skip
         pipeline: ComposedPipelineBase = load_diffusers(path, dtype=dtype, device=device)
     else:
-        pipeline = model.pipeline_cls.from_folder(path, model.config, model.sampling_params, dtype=dtype, device=device)
+        pipeline = model.pipeline_cls.from_folder(
+            path, model.config, model.sampling_params, dtype=dtype, device=device, memory=memory
+        )
     if known.scheduler is not None:
         pipeline.use_scheduler(exchanged(pipeline.modules.get("scheduler"), known.scheduler))
     config = pipeline.config

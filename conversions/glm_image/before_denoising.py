@@ -27,6 +27,7 @@ from porter.core.errors import CheckFailed, UsageError
 from runtime.attention import useful
 from runtime.config import PipelineConfig
 from runtime.loader import quiet_libraries
+from runtime.memory import using
 from runtime.request import Req
 from runtime.stages import BeforeDenoisingStage, VerificationResult
 from runtime.stages.text_encoding import module_device, module_dtype
@@ -119,7 +120,7 @@ class GlmImageBeforeDenoisingStage(BeforeDenoisingStage):
                 f"vision_language_encoder was made for {limit} tokens, and the prompt and its picture take"
                 f" {length + before + count}: {text[:40]!r}..."
             )
-        with seeded(seed, device):
+        with seeded(seed, device), using(self.prior_encoder):
             written = self.prior_encoder.generate(
                 **inputs, max_new_tokens=before + count + 1, do_sample=True, return_dict_in_generate=False
             )

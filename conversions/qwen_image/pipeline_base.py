@@ -20,6 +20,7 @@ from conversions.qwen_image.model import QwenImageTransformer, Shape, Table
 from runtime.config import PipelineConfig, SamplingParams
 from runtime.request import Req
 from runtime.stages import TextEmbeddings, TextEncodingStage
+from runtime.stages.text_encoding import module_device
 
 MOST_TOKENS = 1024  # of a prompt, the template's beginning not counted
 SIDE = 128  # latent positions of a picture whose size nobody names
@@ -166,7 +167,8 @@ class PromptEncodingStage(TextEncodingStage):
 
     def encode(self, texts: list[str], batch: Req, config: PipelineConfig) -> TextEmbeddings:
         assert isinstance(config, QwenImagePipelineConfig)
-        inputs = {name: tensor.to(self.encoder.device) for name, tensor in self.inputs(texts, batch, config).items()}
+        on = module_device(self.encoder)
+        inputs = {name: tensor.to(on) for name, tensor in self.inputs(texts, batch, config).items()}
         # The last position alone goes on to the vocabulary: no one reads what the model would say.
         out = self.encoder(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1)
         states = out.hidden_states[-1].to(self.encoder.dtype)  # (prompts, tokens, X)

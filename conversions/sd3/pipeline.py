@@ -23,6 +23,7 @@ from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
 from runtime.stages import TextEmbeddings, TextEncodingStage
+from runtime.stages.text_encoding import module_device
 
 LONGEST = 512  # tokens that T5 was used with
 CLIP_L = TextEncoderSpec("text_encoder", "tokenizer", pooled=True)
@@ -161,7 +162,7 @@ class SD3TextEncodingStage(TextEncodingStage):
         found = TextEmbeddings([])
         for spec in config.text_encoders:
             encoder = self.encoders[spec.encoder]
-            ids = self.tokenize(texts, spec, batch).to(encoder.device)  # (prompts, T)
+            ids = self.tokenize(texts, spec, batch).to(module_device(encoder))  # (prompts, T)
             if not spec.pooled:
                 found.tokens.append(encoder(ids).last_hidden_state.to(encoder.dtype))  # (prompts, T, X)
                 continue

@@ -27,6 +27,7 @@ from runtime.pipeline import ComposedPipelineBase
 from runtime.quality import quality
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
+from runtime.stages.text_encoding import module_device
 
 # The text that the models are guided away from, word for word:
 # https://github.com/Wan-Video/Wan2.1/blob/9737cba9c1c3c4d04b33fcad41c111989865d315/wan/configs/shared_config.py#L19
@@ -148,7 +149,7 @@ class WanPipelineConfig(PipelineConfig):
 
     def encode_video(self, vae: Any, video: Tensor, device: torch.device) -> Tensor:
         """(1, 3, num_frames, H, W) -> the mode of its latents, normalised, float32."""
-        latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().to(device, torch.float32)
+        latents = vae.encode(video.to(module_device(vae), vae.dtype)).latent_dist.mode().to(device, torch.float32)
         scale, shift = (part.to(latents) for part in self.get_decode_scale_and_shift())
         normalised: Tensor = (latents - shift) * scale
         return normalised

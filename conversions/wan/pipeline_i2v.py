@@ -32,6 +32,7 @@ from porter.core.errors import BadInputError, UsageError
 from runtime.config import TaskType
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
+from runtime.stages.text_encoding import module_device
 
 # https://github.com/Wan-Video/Wan2.1/blob/9737cba9c1c3c4d04b33fcad41c111989865d315/wan/configs/wan_i2v_14B.py#L11
 NEGATIVE_I2V = "镜头晃动，" + NEGATIVE
@@ -98,7 +99,7 @@ class WanI2VPipelineConfig(WanPipelineConfig):
                 "this model makes a video between two pictures, and there is one",
                 expected="the first and the last picture", hint="give the last one too: --last-image FILE",
             )  # fmt: skip
-        pixels = image_processor(images=pictures, return_tensors="pt").to(image_encoder.device)
+        pixels = image_processor(images=pictures, return_tensors="pt").to(module_device(image_encoder))
         hidden = image_encoder(**pixels, output_hidden_states=True).hidden_states[-2]  # (I, M, V)
         return [hidden.flatten(0, 1).expand(batch.batch_size, -1, -1)]
 

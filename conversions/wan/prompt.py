@@ -11,7 +11,7 @@ from torch import Tensor
 from runtime.config import PipelineConfig, TextEncoderSpec
 from runtime.request import Req
 from runtime.stages import TextEncodingStage
-from runtime.stages.text_encoding import TextEmbeddings
+from runtime.stages.text_encoding import TextEmbeddings, module_device
 
 UMT5 = TextEncoderSpec("text_encoder", "tokenizer", max_length=512)
 
@@ -49,6 +49,7 @@ class WanTextEncodingStage(TextEncodingStage):
                 batch.warn(f"{spec.encoder} reads {length} of the prompt's {count} tokens: {text[:40]!r}...")
             cleaned.append(text)
         rows = tokenizer(cleaned, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids, mask = rows.input_ids.to(encoder.device), rows.attention_mask.to(encoder.device)  # (prompts, T)
+        on = module_device(encoder)
+        ids, mask = rows.input_ids.to(on), rows.attention_mask.to(on)  # (prompts, T)
         tokens: Tensor = encoder(ids, mask).last_hidden_state.to(encoder.dtype)  # (prompts, T, X)
         return TextEmbeddings([tokens.masked_fill(mask[..., None] == 0, 0)])

@@ -27,7 +27,7 @@ from runtime.config import PipelineConfig, SamplingParams, TextEncoderSpec
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
-from runtime.stages.text_encoding import TextEmbeddings, TextEncodingStage
+from runtime.stages.text_encoding import TextEmbeddings, TextEncodingStage, module_device
 
 QWEN3 = TextEncoderSpec("text_encoder", "tokenizer", max_length=512)
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo's schedule; the base model's is 6
@@ -146,7 +146,7 @@ class ZImageTextEncodingStage(TextEncodingStage):
         (spec,) = config.text_encoders
         encoder, tokenizer = self.encoders[spec.encoder], self.tokenizers[spec.tokenizer]
         ids, own = self._chat(tokenizer, texts, batch)  # (prompts, length) twice
-        on = encoder.device
+        on = module_device(encoder)
         out = encoder(input_ids=ids.to(on), attention_mask=own.to(on), output_hidden_states=True)
         states = [row[mask] for row, mask in zip(out.hidden_states[-2], own.to(on), strict=True)]  # (T, X) each
         tokens = pad_sequence(states, batch_first=True)  # (prompts, T, X)

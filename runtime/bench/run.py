@@ -18,7 +18,7 @@ from runtime.attention import attention_backend
 from runtime.bench.case import BenchCase, Given, drawn
 from runtime.bench.measure import flops, in_turn, matmul_rate, peak, reset_peak
 from runtime.compiled import compile_blocks
-from runtime.loader import parameters_on_meta
+from runtime.meta import parameters_on_meta
 from runtime.quality import Quality, at_quality
 
 SYSTEMS = ("diffusers", "diffusers compiled", "porter", "porter compiled")

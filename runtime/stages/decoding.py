@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from porter.core.errors import CheckFailed
 from runtime.config import PipelineConfig
 from runtime.request import Req
 
+from .autoencoder import autoencoding
 from .base import PipelineStage, VerificationResult
 
 
@@ -30,16 +30,11 @@ class DecodingStage(PipelineStage):
         assert batch.latents is not None  # verified
         _demand_finite(batch.latents, "the latents after the last step")
         latents = config.post_denoising_loop(batch.latents, batch)  # (B, C, h, w)
-        if config.vae_precision is not None and self.vae.dtype != (wanted := getattr(torch, config.vae_precision)):
-            self.vae.to(wanted)
-        latents = latents.to(self.vae.dtype)  # before the arithmetic, as diffusers does
-        scale, shift = config.get_decode_scale_and_shift()
-        latents = latents / _like(scale, latents) + _like(shift, latents)
-        if config.vae_tiling:
-            self.vae.enable_tiling()
-        if config.vae_slicing:
-            self.vae.enable_slicing()
-        image = self.vae.decode(latents, return_dict=False)[0]  # (B, 3, …, H, W) in [-1, 1]
+        with autoencoding(self.vae, config):
+            latents = latents.to(self.vae.dtype)  # before the arithmetic, as diffusers does
+            scale, shift = config.get_decode_scale_and_shift()
+            latents = latents / _like(scale, latents) + _like(shift, latents)
+            image = self.vae.decode(latents, return_dict=False)[0]  # (B, 3, …, H, W) in [-1, 1]
         _demand_finite(image, "the decoded picture")
         batch.output = config.post_decoding(image, batch)
         batch.tap(self.name, latents=latents, image=batch.output)

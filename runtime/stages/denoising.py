@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from porter.core.errors import CheckFailed
 from runtime.attention import attention_backend
 from runtime.config import PipelineConfig
+from runtime.memory import using
 from runtime.parallel import mesh
 from runtime.parallel.guidance import predict
 from runtime.request import Req
@@ -50,7 +52,8 @@ class DenoisingStage(PipelineStage):
         assert batch.latents is not None and batch.timesteps is not None  # verified
         device, kind = batch.latents.device, batch.latents.dtype
         first = next(iter(self.transformers.values()))
-        freqs_cis = config.get_freqs_cis(batch, first, device)
+        with using(first):
+            freqs_cis = config.get_freqs_cis(batch, first, device)
         positive = config.prepare_pos_cond_kwargs(batch, freqs_cis, device)
         negative = (
             config.prepare_neg_cond_kwargs(batch, freqs_cis, device) if batch.do_classifier_free_guidance else None
@@ -60,9 +63,10 @@ class DenoisingStage(PipelineStage):
         supported = getattr(first, "supported_attention_backends", ("sdpa",))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.enable_autocast)
         finite = Finite(self.name)
-        with attention_backend(config.attention_backend, supported), autocast:
+        with attention_backend(config.attention_backend, supported), autocast, _Selected() as selected:
             for step, t in enumerate(batch.timesteps):
                 transformer = self.transformers[config.select_transformer(self.transformers, batch, t)]
+                selected.use(transformer)
                 noise_pred = self._predict(transformer, step, t, positive, negative, batch, config)
                 latents = self.scheduler.step(noise_pred, t, batch.latents, return_dict=False)[0].to(kind)
                 finite.check(step, latents)
@@ -98,6 +102,27 @@ class DenoisingStage(PipelineStage):
         result = VerificationResult()
         result.add_check("latents", batch.latents, batch.latents is not None, "a tensor")
         return result
+
+
+class _Selected:
+    """The denoiser whose weights are on the device: from its first step to the first one of another."""
+
+    def __init__(self) -> None:
+        self._module: nn.Module | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Selected:
+        return self
+
+    def use(self, module: nn.Module) -> None:
+        """Have this one, and no other."""
+        if module is not self._module:
+            self._stack.close()
+            self._stack.enter_context(using(module))
+            self._module = module
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 class Finite:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from runtime.config import PipelineConfig
 from runtime.request import Req
 
+from .autoencoder import autoencoding
 from .base import PipelineStage, VerificationResult, tensors_of_batch
 from .text_encoding import module_device, module_dtype
 
@@ -45,7 +46,8 @@ class ImageVAEEncodingStage(PipelineStage):
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
         if batch.image and batch.image_latents is None:
             dtype, device = module_dtype(self.transformer), module_device(self.transformer)
-            batch.image_latents = config.prepare_image_latents(self.vae, batch, dtype, device)
+            with autoencoding(self.vae, config):
+                batch.image_latents = config.prepare_image_latents(self.vae, batch, dtype, device)
         if batch.image_latents is not None:
             batch.tap(self.name, image_latents=batch.image_latents)
         return batch

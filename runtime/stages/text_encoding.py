@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.config import PipelineConfig, TextEncoderSpec
+from runtime.memory import device_of, using
 from runtime.request import Req
 
 from .base import PipelineStage, VerificationResult, tensors_of_batch
@@ -46,13 +47,9 @@ class TextEncodingStage(PipelineStage):
         return result
 
     def forward(self, batch: Req, config: PipelineConfig) -> Req:
-        if not batch.prompt_embeds:
-            found = _for_images(self.encode(batch.prompts, batch, config), batch.num_images)
-            batch.prompt_embeds, batch.pooled_embeds, batch.prompt_masks = found.tokens, found.pooled, found.masks
-        if batch.do_classifier_free_guidance and not batch.negative_prompt_embeds:
-            found = _for_images(self.encode(batch.negative_prompts, batch, config), batch.num_images)
-            batch.negative_prompt_embeds, batch.negative_pooled_embeds = found.tokens, found.pooled
-            batch.negative_prompt_masks = found.masks
+        # The only encoder stays for both prompts; of several each has the device for itself.
+        with using(*(self.encoders.values() if len(self.encoders) == 1 else ())):
+            self._embed(batch, config)
         for side in ("", "negative_"):  # embeddings that were given may come without masks
             masks, tokens = getattr(batch, f"{side}prompt_masks"), getattr(batch, f"{side}prompt_embeds")
             setattr(batch, f"{side}prompt_masks", masks or [None] * len(tokens))
@@ -60,13 +57,23 @@ class TextEncodingStage(PipelineStage):
         batch.tap(self.name, **{f"{name}.{i}": t for name in names for i, t in enumerate(getattr(batch, name))})
         return batch
 
+    def _embed(self, batch: Req, config: PipelineConfig) -> None:
+        """Add the embeddings that the request lacks."""
+        if not batch.prompt_embeds:
+            found = _for_images(self.encode(batch.prompts, batch, config), batch.num_images)
+            batch.prompt_embeds, batch.pooled_embeds, batch.prompt_masks = found.tokens, found.pooled, found.masks
+        if batch.do_classifier_free_guidance and not batch.negative_prompt_embeds:
+            found = _for_images(self.encode(batch.negative_prompts, batch, config), batch.num_images)
+            batch.negative_prompt_embeds, batch.negative_pooled_embeds = found.tokens, found.pooled
+            batch.negative_prompt_masks = found.masks
+
     def encode(self, texts: list[str], batch: Req, config: PipelineConfig) -> TextEmbeddings:
         """One row for each of `texts`."""
         found = TextEmbeddings([])
         for spec in config.text_encoders:
             encoder = self.encoders[spec.encoder]
             ids = self.tokenize(texts, spec, batch)  # (prompts, T)
-            out = encoder(ids.to(encoder.device), output_hidden_states=False)
+            out = encoder(ids.to(module_device(encoder)), output_hidden_states=False)
             found.tokens.append(out.last_hidden_state.to(encoder.dtype))  # (prompts, T, X)
             if spec.pooled:
                 found.pooled.append(out.pooler_output.to(encoder.dtype))  # (prompts, P)
@@ -113,11 +120,13 @@ def _for_images(found: TextEmbeddings, count: int) -> TextEmbeddings:
 
 
 def module_dtype(module: torch.nn.Module) -> torch.dtype:
-    """dtype of a module: what it says itself, where some of its parameters keep another; else its first parameter's."""
+    """dtype that a module computes in: what it says itself, where some of its parameters keep another; else that of its
+    first parameter that is not stored in 8 bits."""
     said = getattr(module, "dtype", None)
-    return said if isinstance(said, torch.dtype) else next(module.parameters()).dtype
+    kinds = (p.dtype for p in module.parameters() if p.dtype.itemsize > 1)
+    return said if isinstance(said, torch.dtype) else next(kinds)
 
 
 def module_device(module: torch.nn.Module) -> torch.device:
-    """Device of a module's first parameter."""
-    return next(module.parameters()).device
+    """Device that a module runs on, wherever its weights are meanwhile."""
+    return device_of(module)

@@ -39,7 +39,8 @@ class Reader:
         assert info.file is not None  # a header that was read
         if not tensor.numel():
             return tensor
-        view, filled = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
+        bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        view, filled = memoryview(bytes_of), 0
         try:
             if info.file not in self._open:
                 self._open[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))

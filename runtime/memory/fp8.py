@@ -87,7 +87,8 @@ class Fp8Home:
         self._weights = {f"{name}.weight" for name in linears(module, home.names)}
         for name in self._weights:
             layer: Any = module.get_submodule(name.removesuffix(".weight"))
-            layer.__class__ = _with_fp8(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _with_fp8(kind)
             layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=KIND, device="meta"), False)
             scale = torch.empty(layer.weight.shape[0], 1, device="meta")
             layer.register_buffer("weight" + SCALE, scale, persistent=False)

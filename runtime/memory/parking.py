@@ -68,8 +68,8 @@ class Parked:
         self._here: set[int] = set()
         self._users = 0
         for number, block in enumerate(self._blocks):
-            block.register_forward_pre_hook(lambda *_, number=number: self._before(number), prepend=True)  # type: ignore[misc]
-            block.register_forward_hook(lambda *_, number=number: self._leave(number), always_call=True)  # type: ignore[misc]
+            block.register_forward_pre_hook(lambda *_, number=number: self._before(number), prepend=True)
+            block.register_forward_hook(lambda *_, number=number: self._leave(number), always_call=True)
         module.register_forward_pre_hook(lambda *_: self.enter(), prepend=True)
         module.register_forward_hook(lambda *_: self.leave(), always_call=True)
 

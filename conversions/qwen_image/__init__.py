@@ -54,6 +54,7 @@ FAMILY = Family(
         ),
     ),
     pipeline="conversions.qwen_image.pipeline:EntryClass",
+    bench="conversions.qwen_image.bench:CASES",
     native_pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     cases="conversions.qwen_image.case:CASES",
     reference="conversions/qwen_image/reference",

@@ -31,6 +31,7 @@ FAMILY = Family(
         Component("vae", "diffusers", ("AutoencoderKL",), original_files=("ae.safetensors",)),
     ),
     pipeline="conversions.z_image.pipeline:EntryClass",
+    bench="conversions.z_image.bench:CASES",
     native_pipelines=("ZImagePipeline",),
     cases="conversions.z_image.case:CASES",
     reference="conversions/z_image/reference",

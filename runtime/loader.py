@@ -32,6 +32,7 @@ from porter.core.tensorplan import TensorPlan
 from porter.core.weights import STANDARD
 from runtime.encoders import load_encoder
 from runtime.layers import PackedLinear
+from runtime.memory.exhausted import ran_out
 from runtime.memory.files import FileHome
 from runtime.memory.fp8 import Fp8Home
 from runtime.memory.options import EVERYTHING, Memory
@@ -445,7 +446,7 @@ def _readable(folder: Path) -> Iterator[None]:
             hint="install it, as the message says",
         ) from error  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if ran_out(error):
             raise
         raise BadInputError(
             f"{folder} cannot be loaded", found=f"{type(error).__name__}: {error}", hint=_AGAIN

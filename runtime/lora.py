@@ -24,6 +24,7 @@ from porter.core.errors import UsageError
 from porter.core.lora import read_lora
 from runtime.layers.lowrank import Span, attach, detach
 from runtime.lorafiles import FLOATS, Layer, Lora, load_lora
+from runtime.memory import device_of
 
 if TYPE_CHECKING:
     from runtime.pipeline import ComposedPipelineBase
@@ -177,7 +178,7 @@ class LoraStack:
                 self._merge(place, mine)
             else:
                 module = self._module(place)
-                device = module.weight.device
+                device = device_of(self._pipeline.modules[place[0]])
                 pairs = [(layer.a.to(device), layer.b.to(device)) for layer, _ in mine]
                 attach(module, pairs, [_scaled(layer.spans, scale) for layer, scale in mine])
         self._active = wanted
@@ -194,6 +195,12 @@ class LoraStack:
             raise UsageError(
                 "LoRAs cannot be merged into weights that ranks share", expected="one process, or no --tp",
                 found=f"{place[1]} of {place[0]}", hint="leave the LoRAs beside the weights: pipeline.loras.unfuse()",
+            )  # fmt: skip
+        if weight.is_meta:
+            raise UsageError(
+                "LoRAs cannot be merged into weights that are offloaded: they are read anew for each use",
+                expected="--offload none", found=f"{place[1]} of {place[0]}",
+                hint="leave the LoRAs beside the weights: pipeline.loras.unfuse()",
             )  # fmt: skip
         if weight.dtype not in FLOATS:
             raise UsageError(

@@ -138,9 +138,9 @@ class _Reader:
         self._stack.close()
 
     def layer(self, change: Delta, layer: Any, dtype: torch.dtype) -> Layer:
-        """One layer's factors, on its device, in the model's dtype."""
-        pair = joined(change)
-        tensors = [make(matrix, self._tensor, torch).to(layer.weight.device, dtype) for matrix in (pair.a, pair.b)]
+        """One layer's factors, on its device (in main memory where its weights are offloaded), in the model's dtype."""
+        pair, device = joined(change), "cpu" if layer.weight.is_meta else layer.weight.device
+        tensors = [make(matrix, self._tensor, torch).to(device, dtype) for matrix in (pair.a, pair.b)]
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise BadInputError(
                 f"{self.path}: the factors of {change.terms[0].stem} are too large for the model's numbers",

@@ -65,6 +65,7 @@ class ComposedPipelineBase(ABC):
         self.modules, self.config, self.sampling_params = dict(modules), config, sampling_params
         self.stages: dict[str, PipelineStage] = {}
         self.warnings: list[str] = []
+        self.running: str | None = None  # the stage that runs, or ran last
         self.quality: Quality = "lossless"
         self.loras = LoraStack(self)
         self.create_pipeline_stages()
@@ -182,7 +183,8 @@ class ComposedPipelineBase(ABC):
             CheckFailed: a step ended in numbers that are not finite.
         """
         with at_quality(self.quality), self.loras.using(batch.loras):
-            for stage in self.stages.values():
+            for name, stage in self.stages.items():
+                self.running = name
                 batch = stage(batch, self.config)
         return batch
 

@@ -98,6 +98,16 @@ DTYPES = ("float32", "bfloat16", "float16")
     show_default=True,
     help="Which kernel computes attention; an unknown one is answered with the list.",
 )
+@click.option(
+    "--offload",
+    type=click.Choice(("none", "component", "layer")),
+    default="none",
+    show_default=True,
+    help="Weights on the device only while they are used: by component, or of its blocks two at a time.",
+)
+@click.option(
+    "--weights", metavar="fp8|gguf:FILE", help="The denoiser's weights in 8 bits, or a GGUF file's. Needs lossy."
+)
 @click.option("--vae-tiling", is_flag=True, help="Decode in tiles: less memory.")
 @click.option("--vae-slicing", is_flag=True, help="Decode a batch one by one: less memory.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the denoiser's blocks; pays off over many images.")
@@ -259,7 +269,7 @@ def lora_of(text: str) -> tuple[Path, float]:
 def repeated(options: dict[str, Any], about: dict[str, Any], context: click.Context) -> dict[str, Any]:
     """Options with what a repeated result was made with, where the command line does not say otherwise."""
     kept = dict(options)
-    for name in ("executor", "quality", "attention", "dtype"):
+    for name in ("executor", "quality", "attention", "dtype", "offload", "weights"):
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if not given and isinstance(about.get(name), str):
             kept[name] = about[name]

@@ -12,7 +12,7 @@ from porter.core.family import families, family_named, resolve
 from runtime.bench.case import BenchCase
 from runtime.bench.document import SCHEMA
 from runtime.bench.run import SYSTEMS, environment, run_case
-from runtime.generate import out_of_memory
+from runtime.memory.exhausted import out_of_memory
 from runtime.registry import pick_device
 
 

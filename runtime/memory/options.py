@@ -37,6 +37,11 @@ class Memory:
 EVERYTHING = Memory()  # on the device, as stored
 
 
+def told(weights: str | None) -> str | None:
+    """What metadata says of the weights: a file by its name, not its folder."""
+    return _GGUF + Path(weights.removeprefix(_GGUF)).name if weights and weights.startswith(_GGUF) else weights
+
+
 def read_memory(offload: str, weights: str | None, quality: Quality) -> Memory:
     """What is asked for, checked.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from porter.core.errors import ResourceError
-from runtime.generate import out_of_memory
+from runtime.memory.exhausted import out_of_memory
 
 
 def test_a_real_failed_allocation_is_a_resource_error() -> None:

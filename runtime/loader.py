@@ -35,6 +35,7 @@ from runtime.layers import PackedLinear
 from runtime.memory.exhausted import ran_out
 from runtime.memory.files import FileHome
 from runtime.memory.fp8 import Fp8Home
+from runtime.memory.gguf import gguf_home
 from runtime.memory.options import EVERYTHING, Memory
 from runtime.memory.parking import Home, keep
 from runtime.meta import parameters_on_meta
@@ -132,6 +133,11 @@ def load_components(
         CheckpointError: weights that are corrupt, or do not fill the module exactly.
     """
     index, loaded = read_index(path), Loaded()
+    if memory.gguf is not None and len(set(names) & set(denoisers)) > 1:
+        raise UsageError(
+            "a GGUF file holds one denoiser, and this pipeline has two", expected="a pipeline with one denoiser",
+            found=", ".join(sorted(set(names) & set(denoisers))), hint="--weights fp8",
+        )  # fmt: skip
     with quiet_libraries():
         for name in names:
             entry = index.get(name)
@@ -258,10 +264,12 @@ def load_module(
     Raises:
         CheckpointError: tensors that are missing, left over or of another shape; all of them are named.
     """
-    header = component_header(folder)
     native = hasattr(cls, "on_load")
+    header = component_header(folder) if memory.gguf is None else {}
     with torch.device("meta") if native else _as_the_library_builds(dtype), _readable(folder):
         module: nn.Module = cls.from_config(dict(config))
+    if memory.gguf is not None:
+        return _from_gguf(cls, config, module, dtype, device, memory)
     recipe = cls.on_load if native else _former_names(module, header)
     ignored = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()  # what its files hold for other programs
     own = module.state_dict().keys() if ignored else ()
@@ -288,17 +296,36 @@ def _keep(
     In half precision the parts that a class keeps in float32 (`_keep_in_fp32_modules`, as diffusers calls it) stay so.
 
     Raises:
-        UsageError: other weights than the stored ones, which tensor-parallel ranks would share.
+        UsageError: 8-bit weights that tensor-parallel ranks would share.
     """
-    if memory.quantised and run is not None and run.size("tp") > 1:
-        raise UsageError(
-            "tensor-parallel ranks share weights as they are stored", expected="no --weights, or no --tp",
-            found="both", hint="leave out --weights, or share the tokens instead: --ulysses or --ring",
-        )  # fmt: skip
+    if memory.fp8:
+        _check_whole(run)
     home: Home = FileHome(plan, lambda name, _: _precision(module, name, dtype), tensor_parallel.share(run))
     if memory.fp8:
         home = Fp8Home(module, home)
     return keep(module, home, device, memory)
+
+
+def _from_gguf(
+    cls: Any, config: Mapping[str, Any], module: nn.Module, dtype: torch.dtype, device: torch.device, memory: Memory
+) -> nn.Module:
+    """A native module, on the meta device as yet, with the weights of the GGUF file that `memory` names."""
+    _check_whole(mesh.current())
+    assert memory.gguf is not None
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    disk = stored_shapes(module, getattr(cls, "on_load", None), config, own)
+    home = gguf_home(memory.gguf, cls, config, module, disk, lambda name, _: _precision(module, name, dtype))
+    keep(module, home, device, memory)
+    return module.eval()
+
+
+def _check_whole(run: mesh.Run | None) -> None:
+    """Raises UsageError: other weights than the stored ones, which tensor-parallel ranks would share."""
+    if run is not None and run.size("tp") > 1:
+        raise UsageError(
+            "tensor-parallel ranks share weights as they are stored", expected="no --weights, or no --tp",
+            found="both", hint="leave out --weights, or share the tokens instead: --ulysses or --ring",
+        )  # fmt: skip
 
 
 @contextmanager

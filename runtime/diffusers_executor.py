@@ -135,6 +135,13 @@ class DiffusersStage(PipelineStage):
                     found=f"{type(error).__name__}: {error}"[:400],
                     hint="see the pipeline's documentation in diffusers; --verbose shows where it stopped",
                 ) from error  # fmt: skip
+            except (LookupError, AttributeError) as error:
+                if part.batch_size == 1:
+                    raise
+                raise UsageError(
+                    f"{self.title} does not make {part.batch_size} at once", expected="a seed for each",
+                    found=f"{type(error).__name__}: {error}"[:200], hint="--batch-size 1; --verbose shows where",
+                ) from error  # fmt: skip
             except (ImportError, NameError) as error:  # diffusers imports some packages only where they are installed
                 name = getattr(error, "name", None) or str(error)[:80]
                 raise UsageError(

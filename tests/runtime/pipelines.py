@@ -334,6 +334,21 @@ def stable_video_diffusion() -> Any:
     )  # fmt: skip
 
 
+def text_to_video() -> Any:
+    """A call that makes one video of each prompt, and calls back the former way."""
+    import diffusers
+
+    model = diffusers.UNet3DConditionModel(
+        block_out_channels=(8, 8), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=2,
+    )  # fmt: skip
+    return diffusers.TextToVideoSDPipeline(
+        vae=vae(), text_encoder=clip(), tokenizer=clip_words(), unet=model,
+        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+    )  # fmt: skip
+
+
 def hunyuan_video() -> Any:
     import diffusers
     import transformers
@@ -415,6 +430,7 @@ PIPELINES: dict[str, Made] = {
         stable_video_diffusion, {"height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2, "fps": 9},
         {"motion_bucket_id": 100, "decode_chunk_size": 1}, prompt="", images=(PICTURE,), video=True,
     ),
+    "text-to-video": Made(text_to_video, {**_SD, "num_frames": 2, "negative_prompt": "green"}, video=True),
     "hunyuan-video": Made(
         hunyuan_video, {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2,
                         "max_sequence_length": 16},

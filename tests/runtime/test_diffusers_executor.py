@@ -22,7 +22,7 @@ from porter.cli import main
 from porter.core.errors import BadInputError, CheckFailed, PorterError, UsageError
 from porter.core.weights import STANDARD
 from runtime.calls import as_declared, describe_call, fits, pipeline_class
-from runtime.loader import load_components, quiet_libraries
+from runtime.loader import load_components, load_module, quiet_libraries
 from runtime.registry import describe
 from runtime.request import Req
 from tests.runtime.pipelines import PICTURE, PIPELINES, write
@@ -143,6 +143,20 @@ def test_settings_are_of_the_kinds_that_the_call_says() -> None:
     assert as_declared(kind, "vanilla") is type(kind.default).VANILLA
 
 
+def test_computed_tables_have_the_type_that_diffusers_gives_them(tmp_path: Path) -> None:
+    """A mask that names no type: half precision where the weights are."""
+    cls = diffusers.PriorTransformer
+    cls(
+        num_attention_heads=2, attention_head_dim=4, embedding_dim=8, num_layers=1, num_embeddings=7
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        ours = load_module(cls, config, tmp_path, dtype=dtype, device=CPU)
+        theirs = cls.from_pretrained(tmp_path, dtype=dtype)
+        assert theirs.get_buffer("causal_attention_mask").dtype == dtype
+        same_tensors({"": ours}, {"": theirs})
+
+
 @pytest.mark.slow
 def test_every_pipeline_of_diffusers_is_described_or_refused() -> None:
     names = sorted({name for names in diffusers._import_structure.values() for name in names})
@@ -164,19 +178,29 @@ def test_every_pipeline_of_diffusers_is_described_or_refused() -> None:
     assert len(kinds) > 280 and runs > 250
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "ltx", "aura-flow", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "ltx", "aura-flow", "pixart-sigma", "text-to-video"])
 def test_several_prompts_and_pictures_have_seeds_of_their_own(name: str, folder: Any) -> None:
     ours, prompts = load(folder(name)), ["a red circle", "two blue squares"]
     given = {**PIPELINES[name].fields, "negative_prompt": "green", "guidance_scale": 3.0}
     batch = run_ours(ours, name, prompt=prompts, num_images=2, **given)
     more: dict[str, Any] = {"negative_prompt": ["green"] * 2, "guidance_scale": 3.0}
     more |= {"prompt_2": ["a blue square"] * 2} if name == "sdxl" else {}
-    number = "num_videos_per_prompt" if name == "ltx" else "num_images_per_prompt"
-    theirs = run_theirs(theirs_of(folder(name)), name, [3, 4, 5, 6], prompt=prompts, **{number: 2}, **more)
+    more |= {"prompt": prompts, "num_videos_per_prompt" if name == "ltx" else "num_images_per_prompt": 2}
+    if name == "text-to-video":  # it has no such number
+        more = {"prompt": [each for each in prompts for _ in range(2)], "negative_prompt": ["green"] * 4}
+        more["guidance_scale"] = 3.0
+    theirs = run_theirs(theirs_of(folder(name)), name, [3, 4, 5, 6], **more)
     assert batch.output is not None and torch.equal(batch.output, theirs)
     alone = run_ours(ours, name, prompt=prompts[1], seed=6, **given).output
     assert alone is not None and (batch.output[3:] - alone).abs().max() < 1e-4
     assert (batch.output[2:3] - alone).abs().max() > 1e-2
+
+
+def test_a_pipeline_that_makes_no_batches_says_how_it_runs(folder: Any) -> None:
+    """diffusers' own fault: noise of the steps is drawn for each frame, from generators of the videos."""
+    with pytest.raises(UsageError, match="does not make 2 at once") as caught:
+        run_ours(load(folder("text-to-video")), "text-to-video", num_images=2, extra={"eta": 0.5})
+    assert "--batch-size 1" in str(caught.value.hint)
 
 
 def test_a_call_without_prompts_makes_as_many_as_asked(folder: Any) -> None:

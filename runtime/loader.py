@@ -421,9 +421,11 @@ def _weights(folder: Path) -> tuple[Path, str | None]:
         file = _only(variants, folder)
         return file, _variant(file)
     root = folder.parent
+    shards = any(folder.glob("*.safetensors"))
     original = sorted(p.name for p in root.glob("*.s*t*") if p.suffix in (".safetensors", ".sft"))
     raise BadInputError(
-        f"{folder} holds no weights" + (": the model is in its original layout" if original else ""),
+        f"{folder} holds {'shards without their index' if shards else 'no weights'}"
+        + (": the model is in its original layout" if original and not shards else ""),
         expected="*.safetensors in the diffusers layout",
         found=", ".join(original or sorted(p.name for p in folder.glob("*"))) or "nothing",
         hint=f"porter convert {root} -o {root.name}-port",

@@ -22,7 +22,7 @@ from porter.cli import main
 from porter.core.errors import BadInputError, CheckFailed, PorterError, UsageError
 from porter.core.weights import STANDARD
 from runtime.calls import as_declared, describe_call, fits, pipeline_class
-from runtime.loader import load_components, load_module, quiet_libraries
+from runtime.loader import component_header, load_components, load_module, quiet_libraries
 from runtime.registry import describe
 from runtime.request import Req
 from tests.runtime.pipelines import PICTURE, PIPELINES, write
@@ -446,6 +446,10 @@ def test_weights_that_nobody_can_choose_between_are_refused(folder: Any, tmp_pat
     file.unlink()
     with pytest.raises(BadInputError, match=r"(?s)more than once.*ema.*fp16"):
         load(port)
+    theirs_of(folder("sd")).unet.save_pretrained(tmp_path / "shards", max_shard_size="150KB")
+    next((tmp_path / "shards").glob("*.index.json")).unlink()
+    with pytest.raises(BadInputError, match="holds shards without their index"):
+        component_header(tmp_path / "shards")
 
 
 def test_former_names_of_attention_are_read(folder: Any, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ rows of a quantised matrix, which changes no number; whatever else is made of on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ _SIZES = {name: (block, width) for name, block, width in TYPES.values()}  # of a
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Neighbouring rows of a stored matrix."""
 
     info: TensorInfo
@@ -121,7 +122,8 @@ class GgufHome:
             if kinds and name in takers:
                 self._rows[name] = rows = _rows(header, step, output)
                 layer: Any = module.get_submodule(name.removesuffix(".weight"))
-                layer.__class__ = _with_blocks(type(layer))
+                kind_of: Any = type(layer)
+                layer.__class__ = _with_blocks(kind_of)
                 size = sum(each.count * each.nbytes for each in rows)
                 layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
                 layer.block_parts = tuple((each.info.dtype, each.count) for each in rows)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -214,6 +215,23 @@ class PipelineConfig:
     def prepare_mu(self, batch: Req) -> float | None:
         """Shift of the schedule that depends on the picture's size, or None."""
         return None
+
+    def size_shift(self, tokens: int, max_shift: float = 1.15) -> float:
+        """A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), at `tokens`.
+
+        Args:
+            max_shift: what a scheduler config that leaves it out means.
+        """
+        known = self.scheduler_config
+        low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
+        at_low, at_high = known.get("base_shift", 0.5), known.get("max_shift", max_shift)
+        slope = (at_high - at_low) / (high - low)
+        return float(tokens * slope + (at_low - slope * low))
+
+    def even_sigmas(self, batch: Req) -> list[float]:
+        """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0."""
+        assert batch.num_inference_steps is not None
+        return [float(s) for s in np.linspace(1.0, 1 / batch.num_inference_steps, batch.num_inference_steps)]
 
     # in the loop
     def select_transformer(self, transformers: Mapping[str, nn.Module], batch: Req, timestep: Tensor) -> str:

@@ -28,6 +28,7 @@ from runtime.layers import (
     MLPEmbedder,
     PackedLinear,
     apply_rotary,
+    clip_half,
     modulate,
     rotary_table,
     sinusoid,
@@ -198,7 +199,7 @@ class DoubleBlock(nn.Module):
         img = img + img_mlp_gate * self.ff(modulate(self.norm2(img), img_shift, img_scale))
         txt = txt + txt_gate * txt_attn
         txt = txt + txt_mlp_gate * self.ff_context(modulate(self.norm2_context(txt), txt_shift, txt_scale))
-        return img, _finite(txt)
+        return img, clip_half(txt)
 
 
 # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L194
@@ -220,7 +221,7 @@ class SingleBlock(nn.Module):
         q, k, v, mlp = self.to_qkv_mlp.parts(y)  # (B, L, D) three times, (B, L, 4 D)
         attn = self.attn(q, k, v, rope, text)  # (B, L, D)
         mlp = self.act_mlp(mlp)
-        return _finite(x + gate * self.proj_out(torch.cat((attn, mlp), dim=-1)))
+        return clip_half(x + gate * self.proj_out(torch.cat((attn, mlp), dim=-1)))
 
 
 # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L227
@@ -263,8 +264,3 @@ class JointAttention(nn.Module):
         x = attention(apply_rotary(q, rope), apply_rotary(k, rope), v, shared=text)  # (B, L, D)
         img, txt = x[:, text:].contiguous(), x[:, :text].contiguous()  # of one picture they are already
         return self.to_out[0](img), self.to_add_out(txt)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Clip to float16's largest number, in float16 only."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

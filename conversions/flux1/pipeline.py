@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from conversions.flux1.model import FluxTransformer, Table
 from runtime.config import PipelineConfig, SamplingParams, TextEncoderSpec
+from runtime.layers import pack, unpack
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req
@@ -51,9 +51,7 @@ class FluxPipelineConfig(PipelineConfig):
 
     # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/sampling.py#L41
     def maybe_pack_latents(self, latents: Tensor, batch: Req) -> Tensor:
-        """(B, C, h, w) -> (B, S, 4 C): channels outermost in a token, then the patch's row, then its column."""
-        patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # (B, C, h / 2, w / 2, 2, 2)
-        return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return pack(latents)
 
     def encode(self, vae: Any, pixels: Tensor, device: torch.device) -> Any:
         """A picture (3, H, W) in [-1, 1] -> the distribution of its latents (1, C, h, w)."""
@@ -68,26 +66,19 @@ class FluxPipelineConfig(PipelineConfig):
     # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/sampling.py#L356
     def post_denoising_loop(self, latents: Tensor, batch: Req) -> Tensor:
         """(B, S, 4 C) -> (B, C, h, w)."""
-        count, channels, height, width = _raw_shape(batch)
-        patches = latents.reshape(count, height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height, width)
+        return unpack(latents, _raw_shape(batch))
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
         """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0."""
         if batch.sigmas is not None or self.scheduler_config.get("use_flow_sigmas"):
             return batch.sigmas
-        assert batch.num_inference_steps is not None
-        return [float(s) for s in np.linspace(1.0, 1 / batch.num_inference_steps, batch.num_inference_steps)]
+        return self.even_sigmas(batch)
 
     # https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/sampling.py#L281
     def prepare_mu(self, batch: Req) -> float | None:
         """A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), at S tokens."""
         _, _, height, width = self.prepare_latent_shape(batch)
-        known = self.scheduler_config
-        low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
-        at_low, at_high = known.get("base_shift", 0.5), known.get("max_shift", 1.15)
-        slope = (at_high - at_low) / (high - low)
-        return float((height // 2) * (width // 2) * slope + (at_low - slope * low))
+        return self.size_shift((height // 2) * (width // 2))
 
     def get_freqs_cis(self, batch: Req, transformer: nn.Module, device: torch.device) -> Table:
         """The rotary table of the joint sequence, text first."""

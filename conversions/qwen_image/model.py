@@ -31,6 +31,7 @@ from runtime.layers import (
     PackedLinear,
     RMSNorm,
     apply_rotary,
+    clip_half,
     modulate,
     sinusoid,
 )
@@ -236,7 +237,7 @@ class DoubleBlock(nn.Module):
         img = img + mlp_gate * self.img_mlp(modulate(self.img_norm2(img), mlp_shift, mlp_scale))
         txt = txt + txt_gate * txt_attn
         txt = txt + txt_mlp_gate * self.txt_mlp(modulate(self.txt_norm2(txt), txt_mlp_shift, txt_mlp_scale))
-        return _finite(img), _finite(txt)
+        return clip_half(img), clip_half(txt)
 
 
 # https://github.com/modelscope/DiffSynth-Studio/blob/fed7b18fac2ed4cb802796eec91970e7659bccde/diffsynth/models/qwen_image_dit.py#L362
@@ -305,8 +306,3 @@ def _by_token(mod: Tensor, clean: Tensor | None) -> Tensor:
         return mod.unsqueeze(1)
     at_time, at_zero = mod.unsqueeze(1).chunk(2)  # (B, 1, 6 D) each
     return torch.where(clean[:, None], at_zero, at_time)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Clip to float16's largest number, in float16 only."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

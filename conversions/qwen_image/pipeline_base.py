@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from conversions.qwen_image.model import QwenImageTransformer, Shape, Table
 from runtime.config import PipelineConfig, SamplingParams
+from runtime.layers import pack, unpack
 from runtime.request import Req
 from runtime.stages import TextEmbeddings, TextEncodingStage
 from runtime.stages.text_encoding import module_device
@@ -91,17 +91,12 @@ class QwenImagePipelineConfig(PipelineConfig):
         """From 1 down to 1 / n in n even steps; the scheduler shifts them and adds the final 0."""
         if batch.sigmas is not None:
             return batch.sigmas
-        assert batch.num_inference_steps is not None
-        return [float(s) for s in np.linspace(1.0, 1 / batch.num_inference_steps, batch.num_inference_steps)]
+        return self.even_sigmas(batch)
 
     def prepare_mu(self, batch: Req) -> float | None:
         """A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), at S tokens."""
         _, _, height, width = self.prepare_latent_shape(batch)
-        known = self.scheduler_config
-        low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
-        at_low, at_high = known.get("base_shift", 0.5), known.get("max_shift", 1.15)
-        slope = (at_high - at_low) / (high - low)
-        return float((height // 2) * (width // 2) * slope + (at_low - slope * low))
+        return self.size_shift((height // 2) * (width // 2))
 
     # in the loop
     def get_freqs_cis(self, batch: Req, transformer: nn.Module, device: torch.device) -> dict[int, Table]:
@@ -134,9 +129,7 @@ class QwenImagePipelineConfig(PipelineConfig):
     def post_denoising_loop(self, latents: Tensor, batch: Req) -> Tensor:
         """(B, S, 4 C) -> (B, C, 1, h, w): the autoencoder takes a picture for a video of one frame."""
         assert batch.raw_latent_shape is not None
-        count, channels, height, width = batch.raw_latent_shape
-        patches = latents.reshape(count, height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, 1, height, width)
+        return unpack(latents, batch.raw_latent_shape).unsqueeze(2)
 
     def get_decode_scale_and_shift(self) -> tuple[float | Tensor, float | Tensor]:
         mean, std = self.latent_statistics()
@@ -150,12 +143,6 @@ class QwenImagePipelineConfig(PipelineConfig):
     def post_decoding(self, image: Tensor, batch: Req) -> Tensor:
         """(B, 3, 1, H, W) in [-1, 1] -> (B, 3, H, W) in [0, 1]."""
         return super().post_decoding(image[:, :, 0], batch)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, S, 4 C): channels outermost in a token, then the patch's row, then its column."""
-    patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # (B, C, h / 2, w / 2, 2, 2)
-    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 class PromptEncodingStage(TextEncodingStage):

@@ -24,10 +24,10 @@ from conversions.qwen_image.pipeline_base import (
     PromptEncodingStage,
     QwenImagePipelineConfig,
     QwenImageSamplingParams,
-    pack,
 )
 from runtime.config import TaskType
 from runtime.image import to_pixels
+from runtime.layers import pack
 from runtime.pipeline import ComposedPipelineBase
 from runtime.registry import register_configs, register_pipeline
 from runtime.request import Req

@@ -104,15 +104,11 @@ class SD3PipelineConfig(PipelineConfig):
     # before the loop
     def prepare_mu(self, batch: Req) -> float | None:
         """A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), at the image's tokens."""
-        known = self.scheduler_config
-        if not known.get("use_dynamic_shifting"):
+        if not self.scheduler_config.get("use_dynamic_shifting"):
             return None
         *_, height, width = self.prepare_latent_shape(batch)
         patch = self.params.patch_size
-        low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
-        at_low, at_high = known.get("base_shift", 0.5), known.get("max_shift", 1.16)
-        slope = (at_high - at_low) / (high - low)
-        return float((height // patch) * (width // patch) * slope + (at_low - slope * low))
+        return self.size_shift((height // patch) * (width // patch), max_shift=1.16)
 
     # in the loop
     def get_freqs_cis(self, batch: Req, transformer: nn.Module, device: torch.device) -> Tensor:

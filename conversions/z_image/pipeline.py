@@ -101,11 +101,7 @@ class ZImagePipelineConfig(PipelineConfig):
     def prepare_mu(self, batch: Req) -> float | None:
         """A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), at the image's tokens."""
         _, _, height, width = self.prepare_latent_shape(batch)
-        known = self.scheduler_config
-        low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
-        at_low, at_high = known.get("base_shift", 0.5), known.get("max_shift", 1.15)
-        slope = (at_high - at_low) / (high - low)
-        return float((height // PATCH[0]) * (width // PATCH[0]) * slope + (at_low - slope * low))
+        return self.size_shift((height // PATCH[0]) * (width // PATCH[0]))
 
     def get_freqs_cis(self, batch: Req, transformer: nn.Module, device: torch.device) -> tuple[Places, ...]:
         """Where the tokens stand, of the prompts and of the negative prompts: positions follow from their lengths."""

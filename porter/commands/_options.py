@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+DTYPES = ("float32", "bfloat16", "float16")  # what models run in
 F = TypeVar("F", bound=Callable[..., Any])
 
 

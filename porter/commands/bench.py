@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from porter.commands._options import output_options
+from porter.commands._options import DTYPES, output_options
 from porter.commands._render import notes, print_json
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @click.group(name="bench", short_help="Measure ports beside their peers.")

@@ -11,11 +11,9 @@ from typing import Any
 
 import click
 
-from porter.commands._options import output_options
+from porter.commands._options import DTYPES, output_options
 from porter.commands._render import escape, notes, print_json
 from porter.core.errors import UsageError
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @click.command(name="generate", short_help="Generate images and videos from a port.")

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import click
 
-from porter.commands._options import output_options
+from porter.commands._options import DTYPES, output_options
 from porter.commands._parts import WithParts
 
 
@@ -91,7 +91,7 @@ class Parity(WithParts):
 @click.option("--steps", "--num-inference-steps", type=click.IntRange(min=1), default=None, help="Its denoising steps.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
     help="What both sides run in; below float32, each side's error to the reference's float64 run decides.",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from porter.commands._options import output_options
+from porter.commands._options import DTYPES, output_options
 
 
 @click.command(name="record", short_help="Record what a reference computes, or write out what does so elsewhere.")
@@ -29,7 +29,7 @@ from porter.commands._options import output_options
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Seed of weights and inputs; default 0.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
     help="Run in it too and keep what it loses, for `porter parity --dtype` with --against trace.",

@@ -2,9 +2,11 @@
 
 from .embedding import MLPEmbedder, sinusoid
 from .feed_forward import FeedForward
+from .half import clip_half
 from .modulation import AdaLayerNorm, modulate
 from .norm import FP32LayerNorm, RMSNorm
 from .packed import PackedLinear
+from .patches import pack, unpack
 from .rotary import apply_rotary, rotary_table
 from .rotary_halves import apply_rotary_halves
 
@@ -17,7 +19,10 @@ __all__ = [
     "RMSNorm",
     "apply_rotary",
     "apply_rotary_halves",
+    "clip_half",
     "modulate",
+    "pack",
     "rotary_table",
     "sinusoid",
+    "unpack",
 ]
